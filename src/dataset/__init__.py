@@ -1,0 +1,1 @@
+"""Data: audio files, prompts and question files."""

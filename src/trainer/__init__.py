@@ -1,0 +1,1 @@
+"""GRPO on audio: the trainer and the shared prompt."""
