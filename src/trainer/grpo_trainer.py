@@ -1,0 +1,285 @@
+"""GRPO for audio: TRL's `GRPOTrainer`, given ears, with the prompt of a group computed once.
+
+The loop is TRL's: encode the questions, roll out G completions of each, score them, take the log-probs, form the loss.
+Losses, logging, PEFT, DeepSpeed, completion tables and checkpointing are inherited. The overridden methods are private
+ones, which the pinned version (trl 1.16.0) protects:
+
+    __init__                             refuses what audio does not work with; freezes what the original never trains
+    _set_signature_columns_if_needed     keeps `audio_path` in the rows
+    _generate_and_score_completions      decodes each question's clip once; hands out whole groups, (N, G, ...)
+    _tokenize_prompts                    the prompts were tokenized with their clips
+    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
+    _compute_loss                        groups back to rows
+    _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
+    _save                                the prompt style beside the weights; the base model's tensor names
+
+TRL shuffles the generation batch before it cuts it into micro-batches. Tensors of shape (N, G, ...) make it shuffle and
+cut questions instead of completions, so that groups stay whole.
+
+Shapes: N questions, G generations, B = N * G completions, P prompt, C completion, M mel bins, F mel frames, T packed.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Qwen2AudioProcessor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from dataset.audio import load_audio
+from dataset.encode import check_prompts, encode
+from dataset.prompt import save_style
+
+from .shared_prompt import pack, unpack
+
+MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
+AUDIO_INPUTS = ("input_features", "feature_attention_mask")
+# Attention implementations that take an arbitrary mask, which the packed rows need.
+ATTENTION = ("sdpa", "eager")
+
+
+class AudioGRPOTrainer(GRPOTrainer):
+    """GRPO on questions about audio, for Qwen2-Audio and models with its interface.
+
+    Args:
+        model: path, hub name, or a `Qwen2AudioForConditionalGeneration`.
+        reward_funcs: as for `trl.GRPOTrainer`; they get the data set's columns as keyword arguments.
+        args: `trl.GRPOConfig`. Micro-batches count completions and must hold whole groups.
+        train_dataset: with the columns `prompt` (the user's text), `audio_path` and what the rewards ask for; a column
+            `style` is recorded in the checkpoints. `dataset.dataset.load_train_dataset` makes it.
+        eval_dataset: likewise, or None.
+        processing_class: a `Qwen2AudioProcessor`; by default the model's own.
+        max_prompt_length: in tokens, the audio's included. Longer prompts are refused, never cut.
+        audio_channels: `first` or `mean`, see `load_audio`.
+        **kwargs: passed on to `trl.GRPOTrainer` (`callbacks`, `optimizers`, `peft_config`, ...).
+
+    Raises:
+        ValueError: a setting that audio does not work with, or a row that cannot be trained on, with its remedy.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: Qwen2AudioProcessor | None = None,
+        max_prompt_length: int = MAX_PROMPT_LENGTH,
+        audio_channels: str = "first",
+        **kwargs,
+    ):
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = args if args is not None else GRPOConfig(f"{Path(name).name}-GRPO")
+        processor = processing_class or AutoProcessor.from_pretrained(name)
+        if not isinstance(processor, Qwen2AudioProcessor):
+            raise ValueError(
+                f"{name}: its processor is a {type(processor).__name__}, not a Qwen2AudioProcessor; "
+                "this trainer is for Qwen2-Audio"
+            )
+        _check_config(args)
+        processor.tokenizer.padding_side = "left"
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None:
+                check_prompts(dataset, processor, max_prompt_length)
+
+        # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor.tokenizer,
+            **kwargs,
+        )
+        self.processing_class = processor  # what checkpoints are saved with
+        self.audio_channels = audio_channels
+        self.prompt_style = _one_style(train_dataset)
+        self._questions: BatchFeature | None = None  # of the generation batch: encoded prompts, (N, ...)
+        self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
+
+        base = self._base_model(self.model)
+        if base.config._attn_implementation not in ATTENTION:
+            raise ValueError(
+                f"attn_implementation {base.config._attn_implementation!r} cannot take the mask of a shared prompt; "
+                f"use one of {', '.join(ATTENTION)}"
+            )
+        for parameter_name, parameter in self.model.named_parameters():
+            if parameter_name.endswith("embed_positions.weight"):  # sinusoids, which transformers 5 loads as trainable
+                parameter.requires_grad_(False)
+        # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
+        suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), base.config.audio_token_id}
+        self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
+
+    @staticmethod
+    def _base_model(model):
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt", "audio_path"]
+
+    # Rollouts
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """Roll out and score B rows, which repeat each of N questions G times.
+
+        Returns:
+            TRL's tensors as (N, G, ...) instead of (B, ...), and the clips' AUDIO_INPUTS, (N, ...).
+        """
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        questions = inputs[::generations]
+        assert all(row == questions[i // generations] for i, row in enumerate(inputs)), "a group is not whole"
+        clips = [load_audio(row["audio_path"], self.audio_channels) for row in questions]
+        encoded = encode(self.processing_class, [row["prompt"] for row in questions], clips)
+        self._questions = encoded.to(self.accelerator.device)
+        self._clips = {key: self._questions[key] for key in AUDIO_INPUTS}
+
+        output = super()._generate_and_score_completions(inputs)
+        grouped = {
+            key: value.unflatten(0, (len(questions), generations)) if value.ndim else value
+            for key, value in output.items()
+        }
+        return grouped | self._clips
+
+    def _tokenize_prompts(self, prompts: list):
+        """Token ids of the B prompts, as TRL wants them: lists without padding."""
+        generations = len(prompts) // len(self._questions["input_ids"])
+        encoded = zip(self._questions["input_ids"], self._questions["attention_mask"], strict=True)
+        prompt_ids = [ids[mask.bool()].tolist() for ids, mask in encoded]
+        return [ids for ids in prompt_ids for _ in range(generations)], None, {}
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """Sample G completions of each question from one prefill: lists of B token-id lists, and no log-probs.
+
+        The encoder and the prompt run once per question; the cache of all but the prompt's last token is then repeated
+        for the G completions, which start from that token.
+        """
+        input_ids, attention_mask = self._questions["input_ids"], self._questions["attention_mask"]  # (N, P)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.accelerator.autocast(),  # one dtype for the cache, whether its entries come from here or from generate
+        ):
+            # The inner model, without the head: the prefill's logits would be (N, P, vocabulary), and unused.
+            prefill = self._base_model(model).model(
+                input_ids=input_ids[:, :-1],
+                attention_mask=attention_mask[:, :-1],
+                position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
+                use_cache=True,
+                **self._clips,
+            )
+            prefill.past_key_values.batch_repeat_interleave(num_generations)
+            sequences = model.generate(
+                input_ids=input_ids.repeat_interleave(num_generations, dim=0),
+                attention_mask=attention_mask.repeat_interleave(num_generations, dim=0),
+                past_key_values=prefill.past_key_values,
+                generation_config=self.generation_config,
+            )
+        completions = sequences[:, input_ids.shape[1] :]  # (B, C)
+        ended = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
+        after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end-of-sequence token belongs to the completion
+        return [ids[~after].tolist() for ids, after in zip(completions.cpu(), after_end.cpu(), strict=True)], None
+
+    # Log-probs and loss
+
+    def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """TRL's loss on a micro-batch of whole groups."""
+        self._clips = {key: inputs[key] for key in AUDIO_INPUTS}
+        rows = {key: value.flatten(0, 1) if value.ndim > 1 else value for key, value in inputs.items()}
+        return super()._compute_loss(model, {key: value for key, value in rows.items() if key not in AUDIO_INPUTS})
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids: torch.Tensor,  # (B, P + C)
+        attention_mask: torch.Tensor,  # (B, P + C)
+        logits_to_keep: int,  # C
+        batch_size: int | None = None,  # completions per forward pass
+        compute_entropy: bool = False,
+        **unused,  # images, and the auxiliary loss of mixtures of experts
+    ):
+        """Log-probs (B, C), and entropies (B, C) or None, of the completions; no auxiliary loss."""
+        questions = len(self._clips["input_features"])
+        generations = input_ids.shape[0] // questions
+        ids = input_ids.unflatten(0, (questions, generations))  # (N, G, P + C)
+        mask = attention_mask.unflatten(0, (questions, generations))
+        logps, entropies = [], []
+        step = max((batch_size or len(input_ids)) // generations, 1)
+        for start in range(0, questions, step):
+            chunk = slice(start, start + step)
+            packed = pack(
+                prompt_ids=ids[chunk, 0, :-logits_to_keep],
+                prompt_mask=mask[chunk, 0, :-logits_to_keep],
+                completion_ids=ids[chunk, :, -logits_to_keep:],
+                completion_mask=mask[chunk, :, -logits_to_keep:],
+            )
+            with self.accelerator.autocast():
+                outputs = model(
+                    input_ids=packed.input_ids,
+                    attention_mask=self._as_model_mask(packed.attention_mask, model),
+                    position_ids=packed.position_ids,
+                    shift_labels=packed.labels,
+                    fused_lm_head=True,
+                    **{key: value[chunk] for key, value in self._clips.items()},
+                )
+            logps.append(unpack(outputs.log_probs, packed, generations, logits_to_keep))
+            if compute_entropy:
+                entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def _as_model_mask(self, may_attend: torch.Tensor, model) -> torch.Tensor:
+        """The boolean mask (N, 1, T, T) in the form that the model's attention takes."""
+        config = self._base_model(self.accelerator.unwrap_model(model)).config
+        if config._attn_implementation == "sdpa":
+            return may_attend
+        dtype = torch.float32  # eager attention adds the mask to its scores
+        return torch.zeros_like(may_attend, dtype=dtype).masked_fill(~may_attend, torch.finfo(dtype).min)
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save weights, processor and prompt style: what AutoProcessor and the model class load by themselves."""
+        # from_pretrained records how it renamed the tensors, and save_pretrained undoes that record; but loading under
+        # ZeRO-3 records the legacy renamings too, used or not. Without them the names are the base checkpoint's.
+        base = self._base_model(self.model)
+        base._weight_conversions = get_model_conversion_mapping(base, add_legacy=False)
+        super()._save(output_dir, state_dict=state_dict)
+        if self.prompt_style is not None and self.args.should_save:
+            save_style(output_dir or self.args.output_dir, self.prompt_style)
+
+
+def _check_config(args: GRPOConfig) -> None:
+    """Refuse the settings of TRL that audio or whole groups do not work with."""
+    for flag in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, flag):
+            raise ValueError(f"{flag} cannot take audio in trl's GRPO; leave it off")
+    sizes = {"per_device_train_batch_size": args.num_generations}
+    if args.eval_strategy != "no":
+        sizes["per_device_eval_batch_size"] = args.num_generations_eval or args.num_generations
+    for flag, generations in sizes.items():
+        size = getattr(args, flag)
+        if size % generations:
+            raise ValueError(
+                f"{flag} {size} counts completions and must hold whole groups of {generations}: "
+                f"use {max(size // generations, 1) * generations} or another multiple"
+            )
+
+
+def _one_style(dataset: Dataset | None) -> str | None:
+    """The data set's prompt style, to be recorded; None where rows have none or several."""
+    if dataset is None or "style" not in dataset.column_names:
+        return None
+    styles = dataset.unique("style")
+    return styles[0] if len(styles) == 1 else None

@@ -1,0 +1,113 @@
+"""Log-probs of a group's G completions with their prompt computed once: pure tensor functions, no model, no trainer.
+
+One row holds a question's prompt and all its completions as branches:
+
+    ids        p1 p2 | p3 a1 a2 | p3 b1        prompt p1 p2 p3, completions a1 a2 a3 and b1 b2
+    positions   0  1 |  2  3  4 |  2  3
+    labels      -  - | a1 a2 a3 | b1 b2        what each position predicts, already aligned
+
+    may attend to    p1 p2  p3 a1 a2  p3 b1
+    p1                x
+    p2                x  x
+    p3 (branch a)     x  x   x
+    a1                x  x   x  x
+    a2                x  x   x  x  x
+    p3 (branch b)     x  x              x
+    b1                x  x              x  x
+
+Every branch starts with the prompt's last token, which predicts the branch's first. Positions restart at the prompt's
+end, so each token sees exactly what it would see in a row of its own: log-probs and gradients equal those of G separate
+rows, for any causal model with relative (rotary) or absolute positions and no attention across a sliding window.
+Assumes that prompts are left-padded and completions right-padded, as TRL has them.
+
+Shapes: N questions, G generations, P prompt, C completion, T packed tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+IGNORE = -100  # a label that is not scored
+
+
+@dataclass
+class PackedGroups:
+    """N packed rows, and where each of their tokens came from."""
+
+    input_ids: torch.Tensor  # (N, T)
+    position_ids: torch.Tensor  # (N, T)
+    attention_mask: torch.Tensor  # (N, 1, T, T), True where the query (dim 2) may attend to the key (dim 3)
+    labels: torch.Tensor  # (N, T), the token each position predicts, or IGNORE
+    source: torch.Tensor  # (N, T - (P - 1)), index of each branch token into the group's G * C completion tokens
+
+
+def pack(
+    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ids: torch.Tensor, completion_mask: torch.Tensor
+) -> PackedGroups:
+    """Pack each question's prompt and completions into one row, without the completions' padding.
+
+    Args:
+        prompt_ids: (N, P), left-padded; every prompt has at least one token.
+        prompt_mask: (N, P), 1 for tokens and 0 for padding.
+        completion_ids: (N, G, C), right-padded.
+        completion_mask: (N, G, C), 1 for tokens and 0 for padding (or for a completion that is masked as a whole).
+
+    Returns:
+        `PackedGroups` with T = P - 1 + the largest number of completion tokens that a group has.
+    """
+    questions, generations, length = completion_ids.shape
+    assert prompt_ids.shape == prompt_mask.shape and prompt_ids.shape[0] == questions
+    assert bool(prompt_mask[:, -1].all()), "prompts must be left-padded"
+    device = prompt_ids.device
+    valid = completion_mask.bool()
+
+    # The branches with their padding: each is the completion shifted right by one, behind the prompt's last token.
+    last = prompt_ids[:, -1:, None].expand(questions, generations, 1)
+    branch_ids = torch.cat([last, completion_ids[:, :, :-1]], dim=2).flatten(1)  # (N, G * C)
+    labels = completion_ids.masked_fill(~valid, IGNORE).flatten(1)  # (N, G * C)
+    offset = torch.arange(length, device=device).repeat(generations)  # (G * C,), place within the branch
+    branch = torch.arange(generations, device=device).repeat_interleave(length)  # (G * C,)
+
+    # Drop the padding: tokens to the front in their order, then cut to the longest group of the batch.
+    token = valid.flatten(1)
+    kept = max(int(token.sum(dim=1).max()), 1)
+    source = (~token).long().argsort(dim=1, stable=True)[:, :kept]  # (N, K)
+    token = token.gather(1, source)
+
+    prompt = prompt_mask[:, :-1].bool()  # (N, P - 1)
+    prompt_length = prompt_mask.long().sum(dim=1, keepdim=True)  # (N, 1)
+    prompt_positions = (prompt.long().cumsum(dim=1) - 1).clamp(min=0)
+    # Which part of the row a position belongs to: -1 the prompt, else the number of its branch.
+    part = torch.cat([torch.full_like(prompt_ids[:, :-1], -1), branch[source]], dim=1)  # (N, T)
+    is_token = torch.cat([prompt, token], dim=1)  # (N, T)
+    total = part.shape[1]
+    may_see = (part[:, None, :] == -1) | (part[:, None, :] == part[:, :, None])  # (N, T query, T key)
+    may_see &= is_token[:, None, :]
+    may_see &= torch.ones(total, total, dtype=torch.bool, device=device).tril()
+    may_see |= torch.eye(total, dtype=torch.bool, device=device)  # padding sees itself: a softmax over nothing is NaN
+
+    return PackedGroups(
+        input_ids=torch.cat([prompt_ids[:, :-1], branch_ids.gather(1, source)], dim=1),
+        position_ids=torch.cat([prompt_positions, prompt_length - 1 + offset[source]], dim=1),
+        attention_mask=may_see[:, None],
+        labels=torch.cat([torch.full_like(prompt_ids[:, :-1], IGNORE), labels.gather(1, source)], dim=1),
+        source=source,
+    )
+
+
+def unpack(values: torch.Tensor, packed: PackedGroups, generations: int, length: int) -> torch.Tensor:
+    """Bring per-position values of packed rows back to one row per completion.
+
+    Args:
+        values: (N, T), e.g. the log-prob of each position's label.
+        packed: what `pack` returned.
+        generations: G.
+        length: C.
+
+    Returns:
+        (N * G, C), zero where there is no completion token. Differentiable.
+    """
+    questions, kept = packed.source.shape
+    branches = values[:, values.shape[1] - kept :].masked_fill(packed.labels[:, -kept:] == IGNORE, 0)
+    flat = values.new_zeros(questions, generations * length).scatter(1, packed.source, branches)
+    return flat.view(questions * generations, length)
