@@ -5,7 +5,6 @@ Losses, logging, PEFT, DeepSpeed, completion tables and checkpointing are inheri
 ones, which the pinned version (trl 1.16.0) protects:
 
     __init__                             refuses what audio does not work with; freezes what the original never trains
-    _set_signature_columns_if_needed     keeps `audio_path` in the rows
     _generate_and_score_completions      decodes each question's clip once; hands out whole groups, (N, G, ...)
     _tokenize_prompts                    the prompts were tokenized with their clips
     _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
@@ -19,6 +18,7 @@ cut questions instead of completions, so that groups stay whole.
 Shapes: N questions, G generations, B = N * G completions, P prompt, C completion, M mel bins, F mel frames, T packed.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -118,10 +118,6 @@ class AudioGRPOTrainer(GRPOTrainer):
     @staticmethod
     def _base_model(model):
         return model.get_base_model() if is_peft_model(model) else model
-
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt", "audio_path"]
 
     # Rollouts
 
@@ -225,10 +221,12 @@ class AudioGRPOTrainer(GRPOTrainer):
                 completion_ids=ids[chunk, :, -logits_to_keep:],
                 completion_mask=mask[chunk, :, -logits_to_keep:],
             )
-            with self.accelerator.autocast():
+            kept = packed.source.shape[1]
+            base = self._base_model(self.accelerator.unwrap_model(model))
+            with self.accelerator.autocast(), keep_last_positions(base.model, kept):
                 outputs = model(
                     input_ids=packed.input_ids,
-                    attention_mask=self._as_model_mask(packed.attention_mask, model),
+                    attention_mask=as_model_mask(packed.attention_mask, base.config._attn_implementation),
                     position_ids=packed.position_ids,
                     shift_labels=packed.labels,
                     fused_lm_head=True,
@@ -238,14 +236,6 @@ class AudioGRPOTrainer(GRPOTrainer):
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
-
-    def _as_model_mask(self, may_attend: torch.Tensor, model) -> torch.Tensor:
-        """The boolean mask (N, 1, T, T) in the form that the model's attention takes."""
-        config = self._base_model(self.accelerator.unwrap_model(model)).config
-        if config._attn_implementation == "sdpa":
-            return may_attend
-        dtype = torch.float32  # eager attention adds the mask to its scores
-        return torch.zeros_like(may_attend, dtype=dtype).masked_fill(~may_attend, torch.finfo(dtype).min)
 
     # Checkpoints
 
@@ -258,6 +248,32 @@ class AudioGRPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict=state_dict)
         if self.prompt_style is not None and self.args.should_save:
             save_style(output_dir or self.args.output_dir, self.prompt_style)
+
+
+def as_model_mask(may_attend: torch.Tensor, attn_implementation: str) -> torch.Tensor:
+    """The boolean mask (N, 1, T, T) in the form that the model's attention takes."""
+    if attn_implementation == "sdpa":
+        return may_attend
+    scores = torch.zeros(may_attend.shape, device=may_attend.device)  # eager attention adds the mask to its scores
+    return scores.masked_fill(~may_attend, torch.finfo(scores.dtype).min)
+
+
+@contextmanager
+def keep_last_positions(backbone: torch.nn.Module, kept: int):
+    """Let `backbone` hand only its last `kept` positions to the head, within this context.
+
+    On a CPU, TRL's fused head scores every position it gets: without this, the prompt's too, which nobody reads.
+    """
+
+    def cut(module, args, output):
+        output.last_hidden_state = output.last_hidden_state[:, -kept:]
+        return output
+
+    handle = backbone.register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_config(args: GRPOConfig) -> None:

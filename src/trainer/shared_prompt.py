@@ -4,7 +4,7 @@ One row holds a question's prompt and all its completions as branches:
 
     ids        p1 p2 | p3 a1 a2 | p3 b1        prompt p1 p2 p3, completions a1 a2 a3 and b1 b2
     positions   0  1 |  2  3  4 |  2  3
-    labels      -  - | a1 a2 a3 | b1 b2        what each position predicts, already aligned
+    labels           | a1 a2 a3 | b1 b2        what the branches' positions predict, already aligned
 
     may attend to    p1 p2  p3 a1 a2  p3 b1
     p1                x
@@ -20,7 +20,7 @@ end, so each token sees exactly what it would see in a row of its own: log-probs
 rows, for any causal model with relative (rotary) or absolute positions and no attention across a sliding window.
 Assumes that prompts are left-padded and completions right-padded, as TRL has them.
 
-Shapes: N questions, G generations, P prompt, C completion, T packed tokens.
+Shapes: N questions, G generations, P prompt, C completion, K branch tokens, T = P - 1 + K packed tokens.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ class PackedGroups:
     input_ids: torch.Tensor  # (N, T)
     position_ids: torch.Tensor  # (N, T)
     attention_mask: torch.Tensor  # (N, 1, T, T), True where the query (dim 2) may attend to the key (dim 3)
-    labels: torch.Tensor  # (N, T), the token each position predicts, or IGNORE
-    source: torch.Tensor  # (N, T - (P - 1)), index of each branch token into the group's G * C completion tokens
+    labels: torch.Tensor  # (N, K), the token that each of the last K = T - (P - 1) positions predicts, or IGNORE
+    source: torch.Tensor  # (N, K), where that token stands among the group's G * C completion tokens
 
 
 def pack(
@@ -90,16 +90,16 @@ def pack(
         input_ids=torch.cat([prompt_ids[:, :-1], branch_ids.gather(1, source)], dim=1),
         position_ids=torch.cat([prompt_positions, prompt_length - 1 + offset[source]], dim=1),
         attention_mask=may_see[:, None],
-        labels=torch.cat([torch.full_like(prompt_ids[:, :-1], IGNORE), labels.gather(1, source)], dim=1),
+        labels=labels.gather(1, source),
         source=source,
     )
 
 
 def unpack(values: torch.Tensor, packed: PackedGroups, generations: int, length: int) -> torch.Tensor:
-    """Bring per-position values of packed rows back to one row per completion.
+    """Bring the values of packed rows' branches back to one row per completion.
 
     Args:
-        values: (N, T), e.g. the log-prob of each position's label.
+        values: (N, K), e.g. the log-prob of each position's label.
         packed: what `pack` returned.
         generations: G.
         length: C.
@@ -107,7 +107,6 @@ def unpack(values: torch.Tensor, packed: PackedGroups, generations: int, length:
     Returns:
         (N * G, C), zero where there is no completion token. Differentiable.
     """
-    questions, kept = packed.source.shape
-    branches = values[:, values.shape[1] - kept :].masked_fill(packed.labels[:, -kept:] == IGNORE, 0)
-    flat = values.new_zeros(questions, generations * length).scatter(1, packed.source, branches)
-    return flat.view(questions * generations, length)
+    flat = values.new_zeros(len(values), generations * length)
+    flat = flat.scatter(1, packed.source, values.masked_fill(packed.labels == IGNORE, 0))
+    return flat.view(len(values) * generations, length)

@@ -1,0 +1,192 @@
+"""Train with GRPO: arguments -> data set -> trainer -> save. `sh run_grpo.sh` starts it; `--help` lists every flag.
+
+The defaults are the recipe of R1-AQA (arXiv 2503.11197) as its code ran. Machine and paths are the launcher's, the
+engine's settings are those of `conf/`.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from dataset.audio import CHANNELS
+from dataset.dataset import load_train_dataset
+from dataset.prompt import DEFAULT_STYLE, STYLES
+from trainer.grpo_trainer import MAX_PROMPT_LENGTH, AudioGRPOTrainer
+from utils.rewards import accuracy_reward, format_reward
+
+REWARD_FUNCS = {"accuracy": accuracy_reward, "format": format_reward}
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and what to reward."""
+
+    data_file: str = field(
+        default="data/AVQA/train_qa.data", metadata={"help": "JSONL of questions; data/README.md shows the format."}
+    )
+    prompt_style: str = field(
+        default=DEFAULT_STYLE,
+        metadata={
+            "help": "What the prompt asks for and the format reward expects: the paper's Prompt <1>, <2> or <3>.",
+            "choices": list(STYLES),
+        },
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: list(REWARD_FUNCS),
+        metadata={"help": "Rewards, summed. Paper: accuracy format.", "choices": list(REWARD_FUNCS)},
+    )
+    max_prompt_length: int = field(
+        default=MAX_PROMPT_LENGTH,
+        metadata={"help": "Tokens, audio included (25 a second). Longer prompts are refused. Paper: 512, by cutting."},
+    )
+    audio_channels: str = field(
+        default="first", metadata={"help": "Channel(s) of a clip to hear. Paper: first.", "choices": list(CHANNELS)}
+    )
+
+
+@dataclass
+class AudioModelConfig(ModelConfig):
+    """TRL's `ModelConfig` with the paper's model."""
+
+    model_name_or_path: str = field(
+        default="Qwen/Qwen2-Audio-7B-Instruct", metadata={"help": "Hub name or folder of a Qwen2-Audio model."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights are loaded as this type. Default: bfloat16 under DeepSpeed with bf16, whose optimizer "
+            "keeps float32 weights of its own; else float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+@dataclass
+class RecipeConfig(GRPOConfig):
+    """TRL's `GRPOConfig` with the paper's recipe as defaults, and the accumulation derived from the world size."""
+
+    output_dir: str = field(default="exp/model", metadata={"help": "Checkpoints go here.", "aliases": ["--out_dir"]})
+    deepspeed: str | None = field(
+        default=None,
+        metadata={"help": "DeepSpeed settings, e.g. conf/ds_zero2.json.", "aliases": ["--config_path"]},
+    )
+    questions_per_step: int = field(default=16, metadata={"help": "Questions per optimizer step. Paper: 16."})
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Completions per forward pass, whole groups. Default: num_generations, one question."},
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"help": "Default: whatever makes questions_per_step on this number of processes."},
+    )
+    num_generations: int | None = field(default=8, metadata={"help": "Completions per question, G. Paper: 8."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak, of AdamW. Paper: 1e-6."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Paper: linear decay to 0, no warm-up."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping. Paper: 1.0."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps. Paper: 1000, the best was 500."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints. Paper: 100."})
+    save_only_model: bool = field(
+        default=True, metadata={"help": "Checkpoints without optimizer state: smaller, but no resuming. Paper: true."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics."})
+    beta: float = field(default=0.04, metadata={"help": "KL coefficient. Paper: 0.04; 0.001 was reported as better."})
+    loss_type: str = field(default="grpo", metadata={"help": "As TRL names them. Paper: grpo."})
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Weight the KL by the importance ratio (TRL's default). Paper: no."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling. Paper: 1.0."})
+    top_k: int = field(default=50, metadata={"help": "Of sampling; 0 is off. Paper: 50, its library's default."})
+    max_completion_length: int | None = field(default=256, metadata={"help": "New tokens at most. Paper: 256."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Old name of activation_checkpointing. Paper: off."}
+    )
+    use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
+
+    def __post_init__(self):
+        if self.use_wandb:
+            self.report_to = "wandb"
+        if self.bf16 is None and self.use_cpu:
+            self.bf16 = False
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = self.num_generations
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = derive_accumulation(
+                self.questions_per_step,
+                self.num_generations,
+                self.per_device_train_batch_size,
+                int(os.environ.get("WORLD_SIZE", 1)),
+            )
+        super().__post_init__()
+
+
+def derive_accumulation(questions: int, generations: int, batch_size: int, processes: int) -> int:
+    """Forward passes per optimizer step so that `questions` questions make one step on any number of processes.
+
+    >>> derive_accumulation(questions=16, generations=8, batch_size=8, processes=8)
+    2
+
+    Args:
+        questions: per optimizer step, over all processes.
+        generations: completions per question.
+        batch_size: completions per process and forward pass.
+        processes: the world size.
+
+    Raises:
+        ValueError: the numbers do not divide; names some that do.
+    """
+    if batch_size % generations:
+        raise ValueError(
+            f"per_device_train_batch_size {batch_size} counts completions and must hold whole groups of "
+            f"{generations}: use {max(batch_size // generations, 1) * generations} or another multiple"
+        )
+    at_once = batch_size // generations * processes
+    if questions % at_once == 0:
+        return questions // at_once
+    per_process = batch_size // generations
+    lower, upper = questions // at_once * at_once, (questions // at_once + 1) * at_once
+    working = [n for n in range(1, questions + 1) if questions % (n * per_process) == 0]
+    raise ValueError(
+        f"{questions} questions per step cannot be split evenly over {processes} processes with {per_process} at once. "
+        f"What works: --questions_per_step {f'{lower} or ' if lower else ''}{upper}"
+        + (f", or {', '.join(map(str, working))} processes" if working else "")
+        + (", or a smaller --per_device_train_batch_size" if per_process > 1 else "")
+    )
+
+
+def build_trainer(data: DataArguments, args: RecipeConfig, model: AudioModelConfig) -> AudioGRPOTrainer:
+    """The data set, checked, and the trainer with its model loaded."""
+    dataset = load_train_dataset(data.data_file, data.prompt_style)
+    in_bf16 = args.bf16 and args.deepspeed is not None
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype or ("bfloat16" if in_bf16 else "float32"),
+    } | (args.model_init_kwargs or {})
+    return AudioGRPOTrainer(
+        model=model.model_name_or_path,
+        reward_funcs=[REWARD_FUNCS[name] for name in data.reward_funcs],
+        args=args,
+        train_dataset=dataset,
+        max_prompt_length=data.max_prompt_length,
+        audio_channels=data.audio_channels,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+    )
+
+
+def main() -> None:
+    """Parse the command line, train, save."""
+    parser = TrlParser((DataArguments, RecipeConfig, AudioModelConfig))
+    data, args, model = parser.parse_args_and_config()
+    trainer = build_trainer(data, args, model)
+    trainer.accelerator.print(
+        f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is {args.gradient_accumulation_steps} "
+        f"x {args.per_device_train_batch_size} completions on {args.world_size} process(es)"
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
