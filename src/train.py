@@ -5,14 +5,16 @@ engine's settings are those of `conf/`.
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 
+from datasets import Dataset
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dataset.audio import CHANNELS
 from dataset.dataset import load_train_dataset
 from dataset.prompt import DEFAULT_STYLE, STYLES
-from trainer.grpo_trainer import MAX_PROMPT_LENGTH, AudioGRPOTrainer
+from trainer.grpo_trainer import MAX_PROMPT_LENGTH, AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
 REWARD_FUNCS = {"accuracy": accuracy_reward, "format": format_reward}
@@ -135,11 +137,7 @@ def derive_accumulation(questions: int, generations: int, batch_size: int, proce
     Raises:
         ValueError: the numbers do not divide; names some that do.
     """
-    if batch_size % generations:
-        raise ValueError(
-            f"per_device_train_batch_size {batch_size} counts completions and must hold whole groups of "
-            f"{generations}: use {max(batch_size // generations, 1) * generations} or another multiple"
-        )
+    check_whole_groups("per_device_train_batch_size", batch_size, generations)
     at_once = batch_size // generations * processes
     if questions % at_once == 0:
         return questions // at_once
@@ -154,9 +152,10 @@ def derive_accumulation(questions: int, generations: int, batch_size: int, proce
     )
 
 
-def build_trainer(data: DataArguments, args: RecipeConfig, model: AudioModelConfig) -> AudioGRPOTrainer:
-    """The data set, checked, and the trainer with its model loaded."""
-    dataset = load_train_dataset(data.data_file, data.prompt_style)
+def build_trainer(
+    dataset: Dataset, data: DataArguments, args: RecipeConfig, model: AudioModelConfig
+) -> AudioGRPOTrainer:
+    """The trainer, its prompts checked and its model loaded."""
     in_bf16 = args.bf16 and args.deepspeed is not None
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -178,8 +177,12 @@ def build_trainer(data: DataArguments, args: RecipeConfig, model: AudioModelConf
 def main() -> None:
     """Parse the command line, train, save."""
     parser = TrlParser((DataArguments, RecipeConfig, AudioModelConfig))
-    data, args, model = parser.parse_args_and_config()
-    trainer = build_trainer(data, args, model)
+    try:
+        data, args, model = parser.parse_args_and_config()
+        dataset = load_train_dataset(data.data_file, data.prompt_style)
+    except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
+        sys.exit(f"train.py: {error}")
+    trainer = build_trainer(dataset, data, args, model)
     trainer.accelerator.print(
         f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is {args.gradient_accumulation_steps} "
         f"x {args.per_device_train_batch_size} completions on {args.world_size} process(es)"

@@ -1,5 +1,6 @@
 """What several test files use: where the reference material lies, and small real models."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
+import soundfile
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # reference material that may lie beside a checkout; third parties' data, not ours
@@ -43,3 +46,36 @@ def tiny_model(shared, tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     AutoProcessor.from_pretrained(source).save_pretrained(folder)
     return folder
+
+
+QUESTION = {"question_text": "What is in the video?", "multi_choice": ["dog", "cat", "bell"], "dataset_name": "AVQA"}
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A folder with a Qwen2-Audio of random weights and a small vocabulary of its own: needs no reference material."""
+    from demo import build_demo_model
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    text = "What is in the audio? ['dog', 'cat', 'bell'] <answer>dog</answer> <think> </think>"
+    build_demo_model(folder, [text], seed=0, initializer_range=0.2, hidden_size=32, audio_size=32, layers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> Path:
+    """A training file of eight questions, each with a clip of its own between 0.5 and 2 s."""
+    folder = tmp_path_factory.mktemp("questions")
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+        for i in range(8):
+            write_tone(folder / f"{i}.wav", seconds=0.5 + 0.2 * i, frequency=200 * (i + 1))
+            file.write(json.dumps(QUESTION | {"id": i, "answer": i % 3, "audio_path": f"{i}.wav"}) + "\n")
+    return folder / "train.jsonl"
+
+
+def write_tone(path: Path, seconds: float, frequency: float = 440.0, rate: int = 16_000, channels: int = 1, **format):
+    """A quiet tone in noise, as a real audio file."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(int(frequency)).normal(scale=0.01, size=len(time))
+    tone = (0.3 * np.sin(2 * np.pi * frequency * time) + noise).astype(np.float32)
+    soundfile.write(path, np.stack([tone * (1 - 0.2 * i) for i in range(channels)], axis=1), rate, **format)

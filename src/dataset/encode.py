@@ -13,8 +13,8 @@ from transformers import BatchFeature, Qwen2AudioProcessor
 from .audio import SAMPLE_RATE, count_samples
 from .prompt import build_messages
 
-# Of one audio token, transformers 5 takes the prompt for one in the unexpanded format of old processors.
-MIN_AUDIO_TOKENS = 2
+# Two audio tokens. A prompt with a single one is taken by transformers 5 for one in old processors' unexpanded format.
+MIN_SECONDS = 0.1
 SHOWN = 10  # problems listed in one message
 
 
@@ -37,10 +37,8 @@ def check_clip_length(samples: int, processor: Qwen2AudioProcessor) -> None:
             f"the clip lasts {samples / SAMPLE_RATE:.2f} s, the model hears {extractor.chunk_length} s; "
             "cut the clip or remove its row"
         )
-    if count_audio_tokens(samples, extractor.hop_length) < MIN_AUDIO_TOKENS:
-        raise ValueError(
-            f"the clip lasts {samples / SAMPLE_RATE:.3f} s, less than the 0.1 s that the model can hear; remove its row"
-        )
+    if samples < MIN_SECONDS * SAMPLE_RATE:
+        raise ValueError(f"the clip lasts {samples / SAMPLE_RATE:.3f} s, under the {MIN_SECONDS} s needed; remove its row")
 
 
 def build_chat(processor: Qwen2AudioProcessor, text: str) -> str:

@@ -11,6 +11,7 @@ ones, which the pinned version (trl 1.16.0) protects:
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
     _save                                the prompt style beside the weights; the base model's tensor names
+    _load_from_checkpoint, _load_best_model    reads those names back
 
 TRL shuffles the generation batch before it cuts it into micro-batches. Tensors of shape (N, G, ...) make it shuffle and
 cut questions instead of completions, so that groups stay whole.
@@ -249,6 +250,23 @@ class AudioGRPOTrainer(GRPOTrainer):
         if self.prompt_style is not None and self.args.should_save:
             save_style(output_dir or self.args.output_dir, self.prompt_style)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Load weights to resume from. The checkpoint's names are the base model's, which `Trainer` would not find in
+        transformers 5's model, warn, and go on from the base weights."""
+        model = self.model if model is None else model
+        if is_peft_model(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        """For `load_best_model_at_end`, where no engine loads: as `_load_from_checkpoint`."""
+        if self.is_deepspeed_enabled or is_peft_model(self.model):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
 
 def as_model_mask(may_attend: torch.Tensor, attn_implementation: str) -> torch.Tensor:
     """The boolean mask (N, 1, T, T) in the form that the model's attention takes."""
@@ -281,16 +299,19 @@ def _check_config(args: GRPOConfig) -> None:
     for flag in ("use_vllm", "use_transformers_continuous_batching"):
         if getattr(args, flag):
             raise ValueError(f"{flag} cannot take audio in trl's GRPO; leave it off")
-    sizes = {"per_device_train_batch_size": args.num_generations}
+    check_whole_groups("per_device_train_batch_size", args.per_device_train_batch_size, args.num_generations)
     if args.eval_strategy != "no":
-        sizes["per_device_eval_batch_size"] = args.num_generations_eval or args.num_generations
-    for flag, generations in sizes.items():
-        size = getattr(args, flag)
-        if size % generations:
-            raise ValueError(
-                f"{flag} {size} counts completions and must hold whole groups of {generations}: "
-                f"use {max(size // generations, 1) * generations} or another multiple"
-            )
+        generations = args.num_generations_eval or args.num_generations
+        check_whole_groups("per_device_eval_batch_size", args.per_device_eval_batch_size, generations)
+
+
+def check_whole_groups(flag: str, size: int, generations: int) -> None:
+    """Raise a `ValueError` that names what would work, where a batch of `size` completions cuts a group in two."""
+    if size % generations:
+        raise ValueError(
+            f"{flag} {size} counts completions and must hold whole groups of {generations}: "
+            f"use {max(size // generations, 1) * generations} or another multiple"
+        )
 
 
 def _one_style(dataset: Dataset | None) -> str | None:

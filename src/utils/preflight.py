@@ -1,0 +1,83 @@
+"""Say at once, before minutes are spent on loading, what a run lacks: model, data, GPU, engine settings.
+
+Run by the launchers with the flags that the training script will get. Prints the number of processes to start, one for
+each GPU; all that is missing goes to standard error, with its remedy, and the exit status is 1.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+DEMO = "`sh run_grpo.sh demo` needs none of it: it makes its own data and model and trains on a laptop in minutes."
+
+
+def find_model_problem(model: str) -> str | None:
+    """What is wrong with a model's folder or hub name; None if it is there, or can be fetched."""
+    path = Path(model)
+    if path.is_dir():
+        if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+            return None
+        return f"model: {model} has no config.json, so it is no model's folder"
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        return f"model: there is no folder {model}; set MODEL_NP to a folder or to a name on the hub"
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return None
+    remedy = f"download it where there is a network (hf download {model}) and set MODEL_NP to its folder"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return f"model: {model} is not in the cache and HF_HUB_OFFLINE is set; {remedy}"
+    try:
+        HfApi().model_info(model, timeout=10)
+    except Exception as error:  # whatever the hub's client raises, the model cannot be fetched now
+        return f"model: {model} is not in the cache and the hub gives {type(error).__name__}; {remedy}"
+    return None
+
+
+def find_problems(flags: argparse.Namespace, gpus: int) -> list[str]:
+    """Every missing thing, with its remedy."""
+    problems = [find_model_problem(flags.model_name_or_path)]
+    if not Path(flags.data_file).is_file():
+        problems.append(
+            f"data: there is no file {flags.data_file}; data/README.md says how to prepare it, DATA_FILE names another"
+        )
+    if flags.deepspeed and not Path(flags.deepspeed).is_file():
+        problems.append(f"engine: there is no file {flags.deepspeed}; CONFIG names one of conf/*.json")
+    if not flags.use_cpu and gpus == 0:
+        problems.append("GPU: PyTorch sees none; --use_cpu true trains without, which only small models are fit for")
+    return [problem for problem in problems if problem]
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """The few flags that matter here, spelled as the training scripts take them; the last one given counts."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (
+        ("--model_name_or_path", "--model-name-or-path"),
+        ("--data_file", "--data-file"),
+        ("--deepspeed", "--config_path", "--config-path"),
+    ):
+        parser.add_argument(*names, default="")
+    parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const="true", default="false")
+    flags, _ = parser.parse_known_args(arguments)
+    flags.use_cpu = flags.use_cpu.lower() in ("true", "t", "yes", "y", "1")
+    return flags
+
+
+def main() -> int:
+    flags = parse_flags(sys.argv[1:])
+    gpus = 0
+    if not flags.use_cpu:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    problems = find_problems(flags, gpus)
+    if problems:
+        print("This run cannot start:", *problems, DEMO, sep="\n  ", file=sys.stderr)
+        return 1
+    print(max(gpus, 1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
