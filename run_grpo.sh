@@ -18,7 +18,11 @@ esac
 MODEL_NP=${MODEL_NP:-Qwen/Qwen2-Audio-7B-Instruct} # a folder of any name, or a name on the hub
 DATA_FILE=${DATA_FILE:-data/AVQA/train_qa.data}
 OUT_DIR=${OUT_DIR:-exp/model}
-CONFIG=${CONFIG-conf/ds_zero2.json} # DeepSpeed settings: ds_zero3.json, ds_zero3_offload.json; empty: none
+case " $* " in
+*" --use_cpu true "*) ENGINE= ;; # DeepSpeed would compile operators for the CPU first
+*) ENGINE=conf/ds_zero2.json ;;
+esac
+CONFIG=${CONFIG-$ENGINE} # DeepSpeed settings: conf/ds_zero3.json, conf/ds_zero3_offload.json; empty: none
 NODE_NUM=${NODE_NUM:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}

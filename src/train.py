@@ -7,6 +7,7 @@ engine's settings are those of `conf/`.
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset
 from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -174,18 +175,37 @@ def build_trainer(
     )
 
 
+def check_resumable(folder: str | Path) -> None:
+    """Raise a `ValueError` unless `folder` is a checkpoint with optimizer state: without, a run would start over."""
+    folder = Path(folder)
+    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {folder}: is no checkpoint")
+    if not (folder / "optimizer.pt").is_file() and not any(folder.glob("global_step*")):  # the latter is DeepSpeed's
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: holds weights only; only runs with --save_only_model false can be "
+            f"continued. --model_name_or_path {folder} starts a new run from its weights"
+        )
+
+
+def make_parser() -> TrlParser:
+    """Every flag: ours, `GRPOConfig`'s and `ModelConfig`'s; `--config FILE.yaml` reads them from a file."""
+    return TrlParser((DataArguments, RecipeConfig, AudioModelConfig))
+
+
 def main() -> None:
     """Parse the command line, train, save."""
-    parser = TrlParser((DataArguments, RecipeConfig, AudioModelConfig))
     try:
-        data, args, model = parser.parse_args_and_config()
+        data, args, model = make_parser().parse_args_and_config()
+        if args.resume_from_checkpoint:
+            check_resumable(args.resume_from_checkpoint)
         dataset = load_train_dataset(data.data_file, data.prompt_style)
     except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
         sys.exit(f"train.py: {error}")
     trainer = build_trainer(dataset, data, args, model)
     trainer.accelerator.print(
-        f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is {args.gradient_accumulation_steps} "
-        f"x {args.per_device_train_batch_size} completions on {args.world_size} process(es)"
+        f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is "
+        f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} completions on "
+        f"{args.world_size} process(es)"
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)

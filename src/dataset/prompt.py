@@ -33,8 +33,8 @@ def check_style(style: str) -> str:
 def build_question(question: str, choices: list, style: str = DEFAULT_STYLE) -> str:
     """The text of the user's turn, without the audio.
 
-    >>> build_question("What is it?", ["a", "b's"], "answer")
-    'What is it? Please choose the answer from the following options: [\\'a\\', "b\\'s"]. Output the final answer in <answer> </answer>.'
+    >>> print(build_question("What is it?", ["a", "b's"], "choice"))
+    What is it? Please choose the answer from the following options: ['a', "b's"].
 
     Args:
         question: taken as it is (the `video` -> `audio` replacement of AVQA is the loader's).
@@ -82,7 +82,7 @@ def matches_format(completion: str, style: str = DEFAULT_STYLE) -> bool:
 
 
 def extract_answer(completion: str) -> str:
-    """Read the answer back: the first `<answer>...</answer>` on one line, stripped; without one, the whole text, stripped.
+    """Read the answer back: the first `<answer>...</answer>` on one line, else the whole text; stripped.
 
     Equals `re.search(r"<answer>(.*?)</answer>", completion)` of the original, in linear time.
 

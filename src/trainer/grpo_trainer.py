@@ -186,7 +186,7 @@ class AudioGRPOTrainer(GRPOTrainer):
             )
         completions = sequences[:, input_ids.shape[1] :]  # (B, C)
         ended = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
-        after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end-of-sequence token belongs to the completion
+        after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end token belongs to the completion
         return [ids[~after].tolist() for ids, after in zip(completions.cpu(), after_end.cpu(), strict=True)], None
 
     # Log-probs and loss

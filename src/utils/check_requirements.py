@@ -42,8 +42,9 @@ def find_problems(pins: dict[str, str]) -> tuple[list[str], list[str]]:
 
 def main() -> int:
     path = Path(sys.argv[1])
-    if sys.version_info < (3, 11):
-        print(f"Python 3.11 or newer is needed; the active environment has {platform.python_version()}", file=sys.stderr)
+    if sys.version_info < (3, 11):  # noqa: UP036, this runs on whatever is there
+        found = platform.python_version()
+        print(f"Python 3.11 or newer is needed; the active environment has {found}", file=sys.stderr)
         return 1
     lacking, differing = find_problems(read_pins(path))
     if differing:

@@ -5,6 +5,7 @@ each GPU; all that is missing goes to standard error, with its remedy, and the e
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def find_problems(flags: argparse.Namespace, gpus: int) -> list[str]:
         )
     if flags.deepspeed and not Path(flags.deepspeed).is_file():
         problems.append(f"engine: there is no file {flags.deepspeed}; CONFIG names one of conf/*.json")
+    if flags.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        problems.append("engine: DeepSpeed is not installed (it is for Linux); an empty CONFIG trains without it")
     if not flags.use_cpu and gpus == 0:
         problems.append("GPU: PyTorch sees none; --use_cpu true trains without, which only small models are fit for")
     return [problem for problem in problems if problem]

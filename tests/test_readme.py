@@ -1,0 +1,47 @@
+"""What the README says exists: its paths, the launchers it names, and every flag it or a launcher uses."""
+
+import re
+
+import pytest
+from conftest import ROOT
+from torch.distributed.run import get_args_parser
+
+from train import make_parser
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAUNCHERS = sorted(ROOT.glob("*.sh"))
+# Paths that a run makes, or a person brings.
+MADE = ("exp/", "data/AVQA/", "data/MMAU/", "data/demo/", ".venv", "/models/")
+
+
+def known_flags() -> set[str]:
+    """Every option of the programs that launchers start, as it stands in their argparse declarations."""
+    flags = {option for parser in (make_parser(), get_args_parser()) for option in parser._option_string_actions}
+    for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("data/*.py")]:
+        flags |= set(re.findall(r"[\"'](--[a-z][a-z_-]*)[\"']", path.read_text(encoding="utf-8")))
+    return flags
+
+
+def test_paths_exist():
+    named = set(re.findall(r"(?<![\w/.])((?:src|data|conf|docs|tests|benchmarks)/[\w./-]*\w|\w+\.(?:sh|md|txt))", README))
+    assert len(named) > 15
+    missing = {path for path in named if not (ROOT / path).exists() and not path.startswith(MADE)}
+    # A file named without its folder is meant where the sentence says; it must at least exist somewhere.
+    missing = {path for path in missing if "/" in path or not list(ROOT.rglob(path))}
+    assert not missing
+
+
+@pytest.mark.parametrize("text", [README, *(path.read_text() for path in LAUNCHERS)], ids=["README.md", *(p.name for p in LAUNCHERS)])
+def test_flags_parse(text):
+    pip_and_python = {"--quiet", "--version", "--flag"}  # of the tools that the set-up calls; `--flag value` in a usage line
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*\w", text)) - pip_and_python
+    assert used <= known_flags(), used - known_flags()
+
+
+def test_commands_of_the_readme_are_launchers_or_scripts_that_exist():
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    assert commands
+    for command in commands:
+        words = [word for word in command.split() if "=" not in word or word.startswith("-")]
+        assert words[0] in ("sh", "python") and (ROOT / words[1]).is_file(), command

@@ -1,0 +1,60 @@
+"""The set-up that launchers share, and what is said before a run: no network, nothing installed."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+from launch import run
+
+from utils.check_requirements import find_problems, read_pins
+from utils.preflight import find_model_problem, parse_flags
+
+
+def test_pins_are_exact_and_installed_here():
+    pins = read_pins(ROOT / "requirements-dev.txt")
+    assert {"torch", "transformers", "trl", "pytest"} <= set(pins)
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert line.startswith("#") or "==" in line
+    lacking, _ = find_problems(pins)
+    assert lacking == []
+
+
+def test_what_an_environment_lacks_is_named(tmp_path):
+    file = tmp_path / "requirements.txt"
+    file.write_text('no-such-package==1.0\ntrl==0.0.1\nnumpy==0.1\nalso-not-here==2.0; sys_platform == "plan9"\n')
+    lacking, differing = find_problems(read_pins(file))
+    assert len(lacking) == 2 and lacking[0] == "no-such-package==1.0 (not installed)" and "trl==0.0.1" in lacking[1]
+    assert len(differing) == 1 and differing[0].startswith("numpy==0.1 (found:")
+    done = run(sys.executable, "src/utils/check_requirements.py", file, check=False)
+    assert done.returncode == 1 and f"run:  python -m pip install -r {file}" in done.stdout
+
+
+def test_an_active_environment_without_the_packages_is_left_alone(tmp_path):
+    empty = tmp_path / "env"
+    run(sys.executable, "-m", "venv", "--without-pip", empty)
+    before = sorted(path for path in empty.rglob("*") if "__pycache__" not in path.parts)
+    done = run(
+        "sh", "run_grpo.sh", check=False, VIRTUAL_ENV=empty, PATH=f"{empty}/bin:/usr/bin:/bin", PYTHONDONTWRITEBYTECODE=1
+    )
+    assert done.returncode == 1
+    assert "python -m pip install -r requirements.txt" in done.stdout and "torch==" in done.stdout
+    assert before == sorted(path for path in empty.rglob("*") if "__pycache__" not in path.parts)
+
+
+@pytest.mark.parametrize("model", ["./gone", "/gone/model", "~/gone", "gone", "a/b/c"])
+def test_a_model_folder_that_is_not_there(model):
+    assert "there is no folder" in find_model_problem(model)
+
+
+def test_a_model_on_the_hub_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "not in the cache" in find_model_problem("nobody/nothing")
+    assert "no config.json" in find_model_problem(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert find_model_problem(str(tmp_path)) is None
+
+
+def test_the_last_flag_counts():
+    flags = parse_flags(["--data_file", "a", "--data_file", "b", "--config_path", "c.json", "--beta", "0", "--use_cpu"])
+    assert (flags.data_file, flags.deepspeed, flags.use_cpu) == ("b", "c.json", True)
+    assert not parse_flags(["--use_cpu", "false"]).use_cpu and parse_flags(["--use-cpu", "True"]).use_cpu

@@ -1,0 +1,209 @@
+"""train.py and its launcher: the recipe, the derived accumulation, real runs on real clips under every engine."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT
+from launch import free_port, run
+from safetensors import safe_open
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from dataset.prompt import load_style
+from train import check_resumable, derive_accumulation, make_parser
+
+LAUNCHERS = sorted(path for path in ROOT.glob("*.sh"))
+
+
+def parse(*arguments: str):
+    return make_parser().parse_args_and_config(["--use_cpu", "true", *arguments])
+
+
+def test_defaults_are_the_papers_recipe(tmp_path):
+    data, args, model = parse("--output_dir", str(tmp_path))
+    expected = dict(
+        questions_per_step=16, num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=16,
+        steps_per_generation=16, learning_rate=1e-6, lr_scheduler_type="linear", warmup_steps=0, max_grad_norm=1.0,
+        weight_decay=0.0, max_steps=1000, save_steps=100, save_only_model=True, beta=0.04, loss_type="grpo",
+        scale_rewards="group", use_bias_correction_kl=False, num_iterations=1, temperature=1.0, top_k=50, top_p=1.0,
+        repetition_penalty=1.0, max_completion_length=256, seed=42, activation_checkpointing=False,
+        gradient_checkpointing=False, logging_steps=1,
+    )  # fmt: skip
+    assert {key: getattr(args, key) for key in expected} == expected
+    assert (data.prompt_style, data.reward_funcs, data.max_prompt_length) == ("answer", ["accuracy", "format"], 1024)
+    assert model.model_name_or_path == "Qwen/Qwen2-Audio-7B-Instruct"
+
+
+def test_flags(tmp_path):
+    data, args, _ = parse(
+        "--out_dir", str(tmp_path), "--beta", "0.001", "--num_generations", "4", "--loss_type", "dr_grpo",
+        "--prompt_style", "think", "--log_completions", "true",
+    )  # fmt: skip
+    assert (args.output_dir, args.beta, args.loss_type) == (str(tmp_path), 0.001, "dr_grpo")
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 16)
+    assert data.prompt_style == "think" and args.log_completions
+    assert parse("--use_wandb", "true")[1].report_to == ["wandb"]
+    assert parse("--gradient_accumulation_steps", "3")[1].gradient_accumulation_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("questions", "generations", "batch_size", "processes", "expected"),
+    [(16, 8, 8, 8, 2), (16, 8, 8, 1, 16), (16, 8, 16, 4, 2), (16, 4, 8, 2, 4), (6, 8, 8, 3, 2)],
+)
+def test_accumulation_is_derived(questions, generations, batch_size, processes, expected):
+    assert derive_accumulation(questions, generations, batch_size, processes) == expected
+
+
+def test_an_impossible_combination_is_refused_with_numbers_that_work():
+    with pytest.raises(ValueError) as error:
+        derive_accumulation(questions=16, generations=8, batch_size=8, processes=3)
+    assert "--questions_per_step 15 or 18, or 1, 2, 4, 8, 16 processes" in str(error.value)
+    for questions in (15, 18):
+        assert derive_accumulation(questions, 8, 8, 3)
+    with pytest.raises(ValueError, match="--questions_per_step 32.*smaller --per_device_train_batch_size"):
+        derive_accumulation(questions=16, generations=8, batch_size=64, processes=4)
+    with pytest.raises(ValueError, match="per_device_train_batch_size 12 .* use 8 or another multiple"):
+        derive_accumulation(questions=16, generations=8, batch_size=12, processes=1)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
+def test_sixteen_questions_per_step_on_any_number_of_processes(processes):
+    assert derive_accumulation(16, 8, 8, processes) * processes == 16
+
+
+def test_only_a_checkpoint_with_optimizer_state_is_resumed(tmp_path):
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        check_resumable(tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="--save_only_model false"):
+        check_resumable(tmp_path)
+    (tmp_path / "global_step2").mkdir()
+    check_resumable(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def real_questions(shared, tmp_path_factory):
+    """Two real clips with real-looking questions, in the paper's format."""
+    rows = [
+        {
+            "id": i,
+            "video_name": clip,
+            "question_text": "What happened in the video?",
+            "multi_choice": ["motorboat", "Yacht consignment", "Sailboat set sail", "Consignment car"],
+            "answer": i,
+            "dataset_name": "AVQA",
+            "audio_path": str(shared / "data" / "avqa" / f"{clip}.wav"),
+        }
+        for i, clip in enumerate(["0-00uubiDNU_000210", "008McBfX2O0_000000"])
+    ]
+    path = tmp_path_factory.mktemp("real") / "train_qa.data"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("processes", "engine"), [(1, None), (2, None), (2, "ds_zero2"), (2, "ds_zero3")], ids=str
+)
+def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path, processes, engine):
+    if engine and not shutil.which("g++"):
+        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    done = run(
+        "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "2", "--save_steps", "2", "--questions_per_step", "2",
+        "--num_generations", "4", "--max_completion_length", "6", "--learning_rate", "1e-2",
+        MODEL_NP=tiny_model, DATA_FILE=real_questions, OUT_DIR=tmp_path, GPU_NUM=processes, MASTER_PORT=free_port(),
+        CONFIG=f"conf/{engine}.json" if engine else "",
+    )  # fmt: skip
+    assert len(re.findall(r"'loss': .*'completions/mean_length': .*'step_time'", done.stdout)) == 2, done.stdout
+    with safe_open(tiny_model / "model.safetensors", "pt") as base:
+        base_names = set(base.keys())
+    for folder in (tmp_path / "checkpoint-2", tmp_path):
+        with safe_open(folder / "model.safetensors", "pt") as saved:
+            assert set(saved.keys()) == base_names
+        assert load_style(folder) == "answer"
+    model, loading = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-2", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "checkpoint-2")
+    assert processor.feature_extractor.n_samples == 480_000
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert not list((tmp_path / "checkpoint-2").glob("*optim*"))
+
+
+def steps_on_fixed_completions(model, data, folder, processes: int, config: str) -> list[dict]:
+    """What two steps log."""
+    run(
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
+        str(free_port()), "tests/train_on_fixed_completions.py", model, data, folder / "out", config, folder / "log.json",
+    )  # fmt: skip
+    return json.loads((folder / "log.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain_steps(small_model, questions, tmp_path_factory):
+    return steps_on_fixed_completions(small_model, questions, tmp_path_factory.mktemp("plain"), 1, "")
+
+
+@pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
+def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, small_model, questions, tmp_path, engine):
+    if engine and not shutil.which("g++"):
+        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    found = steps_on_fixed_completions(small_model, questions, tmp_path, 2, f"conf/{engine}.json" if engine else "")
+    assert len(plain_steps) == len(found) == 2
+    for expected, step in zip(plain_steps, found, strict=True):
+        assert expected["grad_norm"] > 1e-2
+        assert step["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert step["kl"] == pytest.approx(expected["kl"], abs=1e-5)
+
+
+def test_editing_the_commented_line_switches_everything_to_think(small_model, questions, tmp_path):
+    for name in ("run_grpo.sh", "setup_env.sh", "conf", "src", "requirements.txt"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    script = tmp_path / "run_grpo.sh"
+    edited = script.read_text().replace("# PROMPT_STYLE=think", "PROMPT_STYLE=think")
+    assert edited != script.read_text()
+    script.write_text(edited)
+    run(
+        "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "1", "--questions_per_step", "2", "--num_generations", "2",
+        "--max_completion_length", "4", "--log_completions", "true",
+        cwd=tmp_path, MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path / "out", CONFIG="", GPU_NUM=1,
+        MASTER_PORT=free_port(),
+    )  # fmt: skip
+    assert load_style(tmp_path / "out" / "checkpoint-1") == "think"  # what evaluation and the reward's column go by
+    import pandas
+
+    (table,) = (tmp_path / "out" / "completions").glob("*.parquet")
+    prompts = pandas.read_parquet(table)["prompt"]
+    assert len(prompts) == 4
+    assert all(text.endswith("in <think> </think> and final answer in <answer> </answer>.") for text in prompts)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
+def test_launchers_are_posix(launcher):
+    shell = shutil.which("dash") or shutil.which("sh")
+    run(shell, "-n", launcher)
+    assert launcher.read_text().startswith(("#!/bin/sh\n", "# Sourced by the launchers"))
+
+
+def test_what_is_missing_is_said_at_once(tmp_path):
+    done = run(
+        "sh", "run_grpo.sh", check=False, MODEL_NP=tmp_path / "nowhere", DATA_FILE=tmp_path / "none.data", CONFIG="conf/x.json",
+        CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert done.returncode == 1
+    for part in ("model: there is no folder", "data: there is no file", "engine:", "GPU:", "--use_cpu true", "demo"):
+        assert part in done.stdout, done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_bad_row_stops_the_run_without_a_traceback(small_model, tmp_path):
+    (tmp_path / "train.data").write_text('{"question_text": "What?"}\n')
+    done = run(
+        sys.executable, "src/train.py", "--use_cpu", "true", "--data_file", tmp_path / "train.data",
+        "--model_name_or_path", small_model, "--output_dir", tmp_path / "out", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert "train.data, line 1: `multi_choice` is missing" in done.stdout
