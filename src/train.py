@@ -209,6 +209,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    trainer.end()  # processes that exit with a process group open may abort
 
 
 if __name__ == "__main__":

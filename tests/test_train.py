@@ -15,6 +15,7 @@ from dataset.prompt import load_style
 from train import check_resumable, derive_accumulation, make_parser
 
 LAUNCHERS = sorted(path for path in ROOT.glob("*.sh"))
+DEEPSPEED = ("ds_zero2", "ds_zero3")  # slow: DeepSpeed compiles its CPU operators at first use
 
 
 def parse(*arguments: str):
@@ -104,7 +105,8 @@ def real_questions(shared, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("processes", "engine"), [(1, None), (2, None), (2, "ds_zero2"), (2, "ds_zero3")], ids=str
+    ("processes", "engine"),
+    [(1, ""), (2, ""), *(pytest.param(2, name, marks=pytest.mark.slow) for name in DEEPSPEED)],
 )
 def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path, processes, engine):
     if engine and not shutil.which("g++"):
@@ -145,7 +147,7 @@ def plain_steps(small_model, questions, tmp_path_factory):
     return steps_on_fixed_completions(small_model, questions, tmp_path_factory.mktemp("plain"), 1, "")
 
 
-@pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
+@pytest.mark.parametrize("engine", ["", *(pytest.param(name, marks=pytest.mark.slow) for name in DEEPSPEED)])
 def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, small_model, questions, tmp_path, engine):
     if engine and not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles its CPU operators and needs g++")

@@ -43,6 +43,7 @@ def main(model: str, data: str, output: str, config: str, log: str) -> None:
     if trainer.accelerator.is_main_process:
         steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         Path(log).write_text(json.dumps(steps))
+    trainer.end()
 
 
 if __name__ == "__main__":
