@@ -165,6 +165,24 @@ def test_training_changes_the_encoder_but_not_its_positions(small_model, questio
     assert logged["grad_norm"] > 0
 
 
+def test_a_clip_that_fails_in_training_is_named_and_its_question_replaced(small_model, tmp_path, caplog):
+    for i in range(4):
+        write_tone(tmp_path / f"{i}.wav", 1.0 + 0.1 * i)
+    rows = [QUESTION | {"answer": 0, "audio_path": f"{i}.wav"} for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = make_trainer(
+        small_model, tmp_path / "train.jsonl", tmp_path / "out", gradient_accumulation_steps=2, max_steps=1
+    )
+    (tmp_path / "2.wav").write_text("the disk has failed since the run began")
+    trainer.train()
+    assert "2.wav: not an audio file" in caplog.text
+    assert trainer.state.log_history[0]["clips/replaced"] >= 1
+    for i in range(4):
+        (tmp_path / f"{i}.wav").unlink()
+    with pytest.raises(FileNotFoundError, match="no such audio file"):
+        trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
+
+
 def test_groups_stay_whole_through_trls_shuffle(small_model, questions, tmp_path):
     trainer = make_trainer(
         small_model, questions, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=1

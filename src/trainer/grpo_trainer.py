@@ -19,9 +19,11 @@ cut questions instead of completions, so that groups stay whole.
 Shapes: N questions, G generations, B = N * G completions, P prompt, C completion, M mel bins, F mel frames, T packed.
 """
 
+import logging
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -31,13 +33,16 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from dataset.audio import load_audio
-from dataset.encode import check_prompts, encode
+from dataset.encode import check_clip_length, check_prompts, encode
 from dataset.prompt import save_style
 
 from .shared_prompt import pack, unpack
 
+logger = logging.getLogger(__name__)
+
 MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
+MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to blame and the run stops
 # Attention implementations that take an arbitrary mask, which the packed rows need.
 ATTENTION = ("sdpa", "eager")
 
@@ -131,17 +136,46 @@ class AudioGRPOTrainer(GRPOTrainer):
         generations = self.num_generations if self.model.training else self.num_generations_eval
         questions = inputs[::generations]
         assert all(row == questions[i // generations] for i, row in enumerate(inputs)), "a group is not whole"
-        clips = [load_audio(row["audio_path"], self.audio_channels) for row in questions]
+        questions, clips = self._load_clips(questions)
         encoded = encode(self.processing_class, [row["prompt"] for row in questions], clips)
         self._questions = encoded.to(self.accelerator.device)
         self._clips = {key: self._questions[key] for key in AUDIO_INPUTS}
 
-        output = super()._generate_and_score_completions(inputs)
+        output = super()._generate_and_score_completions([row for row in questions for _ in range(generations)])
         grouped = {
             key: value.unflatten(0, (len(questions), generations)) if value.ndim else value
             for key, value in output.items()
         }
         return grouped | self._clips
+
+    def _load_clips(self, questions: list[dict]) -> tuple[list[dict], list[np.ndarray]]:
+        """The questions with their decoded clips; in training, one whose clip has become unusable is replaced.
+
+        Clips are checked before training, but a disk can fail in hour five. The metric `clips/replaced` counts, over all
+        processes, how many questions of a generation batch were replaced by ones drawn at random.
+
+        Raises:
+            ValueError, OSError: in evaluation; and in training after MAX_REPLACEMENTS unusable clips in a row.
+        """
+        usable, clips, replaced = [], [], 0
+        for row in questions:
+            for attempt in range(MAX_REPLACEMENTS + 1):
+                try:
+                    clip = load_audio(row["audio_path"], self.audio_channels)
+                    check_clip_length(len(clip), self.processing_class)
+                    break
+                except (ValueError, OSError) as error:
+                    if not self.model.training or attempt == MAX_REPLACEMENTS:
+                        raise
+                    logger.warning(f"{error} (this question is replaced by another)")
+                    row = self.train_dataset[int(torch.randint(len(self.train_dataset), ()))]
+                    replaced += 1
+            usable.append(row)
+            clips.append(clip)
+        if self.model.training:
+            total = self.accelerator.gather(torch.tensor([replaced], device=self.accelerator.device)).sum()
+            self._metrics["train"]["clips/replaced"].append(float(total))
+        return usable, clips
 
     def _tokenize_prompts(self, prompts: list):
         """Token ids of the B prompts, as TRL wants them: lists without padding."""
