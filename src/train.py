@@ -4,8 +4,10 @@ The defaults are the recipe of R1-AQA (arXiv 2503.11197) as its code ran. Machin
 engine's settings are those of `conf/`.
 """
 
+import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantiz
 from dataset.audio import CHANNELS
 from dataset.dataset import load_train_dataset
 from dataset.prompt import DEFAULT_STYLE, STYLES
-from trainer.grpo_trainer import MAX_PROMPT_LENGTH, AudioGRPOTrainer, check_whole_groups
+from trainer.grpo_trainer import MAX_PROMPT_LENGTH, PARTS, AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
 REWARD_FUNCS = {"accuracy": accuracy_reward, "format": format_reward}
@@ -37,7 +39,7 @@ class DataArguments:
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: list(REWARD_FUNCS),
-        metadata={"help": "Rewards, summed. Paper: accuracy format.", "choices": list(REWARD_FUNCS)},
+        metadata={"help": "Rewards, summed: accuracy, format, or a function of yours as file.py:name."},
     )
     max_prompt_length: int = field(
         default=MAX_PROMPT_LENGTH,
@@ -45,6 +47,16 @@ class DataArguments:
     )
     audio_channels: str = field(
         default="first", metadata={"help": "Channel(s) of a clip to hear. Paper: first.", "choices": list(CHANNELS)}
+    )
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "Parts not to train. Paper: none.", "choices": list(PARTS)}
+    )
+    resample_uniform_groups: bool = field(
+        default=False,
+        metadata={"help": "Replace questions whose completions all got the same reward by fresh ones. Paper: no."},
+    )
+    max_resample_rounds: int = field(
+        default=4, metadata={"help": "Rounds of rollouts for that, per generation batch, beyond the first."}
     )
 
 
@@ -165,14 +177,40 @@ def build_trainer(
     } | (args.model_init_kwargs or {})
     return AudioGRPOTrainer(
         model=model.model_name_or_path,
-        reward_funcs=[REWARD_FUNCS[name] for name in data.reward_funcs],
+        reward_funcs=[load_reward(name) for name in data.reward_funcs],
         args=args,
         train_dataset=dataset,
         max_prompt_length=data.max_prompt_length,
         audio_channels=data.audio_channels,
+        freeze=data.freeze,
+        max_resample_rounds=data.max_resample_rounds if data.resample_uniform_groups else 0,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+
+
+def load_reward(name: str) -> Callable[..., list[float]]:
+    """A reward by its name: `accuracy`, `format`, or `path/to/file.py:function` for one's own.
+
+    The function gets `completions`, `prompts`, `completion_ids` and every column of the data set (`solution`, `style`,
+    `audio_path`, ...) as keyword arguments, and returns one float for each completion (None: not applicable).
+
+    Raises:
+        ValueError: no such reward, file or function. What the file itself raises comes through as it is.
+    """
+    if name in REWARD_FUNCS:
+        return REWARD_FUNCS[name]
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"unknown reward {name!r}: it is one of {', '.join(REWARD_FUNCS)}, or file.py:function")
+    if not Path(path).is_file():
+        raise ValueError(f"reward {name}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"reward {name}: {path} has no function {function!r}")
+    return getattr(module, function)
 
 
 def check_resumable(folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
-from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.grpo_trainer import PARTS, AudioGRPOTrainer, freeze_parts
 from utils.rewards import accuracy_reward, format_reward
 
 
@@ -330,3 +330,31 @@ def test_prompts_that_cannot_be_used_are_refused_by_name_and_row(small_model, tm
         strict=True,
     ):
         assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen"),
+    [
+        (["audio_encoder"], {"audio_tower"}),
+        (["projector", "language_model"], {"multi_modal_projector", "language_model", "lm_head"}),
+    ],
+)
+def test_frozen_parts_stay_bit_identical_and_the_rest_changes(small_model, questions, tmp_path, freeze, frozen):
+    args = GRPOConfig(
+        str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8, learning_rate=1e-3,
+        bf16=False, use_cpu=True, report_to="none", max_steps=2, weight_decay=0.1,
+    )  # fmt: skip
+    trainer = AudioGRPOTrainer(
+        str(small_model), [length_reward], args, load_train_dataset(questions), freeze=freeze
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        still = bool(frozen & set(name.split("."))) or "embed_positions" in name
+        assert torch.equal(parameter, before[name]) == still, name
+
+
+@pytest.mark.parametrize(("freeze", "message"), [(["ears"], "cannot freeze ears"), (list(PARTS), "nothing to train")])
+def test_freezing_what_is_not_there_or_everything_is_refused(small_model, freeze, message):
+    with pytest.raises(ValueError, match=message):
+        freeze_parts(Qwen2AudioForConditionalGeneration.from_pretrained(small_model), freeze)

@@ -20,7 +20,9 @@ Shapes: N questions, G generations, B = N * G completions, P prompt, C completio
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +38,19 @@ from dataset.audio import load_audio
 from dataset.encode import check_clip_length, check_prompts, encode
 from dataset.prompt import save_style
 
+from .resample import find_uniform_groups, replace_groups
 from .shared_prompt import pack, unpack
 
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
+# part -> the modules it is made of, by their names in transformers
+PARTS = {
+    "audio_encoder": ("audio_tower",),
+    "projector": ("multi_modal_projector",),
+    "language_model": ("language_model", "lm_head"),
+}
 MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to blame and the run stops
 # Attention implementations that take an arbitrary mask, which the packed rows need.
 ATTENTION = ("sdpa", "eager")
@@ -60,6 +69,8 @@ class AudioGRPOTrainer(GRPOTrainer):
         processing_class: a `Qwen2AudioProcessor`; by default the model's own.
         max_prompt_length: in tokens, the audio's included. Longer prompts are refused, never cut.
         audio_channels: `first` or `mean`, see `load_audio`.
+        freeze: parts of the model that are not trained, of `PARTS`.
+        max_resample_rounds: rounds in which questions whose G rewards are all equal are replaced by fresh ones; 0: none.
         **kwargs: passed on to `trl.GRPOTrainer` (`callbacks`, `optimizers`, `peft_config`, ...).
 
     Raises:
@@ -76,6 +87,8 @@ class AudioGRPOTrainer(GRPOTrainer):
         processing_class: Qwen2AudioProcessor | None = None,
         max_prompt_length: int = MAX_PROMPT_LENGTH,
         audio_channels: str = "first",
+        freeze: Sequence[str] = (),
+        max_resample_rounds: int = 0,
         **kwargs,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -104,6 +117,7 @@ class AudioGRPOTrainer(GRPOTrainer):
         )
         self.processing_class = processor  # what checkpoints are saved with
         self.audio_channels = audio_channels
+        self.max_resample_rounds = max_resample_rounds
         self.prompt_style = _one_style(train_dataset)
         self._questions: BatchFeature | None = None  # of the generation batch: encoded prompts, (N, ...)
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
@@ -114,9 +128,7 @@ class AudioGRPOTrainer(GRPOTrainer):
                 f"attn_implementation {base.config._attn_implementation!r} cannot take the mask of a shared prompt; "
                 f"use one of {', '.join(ATTENTION)}"
             )
-        for parameter_name, parameter in self.model.named_parameters():
-            if parameter_name.endswith("embed_positions.weight"):  # sinusoids, which transformers 5 loads as trainable
-                parameter.requires_grad_(False)
+        freeze_parts(self.model, freeze)
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
         suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), base.config.audio_token_id}
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
@@ -136,6 +148,13 @@ class AudioGRPOTrainer(GRPOTrainer):
         generations = self.num_generations if self.model.training else self.num_generations_eval
         questions = inputs[::generations]
         assert all(row == questions[i // generations] for i, row in enumerate(inputs)), "a group is not whole"
+        batch = self._roll_out(questions, generations)
+        if self.max_resample_rounds and self.model.training:
+            batch = self._resample_uniform_groups(batch, questions)
+        return batch
+
+    def _roll_out(self, questions: list[dict], generations: int) -> dict[str, torch.Tensor]:
+        """One round of `_generate_and_score_completions`: N questions, each with G fresh completions, scored."""
         questions, clips = self._load_clips(questions)
         encoded = encode(self.processing_class, [row["prompt"] for row in questions], clips)
         self._questions = encoded.to(self.accelerator.device)
@@ -147,6 +166,40 @@ class AudioGRPOTrainer(GRPOTrainer):
             for key, value in output.items()
         }
         return grouped | self._clips
+
+    def _resample_uniform_groups(self, batch: dict[str, torch.Tensor], questions: list[dict]) -> dict[str, torch.Tensor]:
+        """Replace groups whose rewards are all equal by groups of fresh questions, in `max_resample_rounds` at most.
+
+        All processes take the same number of rounds with the same number of questions, so that they stay in step: as many
+        as the process that lacks most. The order of fresh questions follows from the seed and the step alone.
+        """
+        generator = torch.Generator().manual_seed(self.args.seed + 1_000_003 * (self.state.global_step + 1))
+        order = torch.randperm(len(self.train_dataset), generator=generator).tolist()
+        order = order[self.accelerator.process_index :: self.accelerator.num_processes]
+        fresh = (row for row in map(self.train_dataset.__getitem__, order) if row not in questions)
+        uniform = find_uniform_groups(batch["advantages"])
+        share, rounds = self._share_over_processes(uniform), 0
+        while rounds < self.max_resample_rounds:
+            lacking = int(self.accelerator.gather(uniform.sum()[None]).max())
+            rows = list(islice(fresh, lacking))
+            drawn = int(self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device)).min())
+            if drawn == 0:  # nothing lacks, or a process has tried all its questions
+                break
+            tried = self._roll_out(rows[:drawn], self.num_generations)
+            picks = (~find_uniform_groups(tried["advantages"])).nonzero().flatten()[: int(uniform.sum())]
+            slots = uniform.nonzero().flatten()[: len(picks)]
+            batch = replace_groups(batch, slots, tried, picks, self._tokenizer.pad_token_id)
+            uniform = find_uniform_groups(batch["advantages"])
+            rounds += 1
+        batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
+        metrics = self._metrics["train"]
+        metrics["groups/uniform_share"].append(share)
+        metrics["groups/uniform_share_left"].append(self._share_over_processes(uniform))
+        metrics["groups/resample_rounds"].append(rounds)
+        return batch
+
+    def _share_over_processes(self, flags: torch.Tensor) -> float:
+        return float(self.accelerator.gather(flags).float().mean())
 
     def _load_clips(self, questions: list[dict]) -> tuple[list[dict], list[np.ndarray]]:
         """The questions with their decoded clips; in training, one whose clip has become unusable is replaced.
@@ -300,6 +353,27 @@ class AudioGRPOTrainer(GRPOTrainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def freeze_parts(model: torch.nn.Module, parts: Sequence[str]) -> None:
+    """Exclude parts of a Qwen2-Audio, adapters on them included, from training; its sinusoids are in any case.
+
+    Args:
+        model: a `Qwen2AudioForConditionalGeneration`, or one with adapters.
+        parts: keys of `PARTS`.
+
+    Raises:
+        ValueError: an unknown part, or nothing is left to train.
+    """
+    if unknown := set(parts) - set(PARTS):
+        raise ValueError(f"cannot freeze {', '.join(sorted(unknown))}: the model's parts are {', '.join(PARTS)}")
+    # transformers 5 loads the sinusoids as trainable; the original never trained them.
+    frozen = {"embed_positions", *(module for part in parts for module in PARTS[part])}
+    for name, parameter in model.named_parameters():
+        if frozen & set(name.split(".")):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--freeze {' '.join(parts)} leaves nothing to train")
 
 
 def as_model_mask(may_attend: torch.Tensor, attn_implementation: str) -> torch.Tensor:

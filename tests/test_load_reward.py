@@ -1,0 +1,50 @@
+"""Rewards by name, and a function of one's own from a file."""
+
+import sys
+
+import pytest
+from launch import run
+
+from train import load_reward
+from utils.rewards import accuracy_reward
+
+BREVITY = '''
+def brevity(completions, **kwargs):
+    """1 for a single character, less for more."""
+    return [1 / max(len(text), 1) for text in completions]
+'''
+
+
+def test_built_in_and_own_rewards(tmp_path):
+    assert load_reward("accuracy") is accuracy_reward
+    (tmp_path / "my_rewards.py").write_text(BREVITY)
+    brevity = load_reward(f"{tmp_path / 'my_rewards.py'}:brevity")
+    assert brevity(completions=["a", "four"], solution=["", ""]) == [1.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("speed", "it is one of accuracy, format, or file.py:function"),
+        ("gone.py:f", "there is no file gone.py"),
+        ("{file}:nothing", "has no function 'nothing'"),
+        ("{file}", "unknown reward"),
+    ],
+)
+def test_a_reward_that_is_not_there(tmp_path, name, message):
+    (tmp_path / "my_rewards.py").write_text(BREVITY)
+    with pytest.raises(ValueError, match=message):
+        load_reward(name.format(file=tmp_path / "my_rewards.py"))
+
+
+def test_an_own_reward_trains_and_its_errors_stop_the_run(small_model, questions, tmp_path):
+    (tmp_path / "my_rewards.py").write_text(BREVITY + "\ndef broken(completions, **kwargs):\n    return 1 / 0\n")
+    flags = [
+        "--use_cpu", "true", "--model_name_or_path", small_model, "--data_file", questions, "--max_steps", "1",
+        "--questions_per_step", "2", "--num_generations", "2", "--max_completion_length", "4", "--output_dir", tmp_path / "out",
+        "--reward_funcs", "accuracy",
+    ]  # fmt: skip
+    done = run(sys.executable, "src/train.py", *flags, f"{tmp_path}/my_rewards.py:brevity")
+    assert "rewards/brevity/mean" in done.stdout
+    done = run(sys.executable, "src/train.py", *flags, f"{tmp_path}/my_rewards.py:broken", check=False)
+    assert done.returncode != 0 and "Traceback" in done.stdout and "ZeroDivisionError" in done.stdout

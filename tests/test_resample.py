@@ -1,0 +1,71 @@
+"""Questions without an advantage are replaced by fresh ones, while there are any, on all processes in step."""
+
+import pytest
+import torch
+from test_grpo_trainer import first_rows, make_trainer
+
+from trainer.resample import find_uniform_groups, replace_groups
+
+
+def test_uniform_groups():
+    rewards = torch.tensor([[1.0, 1.0, 1.0], [0.1, 0.1, 0.1], [1.0, 1.0, 1.1], [0.0, 2.0, 1.0]])
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    assert find_uniform_groups(advantages).tolist() == [True, True, False, False]
+
+
+def test_replaced_groups_keep_their_padding_sides():
+    def batch(value, prompt, completion):
+        return {
+            "prompt_ids": torch.full((2, 3, prompt), value),
+            "prompt_mask": torch.ones(2, 3, prompt, dtype=torch.long),
+            "completion_ids": torch.full((2, 3, completion), value),
+            "completion_mask": torch.ones(2, 3, completion, dtype=torch.long),
+            "advantages": torch.full((2, 3), float(value)),
+            "num_items_in_batch": torch.tensor(value),
+        }
+
+    merged = replace_groups(batch(1, 4, 2), torch.tensor([1]), batch(2, 2, 5), torch.tensor([0]), pad_id=9)
+    assert merged["prompt_ids"][:, 0].tolist() == [[1, 1, 1, 1], [9, 9, 2, 2]]
+    assert merged["prompt_mask"][:, 0].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert merged["completion_ids"][:, 0].tolist() == [[1, 1, 9, 9, 9], [2, 2, 2, 2, 2]]
+    assert merged["completion_mask"][:, 0].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert merged["advantages"][:, 0].tolist() == [1.0, 2.0]
+
+
+def only_some(useful: set[str]):
+    """A reward that differs within the groups of some clips only."""
+
+    def reward(completions, audio_path, **kwargs) -> list[float]:
+        return [float(i % 2) if path[-5] in useful else 1.0 for i, path in enumerate(audio_path)]
+
+    return reward
+
+
+@pytest.mark.parametrize(("useful", "rounds", "left"), [("0123", 8, 0), ("3", 8, 0.5), ("", 2, 1), ("01234567", 8, 0)])
+def test_no_uniform_group_is_left_while_fresh_questions_remain(small_model, questions, tmp_path, useful, rounds, left):
+    trainer = make_trainer(small_model, questions, tmp_path)
+    trainer.reward_funcs = [only_some(set(useful))] * 3
+    trainer.max_resample_rounds = rounds
+    trainer.model.train()
+    asked = first_rows(trainer, 6, 4)[16:]  # clips 4 and 5
+    batch = trainer._generate_and_score_completions(asked)
+    assert find_uniform_groups(batch["advantages"]).float().mean() == left
+    metrics = trainer._metrics["train"]
+    assert metrics["groups/uniform_share"] == [0.0 if useful == "01234567" else 1.0]
+    assert metrics["groups/uniform_share_left"] == [left]
+    assert (metrics["groups/resample_rounds"][0] > 0) == (useful != "01234567")
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
+    assert len(batch["input_features"].flatten(1).unique(dim=0)) == 2, "the same question was drawn twice"
+    # Each group still belongs to its clip: the audio tokens of its prompt are as many as its clip makes.
+    for prompt, frames in zip(batch["prompt_ids"][:, 0], batch["feature_attention_mask"].sum(1), strict=True):
+        assert (prompt == trainer.model.config.audio_token_id).sum() == ((frames - 1) // 2 + 1 - 2) // 2 + 1
+    trainer.current_gradient_accumulation_steps = 1
+    assert torch.isfinite(trainer._compute_loss(trainer.model, batch))
+
+
+def test_training_with_resampling_logs_the_shares(small_model, questions, tmp_path):
+    trainer = make_trainer(small_model, questions, tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    trainer.max_resample_rounds = 2
+    trainer.train()
+    for key in ("groups/uniform_share", "groups/uniform_share_left", "groups/resample_rounds"):
+        assert key in trainer.state.log_history[0]
