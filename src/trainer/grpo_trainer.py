@@ -10,8 +10,8 @@ ones, which the pinned version (trl 1.16.0) protects:
     _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
-    _save                                the prompt style beside the weights; the base model's tensor names
-    _load_from_checkpoint, _load_best_model    reads those names back
+
+(What is saved and loaded is `checkpointing.py`'s.)
 
 TRL shuffles the generation batch before it cuts it into micro-batches. Tensors of shape (N, G, ...) make it shuffle and
 cut questions instead of completions, so that groups stay whole.
@@ -27,17 +27,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Qwen2AudioProcessor
-from transformers.conversion_mapping import get_model_conversion_mapping
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from dataset.audio import load_audio
 from dataset.encode import check_clip_length, check_prompts, encode
-from dataset.prompt import save_style
 
+from .checkpointing import SelfContainedCheckpoints, base_model
 from .resample import find_uniform_groups, replace_groups
 from .shared_prompt import pack, unpack
 
@@ -56,7 +54,7 @@ MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to bla
 ATTENTION = ("sdpa", "eager")
 
 
-class AudioGRPOTrainer(GRPOTrainer):
+class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
     """GRPO on questions about audio, for Qwen2-Audio and models with its interface.
 
     Args:
@@ -122,7 +120,7 @@ class AudioGRPOTrainer(GRPOTrainer):
         self._questions: BatchFeature | None = None  # of the generation batch: encoded prompts, (N, ...)
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
 
-        base = self._base_model(self.model)
+        base = base_model(self.model)
         if base.config._attn_implementation not in ATTENTION:
             raise ValueError(
                 f"attn_implementation {base.config._attn_implementation!r} cannot take the mask of a shared prompt; "
@@ -132,10 +130,6 @@ class AudioGRPOTrainer(GRPOTrainer):
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
         suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), base.config.audio_token_id}
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
-
-    @staticmethod
-    def _base_model(model):
-        return model.get_base_model() if is_peft_model(model) else model
 
     # Rollouts
 
@@ -257,7 +251,7 @@ class AudioGRPOTrainer(GRPOTrainer):
             self.accelerator.autocast(),  # one dtype for the cache, whether its entries come from here or from generate
         ):
             # The inner model, without the head: the prefill's logits would be (N, P, vocabulary), and unused.
-            prefill = self._base_model(model).model(
+            prefill = base_model(model).model(
                 input_ids=input_ids[:, :-1],
                 attention_mask=attention_mask[:, :-1],
                 position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
@@ -310,7 +304,7 @@ class AudioGRPOTrainer(GRPOTrainer):
                 completion_mask=mask[chunk, :, -logits_to_keep:],
             )
             kept = packed.source.shape[1]
-            base = self._base_model(self.accelerator.unwrap_model(model))
+            base = base_model(self.accelerator.unwrap_model(model))
             with self.accelerator.autocast(), keep_last_positions(base.model, kept):
                 outputs = model(
                     input_ids=packed.input_ids,
@@ -324,35 +318,6 @@ class AudioGRPOTrainer(GRPOTrainer):
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
-
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save weights, processor and prompt style: what AutoProcessor and the model class load by themselves."""
-        # from_pretrained records how it renamed the tensors, and save_pretrained undoes that record; but loading under
-        # ZeRO-3 records the legacy renamings too, used or not. Without them the names are the base checkpoint's.
-        base = self._base_model(self.model)
-        base._weight_conversions = get_model_conversion_mapping(base, add_legacy=False)
-        super()._save(output_dir, state_dict=state_dict)
-        if self.prompt_style is not None and self.args.should_save:
-            save_style(output_dir or self.args.output_dir, self.prompt_style)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Load weights to resume from. The checkpoint's names are the base model's, which `Trainer` would not find in
-        transformers 5's model, warn, and go on from the base weights."""
-        model = self.model if model is None else model
-        if is_peft_model(model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        """For `load_best_model_at_end`, where no engine loads: as `_load_from_checkpoint`."""
-        if self.is_deepspeed_enabled or is_peft_model(self.model):
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def freeze_parts(model: torch.nn.Module, parts: Sequence[str]) -> None:
