@@ -5,51 +5,29 @@ engine's settings are those of `conf/`.
 """
 
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from trl import GRPOConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
 
-from dataset.audio import CHANNELS
+from arguments import AudioModelConfig, DataArguments, check_resumable, derive_accumulation
 from dataset.dataset import load_train_dataset
-from dataset.prompt import DEFAULT_STYLE, STYLES
-from trainer.grpo_trainer import MAX_PROMPT_LENGTH, PARTS, AudioGRPOTrainer, check_whole_groups
+from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
 REWARD_FUNCS = {"accuracy": accuracy_reward, "format": format_reward}
 
 
 @dataclass
-class DataArguments:
-    """What to train on, and what to reward."""
+class RewardArguments:
+    """What to reward."""
 
-    data_file: str = field(
-        default="data/AVQA/train_qa.data", metadata={"help": "JSONL of questions; data/README.md shows the format."}
-    )
-    prompt_style: str = field(
-        default=DEFAULT_STYLE,
-        metadata={
-            "help": "What the prompt asks for and the format reward expects: the paper's Prompt <1>, <2> or <3>.",
-            "choices": list(STYLES),
-        },
-    )
     reward_funcs: list[str] = field(
         default_factory=lambda: list(REWARD_FUNCS),
         metadata={"help": "Rewards, summed: accuracy, format, or a function of yours as file.py:name."},
-    )
-    max_prompt_length: int = field(
-        default=MAX_PROMPT_LENGTH,
-        metadata={"help": "Tokens, audio included (25 a second). Longer prompts are refused. Paper: 512, by cutting."},
-    )
-    audio_channels: str = field(
-        default="first", metadata={"help": "Channel(s) of a clip to hear. Paper: first.", "choices": list(CHANNELS)}
-    )
-    freeze: list[str] = field(
-        default_factory=list, metadata={"help": "Parts not to train. Paper: none.", "choices": list(PARTS)}
     )
     resample_uniform_groups: bool = field(
         default=False,
@@ -57,23 +35,6 @@ class DataArguments:
     )
     max_resample_rounds: int = field(
         default=4, metadata={"help": "Rounds of rollouts for that, per generation batch, beyond the first."}
-    )
-
-
-@dataclass
-class AudioModelConfig(ModelConfig):
-    """TRL's `ModelConfig` with the paper's model."""
-
-    model_name_or_path: str = field(
-        default="Qwen/Qwen2-Audio-7B-Instruct", metadata={"help": "Hub name or folder of a Qwen2-Audio model."}
-    )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Weights are loaded as this type. Default: bfloat16 under DeepSpeed with bf16, whose optimizer "
-            "keeps float32 weights of its own; else float32.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
     )
 
 
@@ -126,64 +87,27 @@ class RecipeConfig(GRPOConfig):
         if self.per_device_train_batch_size is None:
             self.per_device_train_batch_size = self.num_generations
         if self.gradient_accumulation_steps is None:
+            check_whole_groups("per_device_train_batch_size", self.per_device_train_batch_size, self.num_generations)
             self.gradient_accumulation_steps = derive_accumulation(
-                self.questions_per_step,
-                self.num_generations,
-                self.per_device_train_batch_size,
-                int(os.environ.get("WORLD_SIZE", 1)),
+                self.questions_per_step, self.per_device_train_batch_size // self.num_generations
             )
         super().__post_init__()
 
 
-def derive_accumulation(questions: int, generations: int, batch_size: int, processes: int) -> int:
-    """Forward passes per optimizer step so that `questions` questions make one step on any number of processes.
-
-    >>> derive_accumulation(questions=16, generations=8, batch_size=8, processes=8)
-    2
-
-    Args:
-        questions: per optimizer step, over all processes.
-        generations: completions per question.
-        batch_size: completions per process and forward pass.
-        processes: the world size.
-
-    Raises:
-        ValueError: the numbers do not divide; names some that do.
-    """
-    check_whole_groups("per_device_train_batch_size", batch_size, generations)
-    at_once = batch_size // generations * processes
-    if questions % at_once == 0:
-        return questions // at_once
-    per_process = batch_size // generations
-    lower, upper = questions // at_once * at_once, (questions // at_once + 1) * at_once
-    working = [n for n in range(1, questions + 1) if questions % (n * per_process) == 0]
-    raise ValueError(
-        f"{questions} questions per step cannot be split evenly over {processes} processes with {per_process} at once. "
-        f"What works: --questions_per_step {f'{lower} or ' if lower else ''}{upper}"
-        + (f", or {', '.join(map(str, working))} processes" if working else "")
-        + (", or a smaller --per_device_train_batch_size" if per_process > 1 else "")
-    )
-
-
 def build_trainer(
-    dataset: Dataset, data: DataArguments, args: RecipeConfig, model: AudioModelConfig
+    dataset: Dataset, data: DataArguments, rewards: RewardArguments, args: RecipeConfig, model: AudioModelConfig
 ) -> AudioGRPOTrainer:
     """The trainer, its prompts checked and its model loaded."""
-    in_bf16 = args.bf16 and args.deepspeed is not None
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype or ("bfloat16" if in_bf16 else "float32"),
-    } | (args.model_init_kwargs or {})
+    args.model_init_kwargs = model.init_kwargs(args.bf16, args.deepspeed) | (args.model_init_kwargs or {})
     return AudioGRPOTrainer(
         model=model.model_name_or_path,
-        reward_funcs=[load_reward(name) for name in data.reward_funcs],
+        reward_funcs=[load_reward(name) for name in rewards.reward_funcs],
         args=args,
         train_dataset=dataset,
         max_prompt_length=data.max_prompt_length,
         audio_channels=data.audio_channels,
         freeze=data.freeze,
-        max_resample_rounds=data.max_resample_rounds if data.resample_uniform_groups else 0,
+        max_resample_rounds=rewards.max_resample_rounds if rewards.resample_uniform_groups else 0,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
@@ -213,33 +137,21 @@ def load_reward(name: str) -> Callable[..., list[float]]:
     return getattr(module, function)
 
 
-def check_resumable(folder: str | Path) -> None:
-    """Raise a `ValueError` unless `folder` is a checkpoint with optimizer state: without, a run would start over."""
-    folder = Path(folder)
-    if not (folder / "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {folder}: is no checkpoint")
-    if not (folder / "optimizer.pt").is_file() and not any(folder.glob("global_step*")):  # the latter is DeepSpeed's
-        raise ValueError(
-            f"--resume_from_checkpoint {folder}: holds weights only; only runs with --save_only_model false can be "
-            f"continued. --model_name_or_path {folder} starts a new run from its weights"
-        )
-
-
 def make_parser() -> TrlParser:
     """Every flag: ours, `GRPOConfig`'s and `ModelConfig`'s; `--config FILE.yaml` reads them from a file."""
-    return TrlParser((DataArguments, RecipeConfig, AudioModelConfig))
+    return TrlParser((DataArguments, RewardArguments, RecipeConfig, AudioModelConfig))
 
 
 def main() -> None:
     """Parse the command line, train, save."""
     try:
-        data, args, model = make_parser().parse_args_and_config()
+        data, rewards, args, model = make_parser().parse_args_and_config()
         if args.resume_from_checkpoint:
             check_resumable(args.resume_from_checkpoint)
         dataset = load_train_dataset(data.data_file, data.prompt_style)
     except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
         sys.exit(f"train.py: {error}")
-    trainer = build_trainer(dataset, data, args, model)
+    trainer = build_trainer(dataset, data, rewards, args, model)
     trainer.accelerator.print(
         f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is "
         f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} completions on "

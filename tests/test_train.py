@@ -11,8 +11,9 @@ from launch import free_port, run
 from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
+from arguments import check_resumable, derive_accumulation
 from dataset.prompt import load_style
-from train import check_resumable, derive_accumulation, make_parser
+from train import make_parser
 
 LAUNCHERS = sorted(path for path in ROOT.glob("*.sh"))
 DEEPSPEED = ("ds_zero2", "ds_zero3")  # slow: DeepSpeed compiles its CPU operators at first use
@@ -23,7 +24,7 @@ def parse(*arguments: str):
 
 
 def test_defaults_are_the_papers_recipe(tmp_path):
-    data, args, model = parse("--output_dir", str(tmp_path))
+    data, rewards, args, model = parse("--output_dir", str(tmp_path))
     expected = dict(
         questions_per_step=16, num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=16,
         steps_per_generation=16, learning_rate=1e-6, lr_scheduler_type="linear", warmup_steps=0, max_grad_norm=1.0,
@@ -33,45 +34,43 @@ def test_defaults_are_the_papers_recipe(tmp_path):
         gradient_checkpointing=False, logging_steps=1,
     )  # fmt: skip
     assert {key: getattr(args, key) for key in expected} == expected
-    assert (data.prompt_style, data.reward_funcs, data.max_prompt_length) == ("answer", ["accuracy", "format"], 1024)
+    assert (data.prompt_style, rewards.reward_funcs, data.max_prompt_length) == ("answer", ["accuracy", "format"], 1024)
     assert model.model_name_or_path == "Qwen/Qwen2-Audio-7B-Instruct"
 
 
 def test_flags(tmp_path):
-    data, args, _ = parse(
+    data, _, args, _ = parse(
         "--out_dir", str(tmp_path), "--beta", "0.001", "--num_generations", "4", "--loss_type", "dr_grpo",
         "--prompt_style", "think", "--log_completions", "true",
     )  # fmt: skip
     assert (args.output_dir, args.beta, args.loss_type) == (str(tmp_path), 0.001, "dr_grpo")
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 16)
     assert data.prompt_style == "think" and args.log_completions
-    assert parse("--use_wandb", "true")[1].report_to == ["wandb"]
-    assert parse("--gradient_accumulation_steps", "3")[1].gradient_accumulation_steps == 3
+    assert parse("--use_wandb", "true")[2].report_to == ["wandb"]
+    assert parse("--gradient_accumulation_steps", "3")[2].gradient_accumulation_steps == 3
 
 
 @pytest.mark.parametrize(
-    ("questions", "generations", "batch_size", "processes", "expected"),
-    [(16, 8, 8, 8, 2), (16, 8, 8, 1, 16), (16, 8, 16, 4, 2), (16, 4, 8, 2, 4), (6, 8, 8, 3, 2)],
+    ("questions", "per_pass", "processes", "expected"),
+    [(16, 1, 8, 2), (16, 1, 1, 16), (16, 2, 4, 2), (16, 2, 2, 4), (6, 1, 3, 2), (16, 1, 2, 8), (16, 1, 4, 4), (16, 1, 16, 1)],
 )
-def test_accumulation_is_derived(questions, generations, batch_size, processes, expected):
-    assert derive_accumulation(questions, generations, batch_size, processes) == expected
+def test_accumulation_is_derived(monkeypatch, questions, per_pass, processes, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert derive_accumulation(questions, per_pass) == expected
 
 
-def test_an_impossible_combination_is_refused_with_numbers_that_work():
+def test_an_impossible_combination_is_refused_with_numbers_that_work(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError) as error:
-        derive_accumulation(questions=16, generations=8, batch_size=8, processes=3)
+        derive_accumulation(questions=16, per_pass=1)
     assert "--questions_per_step 15 or 18, or 1, 2, 4, 8, 16 processes" in str(error.value)
     for questions in (15, 18):
-        assert derive_accumulation(questions, 8, 8, 3)
+        assert derive_accumulation(questions, 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="--questions_per_step 32.*smaller --per_device_train_batch_size"):
-        derive_accumulation(questions=16, generations=8, batch_size=64, processes=4)
+        derive_accumulation(questions=16, per_pass=8)
     with pytest.raises(ValueError, match="per_device_train_batch_size 12 .* use 8 or another multiple"):
-        derive_accumulation(questions=16, generations=8, batch_size=12, processes=1)
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
-def test_sixteen_questions_per_step_on_any_number_of_processes(processes):
-    assert derive_accumulation(16, 8, 8, processes) * processes == 16
+        parse("--per_device_train_batch_size", "12", "--output_dir", str(tmp_path))
 
 
 def test_only_a_checkpoint_with_optimizer_state_is_resumed(tmp_path):

@@ -11,7 +11,7 @@ ones, which the pinned version (trl 1.16.0) protects:
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
 
-(What is saved and loaded is `checkpointing.py`'s.)
+(What is saved and loaded is `model.py`'s.)
 
 TRL shuffles the generation batch before it cuts it into micro-batches. Tensors of shape (N, G, ...) make it shuffle and
 cut questions instead of completions, so that groups stay whole.
@@ -35,20 +35,13 @@ from trl.models import unwrap_model_for_generation
 from dataset.audio import load_audio
 from dataset.encode import check_clip_length, check_prompts, encode
 
-from .checkpointing import SelfContainedCheckpoints, base_model
+from .model import MAX_PROMPT_LENGTH, SelfContainedCheckpoints, base_model, freeze_parts
 from .resample import find_uniform_groups, replace_groups
 from .shared_prompt import pack, unpack
 
 logger = logging.getLogger(__name__)
 
-MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
-# part -> the modules it is made of, by their names in transformers
-PARTS = {
-    "audio_encoder": ("audio_tower",),
-    "projector": ("multi_modal_projector",),
-    "language_model": ("language_model", "lm_head"),
-}
 MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to blame and the run stops
 # Attention implementations that take an arbitrary mask, which the packed rows need.
 ATTENTION = ("sdpa", "eager")
@@ -68,7 +61,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         max_prompt_length: in tokens, the audio's included. Longer prompts are refused, never cut.
         audio_channels: `first` or `mean`, see `load_audio`.
         freeze: parts of the model that are not trained, of `PARTS`.
-        max_resample_rounds: rounds in which questions whose G rewards are all equal are replaced by fresh ones; 0: none.
+        max_resample_rounds: rounds of replacing questions whose G rewards are all equal by fresh ones; 0: none.
         **kwargs: passed on to `trl.GRPOTrainer` (`callbacks`, `optimizers`, `peft_config`, ...).
 
     Raises:
@@ -161,10 +154,10 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         }
         return grouped | self._clips
 
-    def _resample_uniform_groups(self, batch: dict[str, torch.Tensor], questions: list[dict]) -> dict[str, torch.Tensor]:
+    def _resample_uniform_groups(self, batch: dict, questions: list[dict]) -> dict[str, torch.Tensor]:
         """Replace groups whose rewards are all equal by groups of fresh questions, in `max_resample_rounds` at most.
 
-        All processes take the same number of rounds with the same number of questions, so that they stay in step: as many
+        All processes take the same number of rounds with the same number of questions, to stay in step: as many
         as the process that lacks most. The order of fresh questions follows from the seed and the step alone.
         """
         generator = torch.Generator().manual_seed(self.args.seed + 1_000_003 * (self.state.global_step + 1))
@@ -198,7 +191,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
     def _load_clips(self, questions: list[dict]) -> tuple[list[dict], list[np.ndarray]]:
         """The questions with their decoded clips; in training, one whose clip has become unusable is replaced.
 
-        Clips are checked before training, but a disk can fail in hour five. The metric `clips/replaced` counts, over all
+        Clips are checked before training, but a disk can fail in hour five. The metric `clips/replaced` counts over all
         processes, how many questions of a generation batch were replaced by ones drawn at random.
 
         Raises:
@@ -318,27 +311,6 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
-
-
-def freeze_parts(model: torch.nn.Module, parts: Sequence[str]) -> None:
-    """Exclude parts of a Qwen2-Audio, adapters on them included, from training; its sinusoids are in any case.
-
-    Args:
-        model: a `Qwen2AudioForConditionalGeneration`, or one with adapters.
-        parts: keys of `PARTS`.
-
-    Raises:
-        ValueError: an unknown part, or nothing is left to train.
-    """
-    if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"cannot freeze {', '.join(sorted(unknown))}: the model's parts are {', '.join(PARTS)}")
-    # transformers 5 loads the sinusoids as trainable; the original never trained them.
-    frozen = {"embed_positions", *(module for part in parts for module in PARTS[part])}
-    for name, parameter in model.named_parameters():
-        if frozen & set(name.split(".")):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--freeze {' '.join(parts)} leaves nothing to train")
 
 
 def as_model_mask(may_attend: torch.Tensor, attn_implementation: str) -> torch.Tensor:

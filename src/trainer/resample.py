@@ -30,7 +30,11 @@ def find_uniform_groups(advantages: torch.Tensor) -> torch.Tensor:
 
 
 def replace_groups(
-    batch: dict[str, torch.Tensor], slots: torch.Tensor, fresh: dict[str, torch.Tensor], picks: torch.Tensor, pad_id: int
+    batch: dict[str, torch.Tensor],
+    slots: torch.Tensor,
+    fresh: dict[str, torch.Tensor],
+    picks: torch.Tensor,
+    pad_id: int,
 ) -> dict[str, torch.Tensor]:
     """`batch` with its groups `slots` replaced by the groups `picks` of `fresh`.
 

@@ -1,0 +1,102 @@
+"""What the training scripts share of their command lines: data, model, and how many forward passes make a step."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import ModelConfig
+
+from dataset.audio import CHANNELS
+from dataset.prompt import DEFAULT_STYLE, STYLES
+from trainer.model import MAX_PROMPT_LENGTH, PARTS
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    data_file: str = field(
+        default="data/AVQA/train_qa.data", metadata={"help": "JSONL of questions; data/README.md shows the format."}
+    )
+    prompt_style: str = field(
+        default=DEFAULT_STYLE,
+        metadata={"help": "What the prompt asks for: the paper's Prompt <1>, <2> or <3>.", "choices": list(STYLES)},
+    )
+    max_prompt_length: int = field(
+        default=MAX_PROMPT_LENGTH,
+        metadata={"help": "Tokens, audio included (25 a second). Longer prompts are refused. Paper: 512, by cutting."},
+    )
+    audio_channels: str = field(
+        default="first", metadata={"help": "Channel(s) of a clip to hear. Paper: first.", "choices": list(CHANNELS)}
+    )
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "Parts not to train. Paper: none.", "choices": list(PARTS)}
+    )
+
+
+@dataclass
+class AudioModelConfig(ModelConfig):
+    """TRL's `ModelConfig` with the paper's model, and adapters on the layers that both its halves have."""
+
+    model_name_or_path: str = field(
+        default="Qwen/Qwen2-Audio-7B-Instruct", metadata={"help": "Hub name or folder of a Qwen2-Audio model."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights are loaded as this type. Default: bfloat16 under DeepSpeed with bf16, whose optimizer "
+            "keeps float32 weights of its own; else float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "Layers that get adapters with --use_peft true. Not published by the paper."},
+    )
+
+    def init_kwargs(self, bf16: bool, deepspeed: str | None) -> dict:
+        """Keyword arguments for `from_pretrained`, given the run's precision and engine."""
+        return {
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+            "dtype": self.dtype or ("bfloat16" if bf16 and deepspeed else "float32"),
+        }
+
+
+def derive_accumulation(questions: int, per_pass: int) -> int:
+    """Forward passes per optimizer step, so that `questions` questions make one step on any number of processes.
+
+    >>> derive_accumulation(questions=16, per_pass=1)  # on one process
+    16
+
+    Args:
+        questions: per optimizer step, over all processes.
+        per_pass: questions per process and forward pass.
+
+    Raises:
+        ValueError: the numbers do not divide; names some that do.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; asking torch would start its process group
+    at_once = per_pass * processes
+    if questions % at_once == 0:
+        return questions // at_once
+    lower, upper = questions // at_once * at_once, (questions // at_once + 1) * at_once
+    working = [n for n in range(1, questions + 1) if questions % (n * per_pass) == 0]
+    raise ValueError(
+        f"{questions} questions per step cannot be split evenly over {processes} processes with {per_pass} at once. "
+        f"What works: --questions_per_step {f'{lower} or ' if lower else ''}{upper}"
+        + (f", or {', '.join(map(str, working))} processes" if working else "")
+        + (", or a smaller --per_device_train_batch_size" if per_pass > 1 else "")
+    )
+
+
+def check_resumable(folder: str | Path) -> None:
+    """Raise a `ValueError` unless `folder` is a checkpoint with optimizer state: without, a run would start over."""
+    folder = Path(folder)
+    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {folder}: is no checkpoint")
+    if not (folder / "optimizer.pt").is_file() and not any(folder.glob("global_step*")):  # the latter is DeepSpeed's
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: holds weights only; only runs with --save_only_model false can be "
+            f"continued. --model_name_or_path {folder} starts a new run from its weights"
+        )
