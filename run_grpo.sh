@@ -4,51 +4,52 @@
 #   sh run_grpo.sh [--flag value ...]         the paper's run; flags: python src/train.py --help
 #   sh run_grpo.sh demo [--flag value ...]    a small model on synthetic sounds, minutes on a laptop
 #
-# Machine and paths come from the environment:  OUT_DIR=exp/x GPU_NUM=4 sh run_grpo.sh --max_steps 500 --beta 0.001
+# Machine and paths come from the environment (CONFIG, GPU_NUM, NODE_NUM ...: launch.sh):
+#   OUT_DIR=exp/x GPU_NUM=4 CONFIG=conf/ds_zero3.json sh run_grpo.sh --max_steps 500 --beta 0.001
 set -eu
 [ -f src/train.py ] || cd "$(dirname "$0")"
 
-case "${1:-}" in
-demo)
+# The demo: its own data and model, then GRPO as below, on a CPU; the seed decides everything.
+demo() {
+    DATA=data/demo
+    OUT_DIR=${OUT_DIR:-exp/demo}
+    SEED=${SEED:-1}
+    FLAG=
+    for WORD in "$@"; do
+        if [ "$FLAG" = --seed ]; then SEED=$WORD; fi
+        FLAG=$WORD
+    done
+    . ./setup_env.sh
+    "$PYTHON" data/make_demo.py --out "$DATA" --seed "$SEED"
+    "$PYTHON" src/demo.py prepare --data "$DATA" --out "$OUT_DIR" --seed "$SEED"
+    "$PYTHON" src/train.py --use_cpu true --seed "$SEED" \
+        --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR" \
+        --max_steps 200 --save_steps 50 --logging_steps 10 --learning_rate 3e-4 --beta 0 \
+        --max_completion_length 16 --per_device_train_batch_size 128 "$@"
+    "$PYTHON" src/demo.py table --data "$DATA" --out "$OUT_DIR"
+}
+
+if [ "${1:-}" = demo ]; then
     shift
-    exec sh run_demo.sh "$@"
-    ;;
-esac
+    demo "$@"
+    exit
+fi
 
 MODEL_NP=${MODEL_NP:-Qwen/Qwen2-Audio-7B-Instruct} # a folder of any name, or a name on the hub
 DATA_FILE=${DATA_FILE:-data/AVQA/train_qa.data}
 OUT_DIR=${OUT_DIR:-exp/model}
-case " $* " in
-*" --use_cpu true "*) ENGINE= ;; # DeepSpeed would compile operators for the CPU first
-*) ENGINE=conf/ds_zero2.json ;;
-esac
-CONFIG=${CONFIG-$ENGINE} # DeepSpeed settings: conf/ds_zero3.json, conf/ds_zero3_offload.json; empty: none
-NODE_NUM=${NODE_NUM:-1}
-NODE_RANK=${NODE_RANK:-0}
-MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-MASTER_PORT=${MASTER_PORT:-32777}
 
 # What the prompt asks for, and the reward expects. Uncomment the second line for the paper's Prompt <3>.
 PROMPT_STYLE=${PROMPT_STYLE:-answer}
 # PROMPT_STYLE=think
-
-. ./setup_env.sh
 
 set -- \
     --model_name_or_path "$MODEL_NP" \
     --data_file "$DATA_FILE" \
     --output_dir "$OUT_DIR" \
     --prompt_style "$PROMPT_STYLE" \
-    ${CONFIG:+--deepspeed "$CONFIG"} \
     "$@"
 
-PROCESSES=$("$PYTHON" src/utils/preflight.py "$@")
-GPU_NUM=${GPU_NUM:-$PROCESSES} # processes on this machine, one for each GPU
-
-exec "$PYTHON" -m torch.distributed.run \
-    --nproc_per_node "$GPU_NUM" \
-    --nnodes "$NODE_NUM" \
-    --node_rank "$NODE_RANK" \
-    --master_addr "$MASTER_ADDR" \
-    --master_port "$MASTER_PORT" \
-    src/train.py "$@"
+. ./setup_env.sh
+SCRIPT=src/train.py
+. ./launch.sh

@@ -77,6 +77,9 @@ class RecipeConfig(GRPOConfig):
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Old name of activation_checkpointing. Paper: off."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter takes part in every step, so there is no need to look."}
+    )
     use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
 
     def __post_init__(self):

@@ -160,7 +160,7 @@ def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, sma
 
 
 def test_editing_the_commented_line_switches_everything_to_think(small_model, questions, tmp_path):
-    for name in ("run_grpo.sh", "setup_env.sh", "conf", "src", "requirements.txt"):
+    for name in ("run_grpo.sh", "setup_env.sh", "launch.sh", "conf", "src", "requirements.txt"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     script = tmp_path / "run_grpo.sh"

@@ -1,6 +1,6 @@
 """What is Qwen2-Audio's own about the model: its parts, and checkpoints of it that load by themselves.
 
-Saved are the weights under the base checkpoint's tensor names whatever engine trained them, the processor and the prompt
+Saved are the weights under the base checkpoint's tensor names whatever engine trained them, processor and prompt
 style; loaded to resume is the same. Optimizer state and engines are left to transformers' `Trainer`.
 """
 

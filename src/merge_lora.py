@@ -1,0 +1,70 @@
+"""Adapter checkpoint -> full model: python src/merge_lora.py --adapter exp/model/checkpoint-500 --out exp/merged
+
+The result loads with `AutoProcessor` and `Qwen2AudioForConditionalGeneration` alone and has the base model's tensor
+names; the prompt style that the adapter was trained with goes along.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from dataset.prompt import load_style, save_style
+
+
+def load_merged(adapter: str | Path, base: str | None = None, **kwargs) -> Qwen2AudioForConditionalGeneration:
+    """A model with an adapter checkpoint merged into its weights.
+
+    Args:
+        adapter: folder with an `adapter_config.json`.
+        base: folder or hub name of the base model; by default the one that the adapter names.
+        **kwargs: for the base model's `from_pretrained`, e.g. `dtype`.
+
+    Raises:
+        ValueError: `adapter` is no adapter's folder, or its base model is not where it says.
+    """
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter}: has no adapter_config.json, so it is no adapter checkpoint")
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    try:
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(base, **kwargs)
+    except OSError as error:
+        raise ValueError(f"{adapter}: its base model {base} cannot be loaded ({error}); name another with --base") from error
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
+    """Write the merged model, its processor and its prompt style to `out`.
+
+    Raises:
+        ValueError: see `load_merged`; or `out` is there already.
+    """
+    if Path(out).exists():
+        raise ValueError(f"{out}: is there already; choose another --out")
+    model = load_merged(adapter, base, dtype=dtype)
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model.save_pretrained(out)
+    AutoProcessor.from_pretrained(adapter).save_pretrained(out)
+    if style := load_style(adapter):
+        save_style(out, style)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Merge a LoRA checkpoint into a full model.")
+    parser.add_argument("--adapter", required=True, help="checkpoint of a run with --use_peft true")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--base", help="base model; default: the one that the adapter names")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    args = parser.parse_args()
+    try:
+        merge(args.adapter, args.out, args.base, args.dtype)
+    except ValueError as error:
+        sys.exit(f"merge_lora.py: {error}")
+    print(f"{args.out}: written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Supervised fine-tuning: arguments -> data set -> trainer -> save. `sh run_sft.sh` starts it; `--help` lists every flag.
+
+The baseline that the paper compares GRPO with. Its settings were never published: the defaults here are ours, with as
+many questions per step and steps as GRPO's.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoProcessor, TrainingArguments
+from trl import TrlParser, get_peft_config
+from trl.trainer.utils import create_model_from_path
+
+from arguments import AudioModelConfig, DataArguments, check_resumable, derive_accumulation
+from dataset.dataset import load_train_dataset
+from dataset.encode import check_prompts
+from trainer.sft_trainer import AudioSFTTrainer
+
+
+@dataclass
+class ChoiceDataArguments(DataArguments):
+    """`DataArguments` with the paper's prompt for supervised fine-tuning."""
+
+    prompt_style: str = field(
+        default="choice",
+        metadata={
+            "help": "choice (the paper's Prompt <1>: the bare answer is learned) or answer (Prompt <2>).",
+            "choices": ["choice", "answer"],
+        },
+    )
+
+
+@dataclass
+class SFTRecipeConfig(TrainingArguments):
+    """transformers' `TrainingArguments` with our defaults, and the accumulation derived from the world size."""
+
+    output_dir: str = field(default="exp/sft", metadata={"help": "Checkpoints go here.", "aliases": ["--out_dir"]})
+    deepspeed: str | None = field(
+        default=None, metadata={"help": "DeepSpeed settings, e.g. conf/ds_zero2.json.", "aliases": ["--config_path"]}
+    )
+    questions_per_step: int = field(default=16, metadata={"help": "Questions per optimizer step. As in GRPO."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Questions per forward pass."})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Default: whatever makes questions_per_step on this number of processes."}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak, of AdamW. Default: 1e-5, with adapters 1e-4. Ours."}
+    )
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "As in GRPO."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps. As in GRPO."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints. As in GRPO."})
+    save_only_model: bool = field(
+        default=True, metadata={"help": "Checkpoints without optimizer state: smaller, but no resuming."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics."})
+    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision. Default: unless --use_cpu or --fp16."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter takes part in every step, so there is no need to look."}
+    )
+    use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
+
+    def __post_init__(self):
+        if self.use_wandb:
+            self.report_to = "wandb"
+        if self.bf16 is None:
+            self.bf16 = not (self.use_cpu or self.fp16)
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = derive_accumulation(
+                self.questions_per_step, self.per_device_train_batch_size
+            )
+        super().__post_init__()
+
+
+def build_trainer(
+    dataset: Dataset, data: ChoiceDataArguments, args: SFTRecipeConfig, model_config: AudioModelConfig
+) -> AudioSFTTrainer:
+    """The trainer, its prompts checked and its model loaded."""
+    processor = AutoProcessor.from_pretrained(model_config.model_name_or_path)
+    processor.tokenizer.padding_side = "left"
+    check_prompts(dataset, processor, data.max_prompt_length)
+    init_kwargs = model_config.init_kwargs(args.bf16, args.deepspeed)
+    model = create_model_from_path(model_config.model_name_or_path, device_map=None, **init_kwargs)
+    if peft_config := get_peft_config(model_config):
+        model = get_peft_model(model, peft_config)
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if peft_config else 1e-5
+    return AudioSFTTrainer(model, args, dataset, processor, data.audio_channels, tuple(data.freeze))
+
+
+def make_parser() -> TrlParser:
+    """Every flag: ours, `TrainingArguments`' and `ModelConfig`'s; `--config FILE.yaml` reads them from a file."""
+    return TrlParser((ChoiceDataArguments, SFTRecipeConfig, AudioModelConfig))
+
+
+def main() -> None:
+    """Parse the command line, train, save."""
+    try:
+        data, args, model = make_parser().parse_args_and_config()
+        if args.resume_from_checkpoint:
+            check_resumable(args.resume_from_checkpoint)
+        dataset = load_train_dataset(data.data_file, data.prompt_style)
+    except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
+        sys.exit(f"train_sft.py: {error}")
+    trainer = build_trainer(dataset, data, args, model)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.end_training()  # processes that exit with a process group open may abort
+
+
+if __name__ == "__main__":
+    main()

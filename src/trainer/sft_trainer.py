@@ -1,0 +1,109 @@
+"""Supervised fine-tuning on the same questions, prompts and audio as GRPO: the baseline of the paper's title.
+
+transformers' `Trainer` does the training; here are the batches (the prompt is read, only the answer is learned) and the
+checkpoints, which are those of GRPO. The paper's own supervised settings were never published.
+
+Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
+"""
+
+import torch
+from datasets import Dataset
+from transformers import Qwen2AudioProcessor, Trainer, TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
+
+from dataset.audio import load_audio
+from dataset.encode import encode
+from dataset.prompt import extract_answer
+
+from .model import SelfContainedCheckpoints, base_model, freeze_parts
+from .shared_prompt import IGNORE
+
+
+class AnswerCollator:
+    """Rows of `load_train_dataset` -> a batch for supervised fine-tuning.
+
+    Args:
+        processor: the model's.
+        audio_channels: `first` or `mean`, see `load_audio`.
+    """
+
+    def __init__(self, processor: Qwen2AudioProcessor, audio_channels: str = "first"):
+        self.processor, self.audio_channels = processor, audio_channels
+
+    def target(self, row: dict) -> str:
+        """What the model is to write: the bare answer in style `choice`, `<answer>...</answer>` in style `answer`.
+
+        Raises:
+            ValueError: style `think`: the data holds no thoughts to learn.
+        """
+        if row["style"] == "think":
+            raise ValueError("the data holds no thoughts, so style think cannot be learned from it; use choice or answer")
+        text = extract_answer(row["solution"]) if row["style"] == "choice" else row["solution"]
+        return text + self.processor.tokenizer.eos_token
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Decode, tokenize and label N rows.
+
+        Returns:
+            `input_ids`, `attention_mask`, `position_ids` and `labels` (N, T): prompts padded on the left, answers on the
+            right; labels are -100 but for the answer and its end. `input_features` (N, M, F) and
+            `feature_attention_mask` (N, F).
+        """
+        clips = [load_audio(row["audio_path"], self.audio_channels) for row in rows]
+        batch = encode(self.processor, [row["prompt"] for row in rows], clips)
+        answers = self.processor.tokenizer(
+            [self.target(row) for row in rows], padding=True, padding_side="right", return_tensors="pt"
+        )
+        mask = torch.cat([batch["attention_mask"], answers["attention_mask"]], dim=1)
+        labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, IGNORE)
+        return {
+            "input_ids": torch.cat([batch["input_ids"], answers["input_ids"]], dim=1),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+            "labels": torch.cat([torch.full_like(batch["input_ids"], IGNORE), labels], dim=1),
+            "input_features": batch["input_features"],
+            "feature_attention_mask": batch["feature_attention_mask"],
+        }
+
+
+class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
+    """Supervised fine-tuning of a Qwen2-Audio, all of it or its adapters.
+
+    Args:
+        model: a `Qwen2AudioForConditionalGeneration`, or one with adapters.
+        args: `transformers.TrainingArguments`; `remove_unused_columns` is turned off.
+        train_dataset: as `load_train_dataset` makes it, of one prompt style: `choice` or `answer`.
+        processor: the model's.
+        audio_channels: see `AnswerCollator`.
+        freeze: parts of the model that are not trained, of `PARTS`.
+    """
+
+    def __init__(
+        self,
+        model,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        processor: Qwen2AudioProcessor,
+        audio_channels: str = "first",
+        freeze: tuple[str, ...] = (),
+        **kwargs,
+    ):
+        args.remove_unused_columns = False  # the collator needs the rows' paths and texts
+        collator = AnswerCollator(processor, audio_channels)
+        collator.target(train_dataset[0])  # a style that cannot be learned is refused here, not in the first step
+        # The mean log-prob of the answers' tokens, over the whole step, without ever making the prompts' logits.
+        add_fused_lm_head(base_model(model))
+        freeze_parts(model, freeze)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=collator,
+            processing_class=processor,
+            **kwargs,
+        )
+        self.prompt_style = train_dataset[0]["style"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the answers, in nats per token; the mean is over the tokens of the whole optimizer step."""
+        return super().compute_loss(model, inputs | {"fused_lm_head": True}, return_outputs, num_items_in_batch)

@@ -1,0 +1,114 @@
+"""Supervised fine-tuning: what is learned is the answer alone, in full and with adapters, through the launcher."""
+
+import json
+
+import pytest
+import torch
+from conftest import QUESTION, write_tone
+from launch import free_port, run
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from dataset.dataset import load_train_dataset
+from dataset.prompt import load_style
+from train_sft import SFTRecipeConfig
+from trainer.sft_trainer import AnswerCollator, AudioSFTTrainer
+
+
+@pytest.fixture(scope="module")
+def processor(small_model):
+    return AutoProcessor.from_pretrained(small_model)
+
+
+@pytest.mark.parametrize(
+    ("style", "learned"),
+    [("choice", ["dog<|im_end|>", "bell<|im_end|>"]), ("answer", [f"<answer>{a}</answer><|im_end|>" for a in ("dog", "bell")])],
+)
+def test_exactly_the_answer_is_learned(processor, tmp_path, style, learned):
+    rows = []
+    for answer, seconds in ((0, 0.6), (2, 1.5)):
+        write_tone(tmp_path / f"{answer}.wav", seconds)
+        rows.append(QUESTION | {"answer": answer, "audio_path": f"{answer}.wav"})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_train_dataset(tmp_path / "train.jsonl", style)
+    batch = AnswerCollator(processor)(list(dataset))
+    for ids, labels, mask, row, text in zip(
+        batch["input_ids"], batch["labels"], batch["attention_mask"], dataset, learned, strict=True
+    ):
+        assert processor.tokenizer.decode(ids[labels != -100]) == text
+        read = processor.tokenizer.decode(ids[(labels == -100) & (mask == 1)])
+        assert read.replace("<|AUDIO|>", "").endswith(row["prompt"] + "<|im_end|>\n<|im_start|>assistant\n")
+        assert torch.equal(labels[labels != -100], ids[labels != -100])
+        first = int((labels != -100).nonzero()[0])
+        assert (labels[:first] == -100).all() and (labels[mask == 0] == -100).all()
+    assert batch["position_ids"][0][batch["attention_mask"][0] == 1].tolist() == list(range(int(batch["attention_mask"][0].sum())))
+
+
+def make_trainer(model, data, output_dir, style="choice", freeze=(), **settings) -> AudioSFTTrainer:
+    args = SFTRecipeConfig(
+        str(output_dir), use_cpu=True, report_to="none", max_steps=1, learning_rate=1e-3, save_strategy="no",
+        lr_scheduler_type="constant", **settings,
+    )  # fmt: skip
+    return AudioSFTTrainer(
+        Qwen2AudioForConditionalGeneration.from_pretrained(model),
+        args,
+        load_train_dataset(data, style),
+        AutoProcessor.from_pretrained(model),
+        freeze=freeze,
+    )
+
+
+def test_the_loss_is_the_answers_cross_entropy(small_model, questions, tmp_path):
+    trainer = make_trainer(small_model, questions, tmp_path)
+    batch = trainer.data_collator(list(trainer.train_dataset.select(range(3))))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    labels = batch.pop("labels")
+    logits = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)(**batch).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_accumulated_and_single_batches_take_the_same_step(small_model, questions, tmp_path):
+    """Answers differ in length: a mean over micro-batches' means would not be the mean over tokens."""
+    weights = []
+    for size in (1, 4):
+        trainer = make_trainer(small_model, questions, tmp_path, questions_per_step=4, per_device_train_batch_size=size)
+        assert trainer.args.gradient_accumulation_steps == 4 // size
+        trainer.train()
+        weights.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+        norm = trainer.state.log_history[0]["grad_norm"]
+        weights[-1]["norm"] = torch.tensor(norm)
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_frozen_parts_stay(small_model, questions, tmp_path):
+    trainer = make_trainer(small_model, questions, tmp_path, freeze=("audio_encoder",), questions_per_step=2)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("audio_tower" in name), name
+
+
+def test_thoughts_cannot_be_learned(small_model, questions, tmp_path):
+    with pytest.raises(ValueError, match="holds no thoughts"):
+        make_trainer(small_model, questions, tmp_path, style="think")
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_the_launcher_learns_the_answers(small_model, questions, tmp_path, adapters):
+    done = run(
+        "sh", "run_sft.sh", "--use_cpu", "true", "--max_steps", "30", "--save_steps", "30", "--questions_per_step", "8",
+        "--per_device_train_batch_size", "8", "--learning_rate", "1e-2" if adapters else "1e-3", "--use_peft", adapters, "--logging_steps", "10",
+        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, MASTER_PORT=free_port(), GPU_NUM=1,
+    )  # fmt: skip
+    folder = tmp_path / "checkpoint-30"
+    assert load_style(folder) == "choice"
+    losses = [step["loss"] for step in json.loads((folder / "trainer_state.json").read_text())["log_history"]]
+    assert losses[-1] < 0.8 * losses[0], done.stdout
+    if adapters:
+        names = set(load_file(folder / "adapter_model.safetensors"))
+        assert names and all("lora_" in name for name in names) and not (folder / "model.safetensors").exists()
+    else:
+        assert set(load_file(folder / "model.safetensors")) == set(load_file(small_model / "model.safetensors"))
+    AutoProcessor.from_pretrained(folder)
