@@ -2,13 +2,13 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from trl import ModelConfig
 
 from dataset.audio import CHANNELS
+from dataset.encode import MAX_PROMPT_LENGTH
 from dataset.prompt import DEFAULT_STYLE, STYLES
-from trainer.model import MAX_PROMPT_LENGTH, PARTS
+from trainer.model import PARTS
 
 
 @dataclass
@@ -24,10 +24,13 @@ class DataArguments:
     )
     max_prompt_length: int = field(
         default=MAX_PROMPT_LENGTH,
-        metadata={"help": "Tokens, audio included (25 a second). Longer prompts are refused. Paper: 512, by cutting."},
+        metadata={"help": "Tokens, audio included (25 a second). Longer prompts are dropped. Paper: 512, by cutting."},
     )
     audio_channels: str = field(
         default="first", metadata={"help": "Channel(s) of a clip to hear. Paper: first.", "choices": list(CHANNELS)}
+    )
+    max_dropped: float = field(
+        default=0.1, metadata={"help": "Share of the rows that may be unusable; more stop the run before it begins."}
     )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parts not to train. Paper: none.", "choices": list(PARTS)}
@@ -88,15 +91,3 @@ def derive_accumulation(questions: int, per_pass: int) -> int:
         + (f", or {', '.join(map(str, working))} processes" if working else "")
         + (", or a smaller --per_device_train_batch_size" if per_pass > 1 else "")
     )
-
-
-def check_resumable(folder: str | Path) -> None:
-    """Raise a `ValueError` unless `folder` is a checkpoint with optimizer state: without, a run would start over."""
-    folder = Path(folder)
-    if not (folder / "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {folder}: is no checkpoint")
-    if not (folder / "optimizer.pt").is_file() and not any(folder.glob("global_step*")):  # the latter is DeepSpeed's
-        raise ValueError(
-            f"--resume_from_checkpoint {folder}: holds weights only; only runs with --save_only_model false can be "
-            f"continued. --model_name_or_path {folder} starts a new run from its weights"
-        )

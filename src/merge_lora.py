@@ -32,7 +32,8 @@ def load_merged(adapter: str | Path, base: str | None = None, **kwargs) -> Qwen2
     try:
         model = Qwen2AudioForConditionalGeneration.from_pretrained(base, **kwargs)
     except OSError as error:
-        raise ValueError(f"{adapter}: its base model {base} cannot be loaded ({error}); name another with --base") from error
+        message = f"{adapter}: its base model {base} cannot be loaded ({error}); name another with --base"
+        raise ValueError(message) from error
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import Qwen2AudioProcessor
 from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
 
-from arguments import AudioModelConfig, DataArguments, check_resumable, derive_accumulation
-from dataset.dataset import load_train_dataset
+from arguments import AudioModelConfig, DataArguments, derive_accumulation
+from startup import check_resumable, load_processor, load_training_data
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
@@ -78,7 +79,7 @@ class RecipeConfig(GRPOConfig):
         default=None, metadata={"help": "Old name of activation_checkpointing. Paper: off."}
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter takes part in every step, so there is no need to look."}
+        default=False, metadata={"help": "Every trained parameter takes part in every step: no need to look."}
     )
     use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
 
@@ -98,16 +99,22 @@ class RecipeConfig(GRPOConfig):
 
 
 def build_trainer(
-    dataset: Dataset, data: DataArguments, rewards: RewardArguments, args: RecipeConfig, model: AudioModelConfig
+    dataset: Dataset,
+    processor: Qwen2AudioProcessor,
+    data: DataArguments,
+    rewards: RewardArguments,
+    args: RecipeConfig,
+    model: AudioModelConfig,
 ) -> AudioGRPOTrainer:
-    """The trainer, its prompts checked and its model loaded."""
+    """The trainer, its model loaded; the data set has been examined."""
     args.model_init_kwargs = model.init_kwargs(args.bf16, args.deepspeed) | (args.model_init_kwargs or {})
     return AudioGRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=[load_reward(name) for name in rewards.reward_funcs],
         args=args,
         train_dataset=dataset,
-        max_prompt_length=data.max_prompt_length,
+        processing_class=processor,
+        max_prompt_length=None,
         audio_channels=data.audio_channels,
         freeze=data.freeze,
         max_resample_rounds=rewards.max_resample_rounds if rewards.resample_uniform_groups else 0,
@@ -151,10 +158,11 @@ def main() -> None:
         data, rewards, args, model = make_parser().parse_args_and_config()
         if args.resume_from_checkpoint:
             check_resumable(args.resume_from_checkpoint)
-        dataset = load_train_dataset(data.data_file, data.prompt_style)
+        processor = load_processor(model.model_name_or_path)
+        dataset = load_training_data(data, args, processor)
     except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
         sys.exit(f"train.py: {error}")
-    trainer = build_trainer(dataset, data, rewards, args, model)
+    trainer = build_trainer(dataset, processor, data, rewards, args, model)
     trainer.accelerator.print(
         f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is "
         f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} completions on "

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: arguments -> data set -> trainer -> save. `sh run_sft.sh` starts it; `--help` lists every flag.
+"""Supervised fine-tuning: arguments -> data set -> trainer -> save. `sh run_sft.sh` starts it; `--help` lists flags.
 
 The baseline that the paper compares GRPO with. Its settings were never published: the defaults here are ours, with as
 many questions per step and steps as GRPO's.
@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoProcessor, TrainingArguments
+from transformers import Qwen2AudioProcessor, TrainingArguments
 from trl import TrlParser, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
-from arguments import AudioModelConfig, DataArguments, check_resumable, derive_accumulation
-from dataset.dataset import load_train_dataset
-from dataset.encode import check_prompts
+from arguments import AudioModelConfig, DataArguments, derive_accumulation
+from startup import check_resumable, load_processor, load_training_data
 from trainer.sft_trainer import AudioSFTTrainer
 
 
@@ -57,7 +56,7 @@ class SFTRecipeConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics."})
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision. Default: unless --use_cpu or --fp16."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter takes part in every step, so there is no need to look."}
+        default=False, metadata={"help": "Every trained parameter takes part in every step: no need to look."}
     )
     use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
 
@@ -74,12 +73,13 @@ class SFTRecipeConfig(TrainingArguments):
 
 
 def build_trainer(
-    dataset: Dataset, data: ChoiceDataArguments, args: SFTRecipeConfig, model_config: AudioModelConfig
+    dataset: Dataset,
+    processor: Qwen2AudioProcessor,
+    data: ChoiceDataArguments,
+    args: SFTRecipeConfig,
+    model_config: AudioModelConfig,
 ) -> AudioSFTTrainer:
-    """The trainer, its prompts checked and its model loaded."""
-    processor = AutoProcessor.from_pretrained(model_config.model_name_or_path)
-    processor.tokenizer.padding_side = "left"
-    check_prompts(dataset, processor, data.max_prompt_length)
+    """The trainer, its model loaded; the data set has been examined."""
     init_kwargs = model_config.init_kwargs(args.bf16, args.deepspeed)
     model = create_model_from_path(model_config.model_name_or_path, device_map=None, **init_kwargs)
     if peft_config := get_peft_config(model_config):
@@ -100,10 +100,11 @@ def main() -> None:
         data, args, model = make_parser().parse_args_and_config()
         if args.resume_from_checkpoint:
             check_resumable(args.resume_from_checkpoint)
-        dataset = load_train_dataset(data.data_file, data.prompt_style)
+        processor = load_processor(model.model_name_or_path)
+        dataset = load_training_data(data, args, processor)
     except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
         sys.exit(f"train_sft.py: {error}")
-    trainer = build_trainer(dataset, data, args, model)
+    trainer = build_trainer(dataset, processor, data, args, model)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.accelerator.end_training()  # processes that exit with a process group open may abort

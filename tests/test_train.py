@@ -11,8 +11,9 @@ from launch import free_port, run
 from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from arguments import check_resumable, derive_accumulation
+from arguments import derive_accumulation
 from dataset.prompt import load_style
+from startup import check_resumable
 from train import make_parser
 
 LAUNCHERS = sorted(path for path in ROOT.glob("*.sh"))
@@ -207,4 +208,22 @@ def test_a_bad_row_stops_the_run_without_a_traceback(small_model, tmp_path):
         "--model_name_or_path", small_model, "--output_dir", tmp_path / "out", check=False,
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stdout
-    assert "train.data, line 1: `multi_choice` is missing" in done.stdout
+    assert "no usable row is left" in done.stdout and "`multi_choice` is missing" in done.stdout
+
+
+def test_bad_rows_are_dropped_with_a_table_and_the_run_goes_on(small_model, questions, tmp_path):
+    """Among eight good rows one that cannot be used: dropped on all processes, named, and recorded."""
+    rows = questions.read_text().splitlines()
+    rows.insert(3, json.dumps(json.loads(rows[0]) | {"audio_path": "gone.wav"}))
+    (questions.parent / "mixed.jsonl").write_text("\n".join(rows) + "\n")
+    flags = [
+        "--use_cpu", "true", "--max_steps", "1", "--questions_per_step", "2", "--num_generations", "2",
+        "--max_completion_length", "4",
+    ]  # fmt: skip
+    places = dict(MODEL_NP=small_model, DATA_FILE=questions.parent / "mixed.jsonl", OUT_DIR=tmp_path, GPU_NUM=2)
+    done = run("sh", "run_grpo.sh", *flags, "--max_dropped", "0.2", MASTER_PORT=free_port(), **places)
+    assert "9 rows, 8 usable, 1 dropped (11.1%)" in done.stdout and "8 questions, style answer" in done.stdout
+    (record,) = map(json.loads, (tmp_path / "dropped.jsonl").read_text().splitlines())
+    assert record["line"] == 4 and "gone.wav" in record["message"]
+    done = run("sh", "run_grpo.sh", *flags, check=False, MASTER_PORT=free_port(), **places)  # 0.1 is the default
+    assert done.returncode != 0 and "more than 10% of the rows are unusable (--max_dropped)" in done.stdout

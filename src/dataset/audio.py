@@ -1,6 +1,17 @@
-"""Audio file -> 16 kHz mono float32. Trusts the file's content, never its name; knows nothing of models."""
+"""Audio file -> 16 kHz mono float32. Trusts the file's content, never its name; knows nothing of models.
 
+What is wrong with a clip is a `DataError`: `read_header` says what the header and the file's size tell, in a tenth of a
+millisecond; `examine_clip` decodes as well. `load_audio` is the lenient one: it takes what is left of a clip that was
+cut off, and silence.
+"""
+
+import errno
 import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import librosa
@@ -9,6 +20,39 @@ import soundfile
 
 SAMPLE_RATE = 16_000  # Hz, what Qwen2-Audio's feature extractor takes
 CHANNELS = ("first", "mean")
+CUT_SECONDS = 0.1  # a header may promise this much more than the file holds: sloppy writers do
+FULL_SCALE = 1 - 2**-15  # the largest 16-bit sample
+MAX_CHUNKS = 1000  # of a RIFF file, before its samples
+
+
+class DataError(ValueError):
+    """A row or clip that cannot be used: the message says why and what to do, `reason` why in a few fixed words."""
+
+    def __init__(self, message: str, reason: str = "unusable"):
+        super().__init__(message)
+        self.reason = reason
+
+
+class MissingAudio(DataError, FileNotFoundError):
+    """There is no such audio file."""
+
+
+@dataclass(frozen=True)
+class AudioHeader:
+    """What a clip's header says."""
+
+    samples: int  # at 16 kHz: what `load_audio` would return
+    rate: int  # Hz, of the file
+    channels: int
+    format: str  # libsndfile's name: WAV, FLAC, MP3, ...
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """A usable clip."""
+
+    samples: int  # at 16 kHz
+    clipped: float = 0.0  # share of the samples at full scale; known only once decoded
 
 
 def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
@@ -25,47 +69,151 @@ def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be decoded, holds no samples, or holds NaN or infinite ones; unknown `channels`.
     """
-    if channels not in CHANNELS:
-        raise ValueError(f"unknown audio channels {channels!r}: choose one of {', '.join(CHANNELS)}")
-    with _open(path) as file:
-        try:
-            samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{path}: the audio breaks off or is damaged ({error.error_string}); fetch or convert it again") from error
-        rate = file.samplerate
-    # Reduced to one channel before resampling: resampling is linear and per channel, and the costly part.
-    mono = samples[:, 0] if channels == "first" else samples.mean(axis=1)
-    if mono.size == 0:
-        raise ValueError(f"{path}: the audio holds no samples; remove its row or fetch the clip again")
-    if not np.isfinite(mono).all():
-        raise ValueError(f"{path}: the audio holds NaN or infinite samples; convert it again")
+    mono, rate = _decode(path, channels)
     if rate != SAMPLE_RATE:
         mono = librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE)
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def count_samples(path: str | Path) -> int:
-    """The number of samples that `load_audio` would return, from the file's header alone.
+def read_header(path: str | Path) -> AudioHeader:
+    """Read a clip's header, and whether the file is as long as the header says.
+
+    A wav, FLAC or MP3 file that was cut off is found out; libsndfile hides it for the other formats.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_audio`, as far as the header tells.
+        FileNotFoundError, DataError: as `load_audio`, as far as the header tells; a file that was cut off.
     """
-    with _open(path) as file:
+    with _open(path) as (file, descriptor):
+        there = file.frames / file.samplerate
+        if (missing := _missing_seconds(descriptor)) > CUT_SECONDS:
+            whole = there + missing
+            raise DataError(
+                f"{path}: cut off, {there:.2f} s of {whole:.2f} s are there; fetch it again", "clip cut off"
+            )
+        if not _reaches_the_end(file):
+            raise DataError(f"{path}: cut off before the end of its {there:.2f} s; fetch it again", "clip cut off")
         if file.frames == 0:
-            raise ValueError(f"{path}: the audio holds no samples; remove its row or fetch the clip again")
-        return -(-file.frames * SAMPLE_RATE // file.samplerate)  # rounded up, as librosa does
+            raise _no_samples(path)
+        samples = -(-file.frames * SAMPLE_RATE // file.samplerate)  # rounded up, as librosa does
+        return AudioHeader(samples, file.samplerate, file.channels, file.format)
 
 
-def _open(path: str | Path) -> soundfile.SoundFile:
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such audio file; check the path, or remove its row from the data file")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, not an audio file")
+def count_samples(path: str | Path) -> int:
+    """The number of samples that `load_audio` would return, from the file's header alone. Raises as `read_header`."""
+    return read_header(path).samples
+
+
+def examine_clip(
+    path: str | Path, deep: bool = False, channels: str = "first", longest: float = float("inf")
+) -> ClipReport | DataError:
+    """Examine one clip: its header, and with `deep` its samples too (NaN, silence, clipping).
+
+    A clip of more than `longest` samples is not decoded: it may be hours, and is of no use to who asks so.
+    Errors are returned, not raised, so that clips can be examined in other threads and processes.
+    """
     try:
-        # An open descriptor has no name, so libsndfile looks at the content alone; SoundFile closes it.
-        return soundfile.SoundFile(os.open(path, os.O_RDONLY), closefd=True)
+        samples = read_header(path).samples
+        if not deep or samples > longest:
+            return ClipReport(samples)
+        mono, _ = _decode(path, channels)
+        if not mono.any():
+            raise DataError(f"{path}: the audio is silent, every sample is zero; remove its row", "clip silent")
+        return ClipReport(samples, clipped=float(np.mean(np.abs(mono) >= FULL_SCALE)))
+    except DataError as error:
+        return error
+
+
+def _decode(path: str | Path, channels: str) -> tuple[np.ndarray, int]:
+    """Samples (samples,) of the channel(s) to hear, at the file's own rate, and that rate in Hz."""
+    if channels not in CHANNELS:
+        raise ValueError(f"unknown audio channels {channels!r}: choose one of {', '.join(CHANNELS)}")
+    with _open(path) as (file, _):
+        try:
+            samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
+        except soundfile.LibsndfileError as error:
+            message = f"{path}: the audio breaks off or is damaged ({error.error_string}); fetch or convert it again"
+            raise DataError(message, "clip damaged") from error
+        rate = file.samplerate
+    # Reduced to one channel before resampling: resampling is linear and per channel, and the costly part.
+    mono = samples[:, 0] if channels == "first" else samples.mean(axis=1)
+    if mono.size == 0:
+        raise _no_samples(path)
+    if not np.isfinite(mono).all():
+        message = f"{path}: the audio holds NaN or infinite samples; convert it again"
+        raise DataError(message, "clip with NaN or infinite samples")
+    return mono, rate
+
+
+def _no_samples(path) -> DataError:
+    message = f"{path}: the audio holds no samples; remove its row or fetch the clip again"
+    return DataError(message, "clip without samples")
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, int]]:
+    """An audio file and its descriptor, or a `DataError` that names it."""
+    _check_is_file(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        # A descriptor has no name, so libsndfile looks at the content alone; SoundFile closes it.
+        file = soundfile.SoundFile(descriptor, closefd=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: not an audio file that libsndfile can read ({error.error_string}); convert it to wav") from error
+        message = f"{path}: not an audio file that libsndfile can read ({error.error_string}); convert it to wav"
+        raise DataError(message, "clip is no audio file") from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror})", "clip unreadable") from error
+    with file:
+        yield file, descriptor
+
+
+def _check_is_file(path: str | Path) -> None:
+    """Raise what keeps `path` from being a file with something in it."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        message = f"{path}: no such audio file; check the path, or remove its row from the data file"
+        raise MissingAudio(message, "clip missing") from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            message = f"{path}: symbolic links that lead in a circle; link to the file itself"
+            raise DataError(message, "clip is a symlink loop") from error
+        raise DataError(f"{str(path)[:200]}: cannot be read ({error.strerror})", "clip unreadable") from error
+    except ValueError as error:  # a zero byte or half a surrogate pair in the name
+        raise DataError(f"{str(path)!r}: no file can have this name ({error}); mend it", "clip unreadable") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise DataError(f"{path}: is a folder, not an audio file; name the file in it", "clip is a folder")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise DataError(f"{path}: is a device or pipe, not an audio file", "clip is no audio file")
+    if status.st_size == 0:
+        raise DataError(f"{path}: an empty file, not an audio file; fetch it again", "clip is an empty file")
+
+
+def _missing_seconds(descriptor: int) -> float:
+    """How much of the audio that a wav file's header promises is not in the file; libsndfile does not tell."""
+    if os.pread(descriptor, 4, 0) != b"RIFF":
+        return 0.0
+    offset, bytes_per_second = 12, 0
+    for _ in range(MAX_CHUNKS):
+        chunk = os.pread(descriptor, 20, offset)
+        if len(chunk) < 8:
+            break
+        name, length = struct.unpack("<4sI", chunk[:8])
+        if name == b"fmt " and len(chunk) == 20:
+            (bytes_per_second,) = struct.unpack("<I", chunk[16:])
+        if name == b"data":
+            there = os.fstat(descriptor).st_size - offset - 8
+            unknown = length in (0, 0xFFFFFFFF) or not bytes_per_second  # a stream's writer cannot know it
+            return 0.0 if unknown else max(0.0, (length - there) / bytes_per_second)
+        offset += 8 + length + length % 2
+    return 0.0
+
+
+def _reaches_the_end(file: soundfile.SoundFile) -> bool:
+    """Whether the end of a FLAC or MP3 file, whose headers name the length too, is there to be decoded."""
+    if file.format not in ("FLAC", "MP3"):
+        return True
+    try:
+        file.seek(max(0, file.frames - 1 - int(CUT_SECONDS * file.samplerate)))
+        return len(file.read(1)) > 0 or file.frames == 0
+    except soundfile.LibsndfileError:
+        return False

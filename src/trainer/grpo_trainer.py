@@ -33,9 +33,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from dataset.audio import load_audio
-from dataset.encode import check_clip_length, check_prompts, encode
+from dataset.encode import MAX_PROMPT_LENGTH, check_clip_length, check_prompts, encode
 
-from .model import MAX_PROMPT_LENGTH, SelfContainedCheckpoints, base_model, freeze_parts
+from .model import SelfContainedCheckpoints, base_model, freeze_parts
 from .resample import find_uniform_groups, replace_groups
 from .shared_prompt import pack, unpack
 
@@ -58,7 +58,8 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             `style` is recorded in the checkpoints. `dataset.dataset.load_train_dataset` makes it.
         eval_dataset: likewise, or None.
         processing_class: a `Qwen2AudioProcessor`; by default the model's own.
-        max_prompt_length: in tokens, the audio's included. Longer prompts are refused, never cut.
+        max_prompt_length: in tokens, the audio's included. Longer prompts are refused, never cut. None where the data
+            set has been examined already: its clips' headers are not read again.
         audio_channels: `first` or `mean`, see `load_audio`.
         freeze: parts of the model that are not trained, of `PARTS`.
         max_resample_rounds: rounds of replacing questions whose G rewards are all equal by fresh ones; 0: none.
@@ -76,7 +77,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: Qwen2AudioProcessor | None = None,
-        max_prompt_length: int = MAX_PROMPT_LENGTH,
+        max_prompt_length: int | None = MAX_PROMPT_LENGTH,
         audio_channels: str = "first",
         freeze: Sequence[str] = (),
         max_resample_rounds: int = 0,
@@ -93,7 +94,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         _check_config(args)
         processor.tokenizer.padding_side = "left"
         for dataset in (train_dataset, eval_dataset):
-            if dataset is not None:
+            if dataset is not None and max_prompt_length is not None:
                 check_prompts(dataset, processor, max_prompt_length)
 
         # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.

@@ -12,8 +12,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dataset.prompt import save_style
 
-MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
-
 # part -> the modules it is made of, by their names in transformers
 PARTS = {
     "audio_encoder": ("audio_tower",),

@@ -37,7 +37,7 @@ class AnswerCollator:
             ValueError: style `think`: the data holds no thoughts to learn.
         """
         if row["style"] == "think":
-            raise ValueError("the data holds no thoughts, so style think cannot be learned from it; use choice or answer")
+            raise ValueError("the data holds no thoughts, so style think cannot be learned; use choice or answer")
         text = extract_answer(row["solution"]) if row["style"] == "choice" else row["solution"]
         return text + self.processor.tokenizer.eos_token
 
@@ -45,9 +45,8 @@ class AnswerCollator:
         """Decode, tokenize and label N rows.
 
         Returns:
-            `input_ids`, `attention_mask`, `position_ids` and `labels` (N, T): prompts padded on the left, answers on the
-            right; labels are -100 but for the answer and its end. `input_features` (N, M, F) and
-            `feature_attention_mask` (N, F).
+            `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T): prompts padded on the left, answers on the right;
+            labels are -100 but for the answer and its end. `input_features` (N, M, F), `feature_attention_mask` (N, F).
         """
         clips = [load_audio(row["audio_path"], self.audio_channels) for row in rows]
         batch = encode(self.processor, [row["prompt"] for row in rows], clips)

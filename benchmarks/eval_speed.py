@@ -1,0 +1,154 @@
+"""Questions per second of evaluation against the plain loop, on one model, one machine, in one run.
+
+    python benchmarks/eval_speed.py                                  a small model, made here, on synthetic clips
+    python benchmarks/eval_speed.py --model_path M --data_file mmau-test-mini.json --questions 256 --max_new_tokens 256
+
+Plain loop: file order, one process, clips decoded in line, batches of 32 padded to the longest, the processor and
+`model.generate` as their documentation uses them; greedy, with the same limit on new tokens. Loading the model is not
+counted. Prints how many of the answers are equal: in float32 all but near ties, which only one of the two settles.
+"""
+
+# ruff: noqa: E402
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as test_mmau.py has it, for both loops
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import soundfile
+import torch
+from transformers import AutoProcessor
+
+from dataset.audio import SAMPLE_RATE, load_audio
+from dataset.encode import build_chat
+from dataset.prompt import build_question
+from demo import build_demo_model
+from evaluation import (
+    EncodedQuestions,
+    Settings,
+    answer_batches,
+    check_clips,
+    default_workers,
+    load_model,
+    make_batches,
+)
+from generation import end_ids
+from utils.benchmark import Benchmark, load_benchmark
+
+CHOICES = ["a dog", "a church bell", "a passing car", "rain on a roof"]
+
+
+def make_questions(folder: Path, count: int) -> Path:
+    """An MMAU-like file: 44.1 kHz stereo clips, most of them 10 s long, some shorter, a few up to 30 s."""
+    rng = np.random.default_rng(0)
+    rows = []
+    (folder / "clips").mkdir()
+    for number in range(count):
+        seconds = rng.choice([10, rng.uniform(2, 10), rng.uniform(10, 30)], p=[0.6, 0.3, 0.1])
+        noise = rng.normal(scale=0.05, size=(round(44_100 * seconds), 2))
+        soundfile.write(folder / "clips" / f"{number}.wav", noise, 44_100)
+        question = (
+            "Which of these sounds is heard " + rng.choice(["first", "last", "most of the time, all in all"]) + "?"
+        )
+        rows.append({"id": str(number), "audio_id": f"clips/{number}.wav", "question": question, "choices": CHOICES})
+        rows[-1] |= {"answer": CHOICES[number % 4], "task": "sound", "difficulty": "easy", "split": "test-mini"}
+    (folder / "questions.json").write_text(json.dumps(rows))
+    return folder / "questions.json"
+
+
+def run_plain(model, processor, benchmark: Benchmark, style: str, max_new_tokens: int, batch_size: int = 32) -> dict:
+    """The loop that one would write first: {id: completion}."""
+    completions = {}
+    for start in range(0, len(benchmark.questions), batch_size):
+        questions = benchmark.questions[start : start + batch_size]
+        clips = [load_audio(question.audio_path) for question in questions]
+        records = [question.record for question in questions]
+        chats = [build_chat(processor, build_question(row["question"], row["choices"], style)) for row in records]
+        inputs = processor(text=chats, audio=clips, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
+        inputs = inputs.to(model.device, model.dtype)
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            suppress_tokens=[model.config.audio_token_id],
+            eos_token_id=end_ids(processor),
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        completions |= {question.id: text for question, text in zip(questions, texts, strict=True)}
+    return completions
+
+
+def run_ours(
+    model, processor, benchmark: Benchmark, style: str, max_new_tokens: int, batch_size: int, workers: int
+) -> dict:
+    """What `test_mmau.py` does between loading the model and writing the results, the check of all clips included."""
+    settings = Settings(style, max_new_tokens=max_new_tokens)
+    samples, decoded = check_clips([question.audio_path for question in benchmark.questions], workers)
+    questions = EncodedQuestions(benchmark.questions, processor, settings, decoded)
+    completions = {}
+    batches = make_batches(questions, samples, batch_size)
+    answer_batches(model, questions, batches, workers, completions.update, "ours", quiet=True)
+    return completions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Questions per second, against the plain loop.")
+    parser.add_argument("--model_path", help="default: a small model with random weights")
+    parser.add_argument("--data_file", help="MMAU's questions, clips beside them; default: synthetic ones")
+    parser.add_argument("--questions", type=int, default=96, help="how many, from the file's start")
+    parser.add_argument("--batch_size", type=int, default=32, help="ours; the plain loop's is 32")
+    parser.add_argument("--workers", type=int, help="ours; default: as test_mmau.py has it")
+    parser.add_argument("--max_new_tokens", type=int, default=12, help="a trained model's answers are about this long")
+    parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many counts")
+    args = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, torch.device("cuda")) if on_gpu else (torch.float32, torch.device("cpu"))
+    if args.workers is None:
+        args.workers = default_workers(device.type)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        benchmark = load_benchmark(args.data_file or make_questions(folder, args.questions))
+        benchmark = Benchmark(**(vars(benchmark) | {"questions": benchmark.questions[: args.questions]}))
+        if not args.model_path:
+            # A vocabulary learned from the questions, so that prompts are as long in tokens as the real ones.
+            texts = [build_question(question.record["question"], CHOICES) for question in benchmark.questions]
+            build_demo_model(folder / "model", texts, seconds=30, mel_bins=128, initializer_range=0.1)
+        processor = AutoProcessor.from_pretrained(args.model_path or folder / "model")
+        processor.tokenizer.padding_side = "left"
+        model = load_model(args.model_path or folder / "model", dtype, device)
+        seconds, answers = {}, {}
+        for _ in range(args.repeats):
+            for name, run in (
+                ("plain loop", lambda: run_plain(model, processor, benchmark, "answer", args.max_new_tokens)),
+                (
+                    "ours",
+                    lambda: run_ours(
+                        model, processor, benchmark, "answer", args.max_new_tokens, args.batch_size, args.workers
+                    ),
+                ),
+            ):
+                start = time.perf_counter()
+                answers[name] = run()
+                seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
+    asked = len(benchmark.questions)
+    for name, took in seconds.items():
+        print(f"{name:10}  {asked / took:8.2f} questions/s")
+    equal = sum(answers["ours"][name] == text for name, text in answers["plain loop"].items())
+    print(f"{seconds['plain loop'] / seconds['ours']:.2f} times as fast; {equal} of {asked} answers equal")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Answers of a Qwen2-Audio to a batch of questions: the decoding loop of evaluation and of `ask.py`.
+
+What `model.generate` would do, with four differences. Only a prompt's last position goes through the head (the logits
+of all of them are the largest tensor of a plain evaluation, and unused). The encoder sees the frames that hold audio,
+not 30 s of padding. A row leaves the batch with its last token. And in float32 the answer to a question does not depend
+on the batch that it was computed in:
+
+Padding and batch size change the order of sums, hence the last bits of the logits, and so may swap two tokens that are
+nearly tied. Wherever the two best tokens are closer than `NEAR_TIE`, far above the rounding, the choice is made by the
+logits of that row computed alone, without padding, cache or threads. The answer is then the one that this lone
+computation gives at every step, whatever the batch. (In bfloat16 rounding is too coarse for that: the same batches give
+the same answers, other batches may not.)
+
+Nothing of the model's `generation_config` is used. Leaves out how prompts are worded and how answers are read.
+
+Shapes: N questions, R rows still being decoded, P prompt tokens (left-padded), T tokens, C completion tokens, M mel
+bins, F mel frames, A audio tokens, H hidden size, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import BatchFeature, DynamicCache, LogitsProcessorList, Qwen2AudioForConditionalGeneration
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MAX_NEW_TOKENS = 256  # as in the original
+# Tokens are nearly tied when their logits differ by less than this share of the row's largest logit. Batch and lone
+# computation were seen to differ by 2e-6 of it (12 layers, width 512).
+NEAR_TIE = 3e-4
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+@dataclass
+class Batch:
+    """N encoded questions."""
+
+    input_ids: torch.Tensor  # (N, P), left-padded
+    attention_mask: torch.Tensor  # (N, P)
+    input_features: torch.Tensor  # (N, M, F), as many frames as the longest clip needs
+    frames: torch.Tensor  # (N,), frames that hold audio
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
+
+    def take(self, rows: list[int]) -> "Batch":
+        """Some of the questions, with no more padding than they need among themselves."""
+        longest = int(self.attention_mask[rows].sum(dim=1).max())
+        frames = needed_frames(int(self.frames[rows].max()), self.input_features.shape[2])
+        return Batch(
+            self.input_ids[rows, -longest:],
+            self.attention_mask[rows, -longest:],
+            self.input_features[rows, :, :frames],
+            self.frames[rows],
+        )
+
+
+def needed_frames(frames: int, window: int) -> int:
+    """How many frames the encoder must see of a clip of so many: those of the positions that they make and of one more,
+    into which the convolutions reach. The clip's positions then come out as they do from the whole window."""
+    positions = (frames - 1) // 2 + 1
+    return min(2 * (positions + 1), window)
+
+
+def join(questions: list[BatchFeature], pad_id: int) -> Batch:
+    """Questions encoded one by one (as `dataset.encode.encode` does) -> a batch, padded to its own longest."""
+    length = max(question["input_ids"].shape[1] for question in questions)
+    input_ids = torch.full((len(questions), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, question in enumerate(questions):
+        input_ids[row, length - question["input_ids"].shape[1] :] = question["input_ids"][0]
+        attention_mask[row, length - question["input_ids"].shape[1] :] = 1
+    frames = torch.cat([question["feature_attention_mask"].sum(1) for question in questions])
+    # The feature extractor fills its window with what it makes of silence, and so what is missing of it here.
+    longest = max(question["input_features"].shape[2] for question in questions)
+    features = [fill_right(question["input_features"], longest) for question in questions]
+    return Batch(input_ids, attention_mask, torch.cat(features), frames)
+
+
+def fill_right(features: torch.Tensor, length: int) -> torch.Tensor:
+    return nn.functional.pad(features, (0, length - features.shape[2]), mode="replicate")
+
+
+def embed_audio(
+    model: Qwen2AudioForConditionalGeneration, features: torch.Tensor, frames: torch.Tensor
+) -> torch.Tensor:
+    """The clips as the language model sees them; the encoder sees groups of clips of like length.
+
+    Args:
+        features: (N, M, F), F at least `needed_frames`.
+        frames: (N,), how many of the F hold audio.
+
+    Returns:
+        (sum of the clips' audio tokens, H), clip after clip.
+    """
+    lengths = frames.tolist()
+    embedded: list[torch.Tensor | None] = [None] * len(lengths)
+    for group in group_by_length(lengths):
+        longest = needed_frames(lengths[group[0]], features.shape[2])
+        for clip, tokens in zip(group, encode_clips(model, features[group, :, :longest], frames[group]), strict=True):
+            embedded[clip] = tokens
+    return torch.cat(embedded)
+
+
+def group_by_length(lengths: list[int]) -> list[list[int]]:
+    """Indices in groups in which no length is under 9/10 of the longest."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not groups or 10 * lengths[index] < 9 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def encode_clips(
+    model: Qwen2AudioForConditionalGeneration, features: torch.Tensor, frames: torch.Tensor
+) -> list[torch.Tensor]:
+    """Encoder and projector on `needed_frames` of N clips: for each clip (its audio tokens, H).
+
+    The steps of `Qwen2AudioEncoder.forward`, which itself takes whole windows only.
+    """
+    encoder = model.model.audio_tower
+    positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # (N,), (N,)
+    hidden = nn.functional.gelu(encoder.conv1(features.to(encoder.conv1.weight.dtype)))
+    hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)[:, : int(positions.max())]
+    mask = torch.arange(hidden.shape[1], device=hidden.device) < positions[:, None]
+    if encoder.config._attn_implementation == "sdpa":
+        mask = None if bool(mask.all()) else mask[:, None, None]  # not spread to (N, 1, T, T): a cost on CPUs
+    else:
+        mask = create_bidirectional_mask(encoder.config, hidden, mask.long())
+    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+    for layer in encoder.layers:
+        hidden = layer(hidden, mask)
+    hidden = encoder.layer_norm(encoder.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # (N, A, encoder's width)
+    hidden = model.model.multi_modal_projector(hidden)
+    return [clip[:kept] for clip, kept in zip(hidden, tokens.tolist(), strict=True)]
+
+
+def embed_prompts(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """Token embeddings of the prompts, with the clips' in the places of their `<|AUDIO|>` tokens: (N, P, H)."""
+    embeddings = model.get_input_embeddings()(batch.input_ids)
+    audio = embed_audio(model, batch.input_features, batch.frames).to(embeddings.dtype)
+    places = batch.input_ids == model.config.audio_token_id
+    if int(places.sum()) != len(audio):
+        raise ValueError(f"the prompts hold {int(places.sum())} audio tokens, their clips make {len(audio)}")
+    return embeddings.masked_scatter(places[..., None], audio)
+
+
+def end_ids(processor) -> list[int]:
+    """Ids that end an answer: both of Qwen2-Audio's, and the tokenizer's own."""
+    vocabulary = processor.tokenizer.get_vocab()
+    return sorted(
+        {vocabulary[token] for token in END_TOKENS if token in vocabulary} | {processor.tokenizer.eos_token_id}
+    )
+
+
+@torch.inference_mode()
+def generate(
+    model: Qwen2AudioForConditionalGeneration,
+    batch: Batch,
+    ends: list[int],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    choose: Callable[[torch.Tensor, list[int], list[list[int]]], torch.Tensor] | None = None,
+) -> list[list[int]]:
+    """The completions of N prompts.
+
+    Args:
+        model: in evaluation mode, on the batch's device.
+        batch: the questions.
+        ends: token ids that end a completion.
+        max_new_tokens: the longest completion.
+        choose: (logits (R, V), the R rows' questions, their completions so far) -> R token ids; `Greedy` by default.
+
+    Returns:
+        N lists of token ids, the ending one included if it was reached.
+    """
+    choose = choose or Greedy(model, batch)
+    completions: list[list[int]] = [[] for _ in batch.input_ids]
+    rows = list(range(len(completions)))  # which question each row of the shrinking batch is about
+    mask = batch.attention_mask
+    positions = mask.sum(dim=1, keepdim=True)  # (R, 1), of the next token
+    hidden, cache = prefill(model, batch)
+    for _ in range(max_new_tokens):
+        logits = model.lm_head(hidden).float()  # (R, V)
+        tokens = choose(logits, rows, [completions[row] for row in rows]).tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            completions[row].append(token)
+        alive = [place for place, token in enumerate(tokens) if token not in ends]
+        if not alive:
+            break
+        if len(alive) < len(rows):
+            kept = torch.tensor(alive, device=mask.device)
+            cache.batch_select_indices(kept)
+            mask, positions = mask[kept], positions[kept]
+            rows, tokens = [rows[place] for place in alive], [tokens[place] for place in alive]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        output = model.model.language_model(
+            inputs_embeds=embed_tokens(model, [[token] for token in tokens]),  # (R, 1, H)
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden, positions = output.last_hidden_state[:, -1], positions + 1
+    return completions
+
+
+def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, DynamicCache]:
+    """The prompts through the language model, in groups of like length: padding costs as much as tokens do.
+
+    Within a group prompts are padded on the right, where no token of theirs looks: that needs no mask, with which
+    kernels are slower.
+
+    Returns:
+        Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P.
+    """
+    device, length = batch.input_ids.device, batch.input_ids.shape[1]
+    lengths = batch.attention_mask.sum(dim=1)  # (N,)
+    groups = group_by_length(lengths.tolist())
+    hidden, caches = [], []
+    for group in groups:
+        part = batch.take(group)  # R rows, T tokens
+        rows, tokens = torch.arange(len(group), device=device)[:, None], part.input_ids.shape[1]
+        shift = tokens - lengths[group][:, None]  # (R, 1), the padding on the left
+        place = torch.arange(tokens, device=device)
+        inputs = embed_prompts(model, part)[rows, (place + shift) % tokens]  # (R, T, H), padding on the right
+        output = model.model.language_model(inputs_embeds=inputs, use_cache=True)
+        hidden.append(output.last_hidden_state[rows[:, 0], lengths[group] - 1])
+        # Padding back to the left, up to the length of the whole batch.
+        source = (torch.arange(length, device=device) - length + lengths[group][:, None]).clamp(min=0)  # (R, P)
+        layers = output.past_key_values.layers
+        caches.append([[to_left(states, rows, source) for states in (layer.keys, layer.values)] for layer in layers])
+    # Back to the order of the batch.
+    order = torch.tensor([row for group in groups for row in group], device=device).argsort()
+    merged = DynamicCache(config=model.config.text_config)
+    for index in range(len(caches[0])):
+        layer = [cache.pop(0) for cache in caches]  # freed once merged: all of it twice would not fit
+        keys, values = (torch.cat(states)[order] for states in zip(*layer, strict=True))
+        merged.update(keys, values, index)
+    return torch.cat(hidden)[order], merged
+
+
+def to_left(states: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Cached states (R, heads, T, D) in the places that `source` (R, P) names: (R, heads, P, D)."""
+    return states.transpose(1, 2)[rows, source].transpose(1, 2)
+
+
+class Greedy:
+    """The best token of each row but `<|AUDIO|>`; in float32, the one that the row would get alone (see above)."""
+
+    def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch):
+        self.model, self.batch = model, batch
+        self.exact = model.dtype == torch.float32
+        self.prompts: dict[int, torch.Tensor] = {}  # question -> its prompt's embeddings, computed alone, (1, P, H)
+        self.near_ties = 0  # met so far
+
+    def __call__(self, logits: torch.Tensor, rows: list[int], completions: list[list[int]]) -> torch.Tensor:
+        lowest = self._forbid_audio(logits)  # (R,)
+        if not self.exact:
+            return logits.argmax(dim=1)
+        best, tokens = logits.topk(2, dim=1)  # (R, 2)
+        scale = torch.maximum(best[:, 0].abs(), lowest.abs())
+        for place in (best[:, 0] - best[:, 1] < NEAR_TIE * scale).nonzero()[:, 0].tolist():
+            lone = self.lone_logits(rows[place], completions[place])
+            tokens[place, 0] = lone.argmax()
+            self.near_ties += 1
+            if float((lone - logits[place]).abs().max()) > NEAR_TIE / 2 * float(scale[place]):
+                logger.warning_once(
+                    "This model amplifies rounding more than NEAR_TIE in src/generation.py allows for: "
+                    "answers may depend on the batch size. Raise NEAR_TIE."
+                )
+        return tokens[:, 0]
+
+    def lone_logits(self, row: int, completion: list[int]) -> torch.Tensor:
+        """Logits (V,) of one question's next token, from nothing but the question and its tokens so far."""
+        with single_thread():
+            if row not in self.prompts:
+                self.prompts[row] = embed_prompts(self.model, self.batch.take([row]))
+            inputs = torch.cat([self.prompts[row], embed_tokens(self.model, [completion])], dim=1)
+            hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden[:, -1])
+        self._forbid_audio(logits)
+        return logits[0]
+
+    def _forbid_audio(self, logits: torch.Tensor) -> torch.Tensor:
+        """Make `<|AUDIO|>`, which stands for sound and is no text, the worst choice; return the rows' lowest logits."""
+        lowest = logits.amin(dim=1)
+        logits[:, self.model.config.audio_token_id] = lowest
+        return lowest
+
+
+class Sampler:
+    """Tokens drawn as the original drew them, by the defaults of Qwen2-Audio-7B-Instruct that it inherited: repetition
+    penalty 1.1 (over prompt and completion), temperature 0.7, top_k 20, top_p 0.5. Every question has a stream of
+    random numbers of its own, so that a draw does not depend on the batch.
+
+    Args:
+        model, batch: as for `generate`.
+        names: N texts that tell the questions apart.
+        seed: decides all draws.
+    """
+
+    def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch, names: list[str], seed: int):
+        self.audio_token_id = model.config.audio_token_id
+        kept = zip(batch.input_ids.cpu(), batch.attention_mask.cpu().bool(), strict=True)
+        self.prompts = [ids[mask].tolist() for ids, mask in kept]
+        digests = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names]
+        self.streams = [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
+        self.process = LogitsProcessorList(
+            [
+                RepetitionPenaltyLogitsProcessor(1.1),
+                TemperatureLogitsWarper(0.7),
+                TopKLogitsWarper(20),
+                TopPLogitsWarper(0.5),
+            ]
+        )
+
+    def __call__(self, logits: torch.Tensor, rows: list[int], completions: list[list[int]]) -> torch.Tensor:
+        logits[:, self.audio_token_id] = -torch.inf
+        drawn = []
+        for scores, row, completion in zip(logits.cpu(), rows, completions, strict=True):
+            probabilities = self.process(torch.tensor([self.prompts[row] + completion]), scores[None]).softmax(dim=1)
+            drawn.append(probabilities.multinomial(1, generator=self.streams[row])[0])
+        return torch.cat(drawn)
+
+
+@torch.inference_mode()
+def score(model: Qwen2AudioForConditionalGeneration, batch: Batch, completions: list[list[int]]) -> torch.Tensor:
+    """Log-probabilities (K,) of K completions, each of at least one token, of the one question in `batch`."""
+    prompt = embed_prompts(model, batch)  # (1, P, H)
+    length = max(map(len, completions))
+    padded = [completion + [completion[-1]] * (length - len(completion)) for completion in completions]
+    inputs = torch.cat([prompt.expand(len(padded), -1, -1), embed_tokens(model, padded)], dim=1)
+    hidden = model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    logps = model.lm_head(hidden[:, -length - 1 : -1]).float().log_softmax(dim=-1)  # (K, C, V)
+    targets = torch.tensor(padded, device=logps.device)
+    taken = logps.gather(2, targets[..., None])[..., 0]  # (K, C)
+    lengths = torch.tensor([len(completion) for completion in completions], device=logps.device)
+    return (taken * (torch.arange(length, device=logps.device) < lengths[:, None])).sum(dim=1)
+
+
+def embed_tokens(model: Qwen2AudioForConditionalGeneration, ids: list[list[int]]) -> torch.Tensor:
+    """Embeddings (R, T, H) of R rows of T token ids."""
+    embedding = model.get_input_embeddings()
+    return embedding(torch.tensor(ids, dtype=torch.long, device=embedding.weight.device))
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Sums in one order, whatever the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

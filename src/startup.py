@@ -1,0 +1,74 @@
+"""Between a training script's command line and its model: the data examined, the checkpoint to resume from checked."""
+
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import AutoProcessor, Qwen2AudioProcessor, TrainingArguments
+
+from arguments import DataArguments
+from dataset.check import examine_training_file
+from dataset.dataset import load_train_dataset
+
+DROPPED_FILE = "dropped.jsonl"
+
+
+def load_processor(model: str) -> Qwen2AudioProcessor:
+    """A model's processor, padding on the left as prompts need it.
+
+    Raises:
+        ValueError: it is not Qwen2-Audio's.
+    """
+    processor = AutoProcessor.from_pretrained(model)
+    if not isinstance(processor, Qwen2AudioProcessor):
+        raise ValueError(f"{model}: its processor is a {type(processor).__name__}, not Qwen2-Audio's")
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_training_data(data: DataArguments, args: TrainingArguments, processor: Qwen2AudioProcessor) -> Dataset:
+    """The usable rows of the training file; what is dropped is reported in a table and written to DROPPED_FILE.
+
+    The main process examines every row and every clip's header; the others learn from it which lines to skip.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: more than `max_dropped` of the rows are unusable, or there is none; the table says why.
+    """
+    found = [None, None]  # dropped lines, error
+    if args.process_index == 0:
+        try:
+            examination = examine_training_file(
+                data.data_file,
+                data.prompt_style,
+                processor,
+                data.max_prompt_length,
+                dropped_file=Path(args.output_dir) / DROPPED_FILE,
+                channels=data.audio_channels,
+                progress=not args.disable_tqdm,
+            )
+            print(examination.table(), flush=True)
+            examination.check_share(data.max_dropped)
+            found[0] = list(examination.dropped)
+        except (ValueError, OSError) as error:
+            found[1] = error
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    dropped, error = found
+    if error is not None:
+        raise error
+    if args.process_index == 0:
+        return examination.dataset
+    return load_train_dataset(data.data_file, data.prompt_style, skip=set(dropped))
+
+
+def check_resumable(folder: str | Path) -> None:
+    """Raise a `ValueError` unless `folder` is a checkpoint with optimizer state: without, a run would start over."""
+    folder = Path(folder)
+    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {folder}: is no checkpoint")
+    if not (folder / "optimizer.pt").is_file() and not any(folder.glob("global_step*")):  # the latter is DeepSpeed's
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: holds weights only; only runs with --save_only_model false can be "
+            f"continued. --model_name_or_path {folder} starts a new run from its weights"
+        )

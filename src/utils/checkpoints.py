@@ -1,0 +1,112 @@
+"""The folders that are evaluated: which one a path or hub name means, whether it is whole, and what tells it apart.
+
+Reads file sizes, headers and samples of the weights; loading them into a model is the caller's.
+"""
+
+import hashlib
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
+PROCESSOR = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
+SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weight file for its fingerprint
+
+
+class IncompleteCheckpoint(ValueError):
+    """A checkpoint that is still being saved, was cut off, or is not there."""
+
+
+def label_of(model: str) -> str:
+    """What a result is called: the step of `.../checkpoint-300`, else the folder's or the hub model's own name.
+
+    >>> label_of("exp/model/checkpoint-300"), label_of("Qwen/Qwen2-Audio-7B-Instruct")
+    ('300', 'Qwen2-Audio-7B-Instruct')
+    """
+    return Path(model).resolve().name.removeprefix("checkpoint-")
+
+
+def locate(model: str) -> Path:
+    """The folder of a model given as folder or hub name (which is downloaded once).
+
+    Raises:
+        IncompleteCheckpoint: it is neither.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith(("/", ".")) or model.count("/") != 1:
+        raise IncompleteCheckpoint(f"{model}: no such folder")
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.md", "*.png", "*.mp3", "*.wav"]))
+    except Exception as error:  # whatever the hub's client raises, the model is not to be had
+        reason = type(error).__name__
+        raise IncompleteCheckpoint(
+            f"{model}: neither a folder nor a model on the hub within reach ({reason})"
+        ) from error
+
+
+def check_whole(folder: Path) -> None:
+    """Raise an `IncompleteCheckpoint` that says what is missing or cut off; reads headers and sizes, no tensors."""
+    config = "adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json"
+    try:
+        json.loads((folder / config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IncompleteCheckpoint(f"{folder}: incomplete, {config} is missing or cut off") from error
+    for path in weight_files(folder):
+        _check_weights(path)
+    for names in PROCESSOR:
+        if not any((folder / name).is_file() for name in names):
+            raise IncompleteCheckpoint(f"{folder}: incomplete, the processor's {' or '.join(names)} is missing")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, those listed in its index.
+
+    Raises:
+        IncompleteCheckpoint: there is none, or the index is cut off.
+    """
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError) as error:
+                raise IncompleteCheckpoint(f"{folder}: incomplete, {index.name} is cut off") from error
+        if (folder / name).is_file():
+            return [folder / name]
+    raise IncompleteCheckpoint(f"{folder}: incomplete, it holds no weights")
+
+
+def _check_weights(path: Path) -> None:
+    if not path.is_file():
+        raise IncompleteCheckpoint(f"{path.parent}: incomplete, {path.name} is missing")
+    size = path.stat().st_size
+    if path.suffix == ".bin":
+        whole = zipfile.is_zipfile(path)
+    else:  # safetensors: 8 bytes with the header's length, the header, the tensors
+        try:
+            with open(path, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, size)))
+            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+            whole = size == 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+        except (struct.error, ValueError, KeyError, TypeError):
+            whole = False
+    if not whole:
+        raise IncompleteCheckpoint(f"{path.parent}: incomplete, {path.name} is cut off")
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits that change with the weights: hash of the files' names, sizes and evenly spaced samples."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(size * sample // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

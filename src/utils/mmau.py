@@ -1,0 +1,168 @@
+"""MMAU's official score, re-implemented: agrees digit for digit with what `evaluation.py` of github.com/Sakshi113/MMAU
+(at 110127f) prints, its oddities included. MMAR, whose script derives from it, is scored by modality.
+
+Leaves out the model and the reading of answers: a record already carries the prediction.
+
+    python src/utils/mmau.py --input res_mmau_mini.json
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+WORD = re.compile(r"\b\w+\b")
+# Where a prediction may stand: MMAU's script reads the first, its README documents the second, MMAR uses the third.
+PREDICTION_KEYS = ("model_output", "model_prediction", "answer_prediction")
+# Printed first and in this order, also when a file has none of them; whatever else turns up follows.
+TASKS = ("sound", "music", "speech")
+DIFFICULTIES = ("easy", "hard", "medium")
+MODALITIES = TASKS + ("mix-sound-music", "mix-sound-speech", "mix-music-speech", "mix-sound-music-speech")
+RULE = "*" * 30
+
+
+def words(text) -> set[str]:
+    r"""The set of lower-cased `\b\w+\b` words by which MMAU compares texts: order, repetition and signs are lost."""
+    return set(WORD.findall(str(text).lower()))
+
+
+def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
+    """Whether MMAU counts `prediction` as right.
+
+    All words of the answer must be in the prediction, and no word of a wrong choice that is not also in the answer.
+    So a permutation of the answer is right, and "not X" for X, "C" for "C#", "4" for "4/4": theirs, reproduced.
+    """
+    predicted, right = words(prediction), words(answer)
+    if not predicted:
+        return False
+    wrong = set().union(*(words(choice) - right for choice in choices))
+    return right <= predicted and not wrong & predicted
+
+
+@dataclass
+class Scores:
+    """Right answers and questions: `groups` is {title: {name: [right, questions]}} in the order of the printed text."""
+
+    groups: dict[str, dict[str, list[int]]]
+    right: int = 0
+    questions: int = 0
+    without_prediction: int = 0  # records that carry none: skipped, as MMAU's script skips them
+    matches: list[bool] = field(default_factory=list)  # per scored record, in their order
+
+    @property
+    def accuracy(self) -> float:
+        """Percent of the scored questions; NaN without any."""
+        return 100 * self.right / self.questions if self.questions else float("nan")
+
+    def __str__(self) -> str:
+        """The printed text of MMAU's script, final newline included."""
+        lines = []
+        for title, group in self.groups.items():
+            lines += [RULE, f"{title}-wise Accuracy:"]
+            lines += [_line(f"{name} :", right, questions) for name, (right, questions) in group.items()]
+        lines += [RULE, _line("Total Accuracy:", self.right, self.questions)]
+        # Their script skips a record without prediction before it could be counted, so it always prints 0 here.
+        lines += [RULE, "No prediction count: 0"]
+        return "\n".join(lines) + "\n"
+
+
+def _line(name: str, right: int, questions: int) -> str:
+    percent = right / questions * 100 if questions else 0
+    return f"{name} {percent:.2f}% over {questions} samples"
+
+
+def evaluate(records: list[dict]) -> Scores:
+    """Score records of MMAU (by task, difficulty and sub-category) or of MMAR (by modality, category and sub-category).
+
+    Args:
+        records: the benchmark's rows, each with a prediction under one of `PREDICTION_KEYS`; others are skipped.
+
+    Returns:
+        The counts; `str()` of them is the text that MMAU's script prints.
+
+    Raises:
+        ValueError: an answer is blank (as in MMAU's full test set: no score can be had here), or a key is missing.
+    """
+    if any("modality" in record for record in records):
+        keys = {
+            "Modality": ("modality", MODALITIES),
+            "Category": ("category", ()),
+            "Sub-category": ("sub-category", ()),
+        }
+    else:
+        keys = {
+            "Task": ("task", TASKS),
+            "Difficulty": ("difficulty", DIFFICULTIES),
+            "Sub-category": ("sub-category", ()),
+        }
+    scores = Scores({title: {name: [0, 0] for name in names} for title, (_, names) in keys.items()})
+    for number, record in enumerate(records, start=1):
+        prediction = get_prediction(record)
+        if prediction is None:
+            scores.without_prediction += 1
+            continue
+        for key in ("answer", "choices"):
+            if key not in record:
+                raise ValueError(f"record {number} ({record.get('id')}) has no `{key}`: it cannot be scored")
+        if not str(record["answer"]).strip():
+            raise ValueError(
+                f"record {number} ({record.get('id')}) has a blank answer: no score can be computed for it"
+            )
+        match = string_match(record["answer"], prediction, record["choices"])
+        scores.matches.append(match)
+        scores.right += match
+        scores.questions += 1
+        for title, (key, _) in keys.items():
+            if record.get(key) is not None:
+                count = scores.groups[title].setdefault(record[key], [0, 0])
+                count[0] += match
+                count[1] += 1
+    return scores
+
+
+def get_prediction(record: dict) -> str | None:
+    """The record's prediction; `None` if it carries none."""
+    for key in PREDICTION_KEYS:
+        if key in record:
+            return "" if record[key] is None else str(record[key])
+    return None
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """Rows of a JSON list or of a JSONL file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither, or a row is not an object; names the file and the row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:  # of UTF-8 and of JSON alike
+        raise ValueError(f"{path}: neither a JSON list nor one JSON object per line, in UTF-8 ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print MMAU's official scores of a file with predictions.")
+    parser.add_argument("--input", required=True, help="JSON list or JSONL: the benchmark's rows with `model_output`")
+    records = read_records(parser.parse_args().input)
+    scores = evaluate(records)
+    print(scores, end="")
+    if scores.without_prediction:
+        print(f"{scores.without_prediction} of {len(records)} records carry no prediction: skipped", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

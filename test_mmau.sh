@@ -1,0 +1,74 @@
+#!/bin/sh
+# Evaluate checkpoints on MMAU and print one table, best first.
+#
+#   sh test_mmau.sh [--flag value ...]         every checkpoint of OUT_DIR; flags: python src/test_mmau.py --help
+#   sh test_mmau.sh demo [--flag value ...]    those of `sh run_grpo.sh demo`, on its own questions
+#
+# Machine and paths come from the environment:  OUT_DIR=exp/x STEPS="base 300 500" sh test_mmau.sh --audio silent
+set -eu
+[ -f src/test_mmau.py ] || cd "$(dirname "$0")"
+
+case "${1:-}" in
+demo)
+    shift
+    OUT_DIR=${OUT_DIR:-exp/demo}
+    MMAU_DIR=${MMAU_DIR:-data/demo}
+    DATA_FILE=${DATA_FILE:-$MMAU_DIR/mmau_demo.json}
+    MODEL_NP=${MODEL_NP:-$OUT_DIR/untrained}
+    set -- --max_new_tokens 16 "$@" # as in the table that the demo itself ends with: nothing is done twice
+    ;;
+esac
+
+OUT_DIR=${OUT_DIR:-exp/model}                      # holds checkpoint-*; results go to its test_*
+MMAU_DIR=${MMAU_DIR:-data/MMAU}                    # holds the questions and the folders of clips
+MODEL_NP=${MODEL_NP:-Qwen/Qwen2-Audio-7B-Instruct} # the base model
+BATCH_SIZE=${BATCH_SIZE:-32}
+STEPS=${STEPS:-all}                                # e.g. "300 500"; "all" checkpoints; "base" is the base model
+
+DATA_FILE=${DATA_FILE:-$MMAU_DIR/mmau-test-mini.json}
+# The full test set, 9000 questions. Its answers are blank: no table, but res_mmau.json, the file to submit.
+# DATA_FILE=$MMAU_DIR/mmau-test.json
+
+# What the prompt asks for is recorded in each checkpoint; without a record it is the paper's Prompt <2>.
+# Uncomment the second line for checkpoints without a record that were trained with the paper's Prompt <3>.
+PROMPT_STYLE=${PROMPT_STYLE:-}
+# PROMPT_STYLE=think
+
+. ./setup_env.sh
+
+set -- --data_file "$DATA_FILE" --audio_dir "$MMAU_DIR" --out_dir "$OUT_DIR" --batch_size "$BATCH_SIZE" \
+    ${PROMPT_STYLE:+--prompt_style "$PROMPT_STYLE"} "$@"
+MODELS=0
+for STEP in $STEPS; do
+    case $STEP in
+    all)
+        for MODEL in "$OUT_DIR"/checkpoint-*; do
+            if [ -d "$MODEL" ]; then
+                set -- "$MODEL" "$@"
+                MODELS=$((MODELS + 1))
+            fi
+        done
+        ;;
+    base)
+        set -- "base=$MODEL_NP" "$@"
+        MODELS=$((MODELS + 1))
+        ;;
+    *)
+        set -- "$OUT_DIR/checkpoint-$STEP" "$@"
+        MODELS=$((MODELS + 1))
+        ;;
+    esac
+done
+if [ "$MODELS" = 0 ]; then
+    echo "There is no checkpoint-* in $OUT_DIR: sh run_grpo.sh makes them, OUT_DIR names another folder," >&2
+    echo "and STEPS=base evaluates the base model $MODEL_NP." >&2
+    exit 1
+fi
+
+GPU_NUM=${GPU_NUM:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} # processes, one for each GPU
+if [ "$GPU_NUM" -gt 1 ]; then
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPU_NUM" src/test_mmau.py --model_path "$@"
+else
+    "$PYTHON" src/test_mmau.py --model_path "$@"
+fi
+"$PYTHON" src/utils/show_acc.py -i "$OUT_DIR"

@@ -1,0 +1,601 @@
+"""check.py: every kind of bad row and clip is dropped with its own message, every odd but good one simply works; memory
+stays flat; what training gets is what `load_train_dataset` would have made of the good rows."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import QUESTION, ROOT, write_tone
+from launch import run
+from transformers import AutoProcessor
+
+from dataset import check as check_module
+from dataset.audio import examine_clip
+from dataset.check import examine_evaluation_file, examine_training_file, is_training_file, main
+from dataset.dataset import load_train_dataset
+
+GOOD = QUESTION | {"id": 1, "answer": 1, "audio_path": "good.wav"}
+ITEM = {
+    "id": "x",
+    "audio_id": "clips/good.wav",
+    "question": "What?",
+    "choices": ["a", "b"],
+    "answer": "b",
+    "split": "test-mini",
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_tone(tmp_path / "good.wav", 0.5)
+    (tmp_path / "clips").mkdir()
+    write_tone(tmp_path / "clips" / "good.wav", 0.5)
+    return tmp_path
+
+
+def write(folder: Path, *rows) -> Path:
+    """A training file of rows given as objects, text or bytes."""
+    path = folder / "train.jsonl"
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def without(row: dict, key: str) -> dict:
+    return {name: value for name, value in row.items() if name != key}
+
+
+KEYS = ("question_text", "multi_choice", "answer", "dataset_name", "audio_path")
+BAD_ROWS = [
+    ("", "blank line", "remove it"),
+    (" \t", "blank line", "remove it"),
+    ("{not json", "not JSON", "one whole JSON object per line"),
+    ("1" * 5000, "not JSON", "one whole JSON object per line"),
+    ("[" * 100_000, "not JSON", "one whole JSON object per line"),
+    ("[1, 2]", "not a JSON object", "a JSON list"),
+    ("null", "not a JSON object", "a JSON NoneType"),
+    (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "byte-order mark", "save the file as UTF-8 without one"),
+    (json.dumps(GOOD).encode("utf-16"), "not UTF-8", "save the file as UTF-8"),
+    (b'{"question_text": "caf\xe9"}', "not UTF-8", "save the file as UTF-8"),
+    *((without(GOOD, key), f"`{key}` missing", "data/README.md shows the format") for key in KEYS),
+    *((GOOD | {key: None}, f"`{key}` null", "data/README.md shows the format") for key in KEYS),
+    *(
+        (GOOD | {key: ["no text"] if key != "multi_choice" else 5}, f"`{key}` of the wrong type", "it must be")
+        for key in KEYS
+    ),
+    (GOOD | {"answer": 3}, "`answer` out of range", "the 3 choices are numbered from 0"),
+    (GOOD | {"answer": -1}, "`answer` out of range", "`answer` is -1"),
+    (GOOD | {"answer": "1"}, "`answer` of the wrong type", "of type str"),
+    (GOOD | {"answer": 1.0}, "`answer` of the wrong type", "of type float"),
+    (GOOD | {"answer": True}, "`answer` of the wrong type", "of type bool"),
+    (GOOD | {"multi_choice": []}, "`answer` out of range", "the 0 choices"),
+    (GOOD | {"multi_choice": "dog"}, "`multi_choice` of the wrong type", "of type str"),
+    (GOOD | {"multi_choice": {"0": "dog"}}, "`multi_choice` of the wrong type", "of type dict"),
+    (GOOD | {"multi_choice": ["dog"], "answer": 0}, "fewer than two choices", "has 1 entries"),
+    (GOOD | {"multi_choice": ["dog", 5]}, "choice is no text", "holds 5"),
+    (GOOD | {"multi_choice": ["dog", None]}, "choice is no text", "holds None"),
+    (GOOD | {"multi_choice": ["dog", ["cat"]]}, "choice is no text", "every choice must be a text"),
+    (GOOD | {"multi_choice": ["dog", "\ud800"]}, "broken text", "half a surrogate pair"),
+    (GOOD | {"question_text": ""}, "question empty", "remove the row"),
+    (GOOD | {"question_text": " \n"}, "question empty", "remove the row"),
+    (GOOD | {"question_text": "a \udfff"}, "broken text", "half a surrogate pair"),
+    (GOOD | {"audio_path": ""}, "`audio_path` empty", "is empty"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "message"), BAD_ROWS)
+def test_a_bad_row_is_dropped_and_named(folder, row, reason, message):
+    path = write(folder, GOOD, row, GOOD)
+    examination = examine_training_file(path)
+    assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
+    assert examination.shown[0].startswith(f"{path}, line 2: ") and message in examination.shown[0]
+    assert reason in examination.table() and "3 rows, 2 usable, 1 dropped (33.3%)" in examination.table()
+    assert examination.dataset["row"][:] == [1, 3]
+
+
+def test_a_line_without_end_is_not_read_into_memory(folder, monkeypatch):
+    monkeypatch.setattr("dataset.dataset.MAX_LINE", 1000)
+    path = write(folder, GOOD, "x" * 5000, GOOD, json.dumps(GOOD) + " " * 3000, GOOD)
+    examination = examine_training_file(path)
+    assert list(examination.dropped) == [2, 4] and examination.reasons == {"line too long": 2}
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def make_bad_clip(name: str, path: Path) -> None:
+    """Put at `path` what `name` says."""
+    if name in ("cut wav", "cut float wav", "cut flac", "cut mp3"):
+        settings = {
+            "cut wav": {},
+            "cut float wav": {"subtype": "FLOAT"},
+            "cut flac": {"format": "FLAC"},
+            "cut mp3": {"format": "MP3"},
+        }
+        write_tone(path, 5.0, **{"format": "WAV"} | settings[name])
+        cut(path)
+    elif name == "wav cut in its header":
+        write_tone(path, 1.0)
+        cut(path, 0.0012)
+    elif name == "wav cut after its header":
+        write_tone(path, 1.0)
+        path.write_bytes(path.read_bytes()[:44])
+    elif name == "folder":
+        path.mkdir()
+    elif name == "empty file":
+        path.touch()
+    elif name == "text":
+        path.write_text("RIFF is how this text begins, and it goes on for a while")
+    elif name == "zero samples":
+        soundfile.write(path, np.zeros(0, np.float32), 16_000, format="WAV")
+    elif name == "too short":
+        write_tone(path, 0.099)
+    elif name == "too long":
+        write_tone(path, 30.01)
+    elif name in ("nan", "infinite"):
+        samples = np.full(16_000, 0.1, np.float32)
+        samples[8_000] = float(name.replace("infinite", "inf"))
+        soundfile.write(path, samples, 16_000, subtype="FLOAT", format="WAV")
+    elif name == "zeros":
+        soundfile.write(path, np.zeros(16_000, np.float32), 16_000, format="WAV")
+    elif name == "first channel silent":
+        soundfile.write(path, np.random.default_rng(0).normal(size=(16_000, 2)) * [0, 0.1], 16_000, format="WAV")
+    elif name == "damaged flac":
+        write_tone(path, 5.0, format="FLAC")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+        path.write_bytes(content)
+    elif name == "symlink loop":
+        path.symlink_to(path.with_name("other.wav"))
+        path.with_name("other.wav").symlink_to(path)
+    elif name == "broken link":
+        path.symlink_to("nowhere.wav")
+    elif name == "pipe":
+        os.mkfifo(path)
+    else:
+        assert name == "missing"
+
+
+BAD_CLIPS = [
+    ("missing", "clip missing", "no such audio file"),
+    ("broken link", "clip missing", "no such audio file"),
+    ("folder", "clip is a folder", "is a folder"),
+    ("empty file", "clip is an empty file", "an empty file"),
+    ("text", "clip is no audio file", "not an audio file that libsndfile can read"),
+    ("pipe", "clip is no audio file", "a device or pipe"),
+    ("symlink loop", "clip is a symlink loop", "lead in a circle"),
+    ("cut wav", "clip cut off", "cut off, 2.50 s of 5.00 s are there"),
+    ("cut float wav", "clip cut off", "cut off, 2.50 s of 5.00 s are there"),
+    ("cut flac", "clip cut off", "cut off before the end of its 5.00 s"),
+    ("cut mp3", "clip cut off", "cut off before the end of its 5.0"),
+    ("wav cut in its header", "clip is no audio file", "not an audio file"),
+    ("wav cut after its header", "clip cut off", "cut off, 0.00 s of 1.00 s are there"),
+    ("zero samples", "clip without samples", "holds no samples"),
+    ("too short", "clip too short", "lasts 0.099 s, under the 0.1 s needed"),
+    ("too long", "clip too long", "lasts 30.01 s, the model hears 30 s"),
+]
+BAD_SAMPLES = [
+    ("nan", "clip with NaN or infinite samples", "NaN or infinite"),
+    ("infinite", "clip with NaN or infinite samples", "NaN or infinite"),
+    ("zeros", "clip silent", "every sample is zero"),
+    ("first channel silent", "clip silent", "every sample is zero"),
+    ("damaged flac", "clip damaged", "breaks off or is damaged"),
+]
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["headers", "deep"])
+@pytest.mark.parametrize(("name", "reason", "message"), BAD_CLIPS)
+def test_a_bad_clip_is_dropped_and_named(folder, name, reason, message, deep):
+    make_bad_clip(name, folder / "bad.wav")
+    path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
+    examination = examine_training_file(path, deep=deep, workers=0)
+    assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
+    assert (
+        examination.shown[0].startswith(f"{path}, line 2: {folder / 'bad.wav'}: ") and message in examination.shown[0]
+    )
+
+
+@pytest.mark.parametrize(("name", "reason", "message"), BAD_SAMPLES)
+def test_bad_samples_are_found_by_decoding(folder, name, reason, message):
+    make_bad_clip(name, folder / "bad.wav")
+    path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
+    examination = examine_training_file(path, deep=True, workers=0)
+    assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
+    assert message in examination.shown[0]
+    if name == "first channel silent":
+        assert not examine_training_file(path, deep=True, workers=0, channels="mean").dropped
+
+
+def test_a_clip_that_is_too_long_is_not_decoded(folder):
+    soundfile.write(folder / "bad.wav", np.full(31 * 16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
+    path = write(folder, GOOD | {"audio_path": "bad.wav"})
+    assert examine_training_file(path, deep=True, workers=0).reasons == {"clip too long": 1}
+
+
+@pytest.mark.parametrize("name", ["a\0b.wav", "\ud800.wav", "x" * 5000 + ".wav", "good.wav/b.wav"])
+def test_names_that_no_file_can_have(folder, name):
+    examination = examine_training_file(write(folder, GOOD, GOOD | {"audio_path": name}))
+    assert list(examination.dropped) == [2] and len(examination.shown[0]) < 700
+    examination.shown[0].encode("utf-8")
+
+
+FINE = {
+    "plain.wav": dict(),
+    "8 kHz.wav": dict(rate=8_000),
+    "192 kHz.wav": dict(rate=192_000),
+    "six channels.wav": dict(channels=6, rate=48_000),
+    "24 bit.wav": dict(subtype="PCM_24"),
+    "float.wav": dict(subtype="FLOAT"),
+    "ADPCM.wav": dict(subtype="IMA_ADPCM"),
+    "mp3 named.wav": dict(format="MP3", rate=44_100),
+    "short mp3 named.wav": dict(format="MP3", seconds=0.15),
+    "flac named.mp4": dict(format="FLAC"),
+    "ogg": dict(format="OGG", subtype="VORBIS"),
+    'it\'s "quoted"\n; rm -rf 狗.flac': dict(format="FLAC"),
+    "shortest.wav": dict(seconds=0.1),
+    "longest.wav": dict(seconds=30.0),
+}
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["headers", "deep"])
+def test_what_is_fine_simply_works(folder, deep):
+    for name, settings in FINE.items():
+        write_tone(folder / "made", **{"format": "WAV", "seconds": 1.0} | settings)
+        (folder / "made").rename(folder / name)
+    (folder / "link.wav").symlink_to("plain.wav")
+    content = bytearray((folder / "plain.wav").read_bytes())
+    content[40:44] = b"\xff\xff\xff\xff"  # as a program writes it that does not know the length beforehand
+    (folder / "streamed.wav").write_bytes(content)
+    names = [*FINE, "link.wav", "streamed.wav"]
+    path = write(folder, *(GOOD | {"id": name, "audio_path": name} for name in names))
+    examination = examine_training_file(path, deep=deep, workers=0)
+    assert not examination.dropped and not examination.notes, examination.table()
+    assert examination.dataset["audio_path"][:] == [str(folder / name) for name in names]
+    assert (examination.shortest, examination.longest) == (0.1, 30.0)
+
+
+def test_a_file_handle_is_not_left_open(folder):
+    (folder / "text.wav").write_text("no audio")
+    make_bad_clip("cut flac", folder / "cut.wav")
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(20):
+        for name in ("good.wav", "text.wav", "cut.wav"):
+            examine_clip(folder / name, deep=True)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_what_is_kept_but_worth_knowing(folder):
+    wave = np.sin(np.arange(16_000) / 10)
+    soundfile.write(folder / "overdriven.wav", np.clip(3 * wave, -1, 1), 16_000)
+    path = write(
+        folder,
+        GOOD,
+        GOOD | {"multi_choice": ["dog", "dog", "cat"], "id": 2},
+        GOOD,
+        GOOD | {"audio_path": "overdriven.wav", "id": 3},
+    )
+    examination = examine_training_file(path, deep=True, workers=0)
+    assert not examination.dropped and len(examination.dataset) == 4
+    overdriven = "clip overdriven (over 1% of its samples at full scale)"
+    assert examination.notes == {"choices with duplicates": 1, "id repeated": 1, overdriven: 1}
+    assert "choices with duplicates" in examination.table() and "line 2" in examination.table()
+
+
+def test_training_gets_what_loading_the_good_rows_gives(folder):
+    rows = [GOOD | {"id": i, "answer": i % 3, "audio_path": "good.wav" if i % 4 else f"gone{i}.wav"} for i in range(30)]
+    path = write(folder, *rows)
+    examination = examine_training_file(path, "think")
+    loaded = load_train_dataset(path, "think", skip=set(examination.dropped))
+    assert examination.dataset.to_list() == loaded.to_list() and len(loaded) == examination.usable == 22
+    assert examination.dataset._fingerprint == loaded._fingerprint, "every process must cache under the same name"
+
+
+def test_dropped_rows_are_written(folder):
+    bad = [b'{"question_text": "caf\xe9"}', GOOD | {"audio_path": "gone.wav", "id": 7}]
+    dropped_file = folder / "out" / "dropped.jsonl"
+    examination = examine_training_file(write(folder, GOOD, *bad), dropped_file=dropped_file)
+    entries = [json.loads(line) for line in dropped_file.read_text().splitlines()]
+    assert [entry["line"] for entry in entries] == list(examination.dropped) == [2, 3]
+    assert entries[0] | {"text": ""} == {
+        "line": 2, "id": None, "reason": "not UTF-8", "text": "", "message": entries[0]["message"],
+    }  # fmt: skip
+    assert entries[1]["id"] == 7 and "gone.wav" in entries[1]["message"]
+    assert json.loads(entries[1]["text"]) == bad[1] and "caf\\xe9" in entries[0]["text"]
+    examine_training_file(write(folder, GOOD), dropped_file=dropped_file)
+    assert not dropped_file.exists(), "of an earlier run"
+    assert not list(dropped_file.parent.iterdir())
+
+
+def test_too_many_dropped_rows_stop_the_run(folder):
+    examination = examine_training_file(write(folder, *[GOOD] * 9, ""))
+    examination.check_share(0.1)
+    with pytest.raises(ValueError, match=r"(?s)more than 5% of the rows are unusable.*blank line.*line 10"):
+        examination.check_share(0.05)
+    with pytest.raises(ValueError, match=r"(?s)no usable row is left.*blank line"):
+        examine_training_file(write(folder, "")).check_share(1.0)
+
+
+def test_no_file_and_no_rows(folder):
+    with pytest.raises(FileNotFoundError, match="no such data file"):
+        examine_training_file(folder / "gone.jsonl")
+    with pytest.raises(ValueError, match="holds no rows"):
+        examine_training_file(write(folder))
+    with pytest.raises(ValueError, match="unknown prompt style"):
+        examine_training_file(write(folder, GOOD), "loud")
+
+
+def test_prompt_length_special_tokens_and_window_are_the_models(folder, small_model):
+    processor = AutoProcessor.from_pretrained(small_model)
+    write_tone(folder / "long.wav", 2.1)  # this model's window is 2 s
+    token = processor.tokenizer.all_special_tokens[0]
+    rows = [GOOD, GOOD | {"question_text": f"What is {token}?"}, GOOD | {"audio_path": "long.wav"}]
+    rows += [GOOD | {"question_text": "What " * 200}]
+    examination = examine_training_file(write(folder, *rows), processor=processor, max_prompt_length=150)
+    assert list(examination.dropped) == [2, 3, 4]
+    for message, wanted in zip(
+        examination.shown, (f"the special token {token}", "hears 2 s", "over max_prompt_length 150"), strict=True
+    ):
+        assert wanted in message
+    tokens, where = examination.longest_prompt
+    assert where == "line 1"
+    longer = examine_training_file(write(folder, GOOD), processor=processor, max_prompt_length=tokens)
+    assert not longer.dropped and longer.longest_prompt == (tokens, "line 1")
+    assert examine_training_file(write(folder, GOOD), processor=processor, max_prompt_length=tokens - 1).dropped
+
+
+# Evaluation files
+
+
+def write_items(folder: Path, *items) -> Path:
+    """A JSON list with an item a line, the first on line 2."""
+    path = folder / "items.json"
+    path.write_text("[\n" + ",\n".join(map(json.dumps, items)) + "\n]\n", encoding="utf-8")
+    return path
+
+
+BAD_ITEMS = [
+    (5, "not a JSON object", "a JSON int"),
+    (without(ITEM, "question"), "`question` missing", "data/README.md"),
+    (ITEM | {"question": ""}, "`question` empty", "data/README.md"),
+    (ITEM | {"question": " "}, "question empty", "remove the row"),
+    (ITEM | {"choices": "ab"}, "`choices` of the wrong type", "data/README.md"),
+    (ITEM | {"choices": []}, "`choices` empty", "data/README.md"),
+    (ITEM | {"choices": ["b"]}, "fewer than two choices", "1 entries"),
+    (ITEM | {"choices": ["b", 5]}, "choice is no text", "holds 5"),
+    (ITEM | {"answer": "c"}, "`answer` not among the choices", "`answer` is 'c'"),
+    (ITEM | {"answer": 1}, "`answer` not among the choices", "`answer` is 1"),
+    (ITEM | {"answer": ""}, "`answer` not among the choices", "`answer` is ''"),
+    (without(ITEM, "audio_id"), "`audio_id` missing", "data/README.md"),
+    (ITEM | {"audio_id": 5}, "`audio_id` of the wrong type", "data/README.md"),
+    (ITEM | {"audio_id": "gone.wav"}, "clip missing", "no such audio file"),
+    (ITEM | {"audio_id": "../good.wav"}, "clip outside the data folder", "leads out of the data folder"),
+    (ITEM | {"audio_id": "clips/../../good.wav"}, "clip outside the data folder", "leads out"),
+    (ITEM | {"audio_id": "/etc/hostname"}, "clip outside the data folder", "leads out"),
+    (ITEM | {"id": "first"}, "id repeated", "the id 'first' is that of line 2, row 1 too"),
+]
+
+
+@pytest.mark.parametrize(("item", "reason", "message"), BAD_ITEMS)
+def test_a_bad_evaluation_row_is_named_with_its_line(folder, item, reason, message):
+    path = write_items(folder, ITEM | {"id": "first"}, item, ITEM | {"id": "third"})
+    examination = examine_evaluation_file(path)
+    assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
+    assert examination.shown[0].startswith(f"{path}, line 3, row 2: ") and message in examination.shown[0]
+
+
+def test_good_evaluation_rows(folder):
+    write_tone(folder / "long.wav", 31.0)
+    items = [
+        ITEM | {"id": "1", "choices": ["b", "b", "a"]},
+        ITEM | {"id": "2", "answer": "", "split": "test"},
+        ITEM | {"id": "3", "audio_id": str(folder / "clips" / "good.wav")},
+        ITEM | {"id": "4", "audio_id": "long.wav"},
+    ]
+    examination = examine_evaluation_file(write_items(folder, *items))
+    assert not examination.dropped
+    assert examination.notes == {"choices with duplicates": 1, "clip over 30 s, will be cut": 1}
+    mmar = without(ITEM, "audio_id") | {"audio_path": "./clips/good.wav", "modality": "sound"}
+    path = folder / "mmar.jsonl"
+    path.write_text(f"{json.dumps(mmar)}\n\n{json.dumps(mmar | {'id': 'y'})}\n")
+    examination = examine_evaluation_file(path)
+    assert list(examination.dropped) == [2] and examination.reasons == {"blank line": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"id": 1},\n{"id" 2}]', "line 2: not JSON"),
+        (b'[{"id": 1}\n{"id": 2}]', "line 2: not JSON"),
+        (b'[{"id": 1},\n]', "line 2: not JSON"),
+        (b'[{"id": 1}', "line 1: not JSON"),
+        (b"[]\n x", "line 2: not JSON"),
+        (b"[]", "holds no questions"),
+        (b'[\n\n"caf\xe9"]', "line 3: not UTF-8"),
+        (b'\xef\xbb\xbf[{"id": 1}]', "starts with a byte-order mark"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_broken_evaluation_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "items.json"
+    path.write_bytes(content)
+    assert not is_training_file(path)
+    with pytest.raises(ValueError, match=message):
+        examine_evaluation_file(path)
+
+
+def test_real_mmau(shared, tmp_path):
+    """All 1000 real items, each with a clip: none is refused, duplicates are counted, lines are those of the file."""
+    source = shared / "data" / "mmau" / "mmau-test-mini.json"
+    items = json.loads(source.read_text())
+    (tmp_path / "test-mini-audios").mkdir()
+    (tmp_path / source.name).write_bytes(source.read_bytes())
+    write_tone(tmp_path / "clip.wav", 1.0)
+    for item in items:
+        os.link(tmp_path / "clip.wav", tmp_path / item["audio_id"])
+    (tmp_path / items[5]["audio_id"]).unlink()
+    examination = examine_evaluation_file(tmp_path / source.name)
+    assert (
+        examination.rows == 1000 and list(examination.dropped) == [6] and "MMAU release v05.15.25" in examination.kind
+    )
+    assert (
+        examination.notes["choices with duplicates"]
+        == sum(len(set(item["choices"])) < len(item["choices"]) for item in items)
+        > 0
+    )
+    line = int(examination.shown[0].split("line ")[1].split(",")[0])
+    lines = source.read_text().splitlines()
+    assert lines[line - 1].strip() == "{" and items[5]["id"] in lines[line]
+
+
+def test_kinds_of_files(folder, tmp_path):
+    assert is_training_file(write(folder, "", GOOD)) and not is_training_file(write_items(folder, ITEM))
+    assert not is_training_file(write(folder, json.dumps(ITEM)))
+    path = tmp_path / "train_qa.json"
+    path.write_text(json.dumps([without(GOOD, "audio_path")], indent=1))
+    with pytest.raises(ValueError, match=r"train_qa.json: AVQA's own annotations; data/prepare_avqa.py"):
+        is_training_file(path)
+
+
+# The command
+
+
+def check(*arguments, **settings):
+    return run(sys.executable, "src/dataset/check.py", *arguments, check=False, **settings)
+
+
+def test_the_command(folder, small_model, capsys):
+    path = write(folder, GOOD, GOOD | {"audio_path": "gone.wav"}, GOOD)
+    process = check(path, "--model_path", small_model, "--deep", "--workers", 2, "--keep_file", folder / "kept.jsonl")
+    assert process.returncode == 1
+    assert f"{path}, line 2: {folder / 'gone.wav'}: no such audio file" in process.stdout
+    assert "3 rows, 2 usable, 1 dropped" in process.stdout and "longest prompt" in process.stdout
+    assert (folder / "kept.jsonl").read_bytes() == write(folder, GOOD, GOOD).read_bytes()
+    assert main([str(folder / "kept.jsonl"), "--model_path", "none"]) == 0
+    assert "2 usable, 0 dropped" in capsys.readouterr().out
+
+
+def test_what_the_command_refuses(folder, capsys):
+    path = str(write(folder, GOOD))
+    for arguments, message in (
+        (["gone.jsonl"], "no such data file"),
+        ([path, "--model_path", str(folder)], "no processor can be loaded from it"),
+        ([path, "--model_path", "none", "--keep_file", path], "choose another name there"),
+        (
+            [path, "--model_path", "none", "--keep_file", str(folder / "clips" / "kept.jsonl")],
+            "choose another name there",
+        ),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_without_the_model_the_rest_is_checked(folder, capsys, monkeypatch):
+    monkeypatch.setattr("dataset.check.MODEL", "nobody/has-this-model")
+    rows = [GOOD] * 10 + [GOOD | {"answer": 9}] * 25
+    assert main([str(write(folder, *rows))]) == 1
+    out, err = capsys.readouterr()
+    assert "prompt lengths are not checked" in err
+    assert "line 30: `answer` is 9" in out and "... and 5 more (--dropped_file writes all)" in out
+
+
+# Size
+
+MANY = """
+import json, re, sys, time
+from pathlib import Path
+sys.path.insert(0, "src")
+from dataset.check import examine_training_file
+folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+with open(folder / "many.jsonl", "w") as file:
+    for i in range(rows):
+        row = dict(id=i, question_text=f"What happened in video {i}?", multi_choice=["a", "b", "c", "d"], answer=i % 5,
+                   dataset_name="AVQA", audio_path="good.wav")
+        file.write(json.dumps(row) + "\\n")
+start = time.perf_counter()
+examination = examine_training_file(folder / "many.jsonl", dropped_file=folder / "dropped.jsonl")
+assert examination.usable == len(examination.dataset) == rows - rows // 5
+assert examination.dataset[len(examination.dataset) - 1]["row"] == rows - 1
+seconds = time.perf_counter() - start
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+print(json.dumps([seconds, int(peak[1]) / 1024]))
+"""
+
+
+def examine_many(folder: Path, rows: int) -> tuple[float, float]:
+    """s, and MiB at the peak of a process of its own."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads the peak of memory from /proc")
+    seconds, mebibytes = json.loads(run(sys.executable, "-c", MANY, folder, rows).stdout.splitlines()[-1])
+    print(f"{rows} rows: {seconds:.1f} s, {mebibytes:.0f} MiB at the peak")
+    return seconds, mebibytes
+
+
+def test_memory_does_not_grow_with_the_rows(folder):
+    """8 times the rows; holding them as Python objects would take over 40 MiB more."""
+    assert examine_many(folder, 40_000)[1] < examine_many(folder, 5_000)[1] + 25
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_for_a_million_rows(folder):
+    small, large = examine_many(folder, 20_000)[1], examine_many(folder, 1_000_000)[1]
+    assert large < small + 100, "in MiB; the rows themselves take over 150, as Python objects 2000"
+
+
+@pytest.mark.slow
+def test_forty_thousand_rows_with_clips_in_place(tmp_path, shared):
+    """Under a minute on 2 cores, tokens counted with the real tokenizer."""
+    (tmp_path / "wavs").mkdir()
+    write_tone(tmp_path / "clip.wav", 10.0)
+    with open(tmp_path / "train.jsonl", "w") as file:
+        for i in range(40_000):
+            os.link(tmp_path / "clip.wav", tmp_path / "wavs" / f"{i}.wav")
+            choices = [f"{thing} number {i}" for thing in ("motorboat", "yacht consignment", "sailboat", "car")]
+            row = GOOD | {"id": i, "question_text": f"What happened in video {i}?", "multi_choice": choices}
+            file.write(json.dumps(row | {"audio_path": f"wavs/{i}.wav"}) + "\n")
+    start = time.perf_counter()
+    process = check(tmp_path / "train.jsonl", "--model_path", shared / "models" / "qwen2-audio-7b-no-weights")
+    seconds = time.perf_counter() - start
+    print(f"40000 rows with clips: {seconds:.1f} s\n{process.stdout}")
+    assert "40000 usable" in process.stdout and "longest prompt" in process.stdout
+    assert seconds < 60
+
+
+# data/README.md
+
+
+def test_the_readmes_samples_are_valid(tmp_path):
+    readme = (ROOT / "data" / "README.md").read_text()
+    training, evaluation = [block.partition("```")[0] for block in readme.split("```json\n")[1:]]
+    write_tone(tmp_path / "clip.wav", 1.0)
+    for sample in (json.loads(training)["audio_path"], json.loads(evaluation)[0]["audio_id"]):
+        (tmp_path / sample).parent.mkdir(exist_ok=True)
+        os.link(tmp_path / "clip.wav", tmp_path / sample)
+    (tmp_path / "train.data").write_text(training)
+    (tmp_path / "items.json").write_text(evaluation)
+    assert examine_training_file(tmp_path / "train.data").usable == 1
+    assert examine_evaluation_file(tmp_path / "items.json").usable == 1
+
+
+def test_the_readmes_commands_parse():
+    import prepare_avqa
+    import prepare_mmau
+
+    parsers = {
+        "data/prepare_avqa.py": prepare_avqa,
+        "data/prepare_mmau.py": prepare_mmau,
+        "src/dataset/check.py": check_module,
+    }
+    lines = (ROOT / "data" / "README.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+    assert {command[1] for command in commands} == set(parsers)
+    for _, script, *arguments in commands:
+        parsers[script].parse_args(arguments)

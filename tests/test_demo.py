@@ -1,0 +1,309 @@
+"""The demo's data, its model and its warm start; GRPO on them is `sh run_grpo.sh demo`."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from make_demo import MMAU_FILE, SOUNDS, TRAIN_FILE, WARM_START_FILE, make_demo, synthesise
+from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+from transformers.models.whisper.modeling_whisper import sinusoids
+
+from dataset.audio import SAMPLE_RATE, count_samples, load_audio
+from dataset.dataset import load_train_dataset, read_rows
+from dataset.encode import build_chat, check_prompts, count_audio_tokens, encode
+from dataset.prompt import build_question, extract_answer, load_style
+from demo import (
+    IM_END,
+    SPECIAL_TOKENS,
+    UNTRAINED,
+    WARM_START,
+    build_demo_model,
+    build_tokenizer,
+    encode_with_answers,
+    format_table,
+    prepare,
+    score,
+    warm_start,
+)
+from utils.benchmark import load_benchmark
+
+COUNTS = dict(warm_start=33, train=22, test=22)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_demo(tmp_path_factory.mktemp("demo") / "data", **COUNTS, seed=1)
+
+
+@pytest.fixture(scope="module")
+def rows(data) -> Dataset:
+    return load_train_dataset(data / WARM_START_FILE)
+
+
+@pytest.fixture(scope="module")
+def built(rows, tmp_path_factory):
+    """(folder, model, processor) of the demo's own model."""
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    return folder, *build_demo_model(folder, [*rows["prompt"], *rows["solution"]], seed=1)
+
+
+# Data
+
+
+@pytest.mark.parametrize("name, count", [(WARM_START_FILE, COUNTS["warm_start"]), (TRAIN_FILE, COUNTS["train"])])
+def test_training_files_are_avqa_rows_that_the_loader_takes(data, name, count):
+    dataset = load_train_dataset(data / name)
+    assert len(dataset) == count
+    for (_, record), row in zip(read_rows(data / name), dataset, strict=True):
+        answer = record["multi_choice"][record["answer"]]
+        assert extract_answer(row["solution"]) == answer and answer in SOUNDS
+        assert len(set(record["multi_choice"])) == 4
+        assert "video" in record["question_text"] and "video" not in row["prompt"]
+        assert record["video_name"].startswith(record["audio_path"].removeprefix("wavs/").removesuffix("_0.wav"))
+        clip = load_audio(row["audio_path"])
+        assert 1.0 <= len(clip) / SAMPLE_RATE <= 2.0 and 0.1 < abs(clip).max() < 1
+
+
+def test_held_out_file_is_a_benchmark_in_mmau_format(data):
+    benchmark = load_benchmark(data / MMAU_FILE)
+    assert benchmark.name == "mmau_mini" and benchmark.has_answers and len(benchmark.questions) == COUNTS["test"]
+    tasks, answers = Counter(), Counter()
+    for question in benchmark.questions:
+        record = question.record
+        assert record["answer"] in record["choices"] and len(set(record["choices"])) == 4
+        assert record["audio_id"] == f"./test-mini-audios/{record['id']}.wav"
+        assert count_samples(question.audio_path) > 0
+        assert record["task"] == SOUNDS[record["answer"]][0]
+        tasks[record["task"]] += 1
+        answers[record["answer"]] += 1
+    assert set(tasks) == {"sound", "music", "speech"}
+    assert set(answers.values()) == {COUNTS["test"] // len(SOUNDS)}, "every sound in equal shares"
+
+
+def test_training_and_held_out_questions_read_alike_and_share_no_clip(data):
+    trained = {row["question_text"].replace("video", "audio") for _, row in read_rows(data / TRAIN_FILE)}
+    asked = {record["question"] for record in json.loads((data / MMAU_FILE).read_text())}
+    assert asked <= trained
+    clips = [path.read_bytes() for path in data.rglob("*.wav")]
+    assert len(clips) == sum(COUNTS.values()) and len(set(clips)) == len(clips)
+
+
+def test_data_is_decided_by_the_seed(data, tmp_path):
+    def contents(folder):
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    again = contents(make_demo(tmp_path / "again", **COUNTS, seed=1))
+    assert again == contents(data)
+    other = contents(make_demo(tmp_path / "other", **COUNTS, seed=2))
+    assert other[TRAIN_FILE] != again[TRAIN_FILE] and other["wavs/demo0000001_0.wav"] != again["wavs/demo0000001_0.wav"]
+
+
+def test_data_is_written_whole_over_an_old_one_and_over_nothing_else(tmp_path):
+    counts = dict(warm_start=1, train=1, test=1)
+    out = make_demo(tmp_path / "demo", warm_start=2, train=2, test=2)
+    make_demo(out, **counts)
+    assert len(list(out.rglob("*.wav"))) == 3 and list(tmp_path.iterdir()) == [out]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="left alone"):
+        make_demo(precious, **counts)
+    with pytest.raises(ValueError, match="at least 1"):
+        make_demo(out, warm_start=0)
+    assert [path.name for path in precious.iterdir()] == ["thesis.txt"] and (out / MMAU_FILE).is_file()
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_every_sound_differs_from_clip_to_clip(name):
+    rng = np.random.default_rng(0)
+    first, second = synthesise(name, rng), synthesise(name, rng)
+    assert np.isfinite(first).all() and abs(first).max() < 1
+    shorter = min(len(first), len(second))
+    assert abs(np.corrcoef(first[:shorter], second[:shorter])[0, 1]) < 0.5
+
+
+# Model
+
+
+def test_the_folder_alone_loads_model_and_processor(built, rows):
+    folder, model, processor = built
+    loaded = Qwen2AudioForConditionalGeneration.from_pretrained(folder)
+    assert {name for name, _ in loaded.named_parameters()} == {name for name, _ in model.named_parameters()}
+    for (name, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    again = AutoProcessor.from_pretrained(folder)
+    assert isinstance(again, Qwen2AudioProcessor) and again.tokenizer.padding_side == "left"
+    clips = [load_audio(path) for path in rows["audio_path"][:3]]
+    before, after = (encode(p, rows["prompt"][:3], clips) for p in (processor, again))
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+    assert load_style(folder) == "answer"
+
+
+def test_same_ends_and_sampling_defaults_as_the_real_model(built):
+    folder, model, processor = built
+    tokenizer = processor.tokenizer
+    saved = GenerationConfig.from_pretrained(folder)
+    assert saved.eos_token_id == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert saved.pad_token_id == tokenizer.pad_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert (saved.do_sample, saved.top_k, saved.top_p, saved.temperature) == (True, 20, 0.5, 0.7)
+    assert saved.repetition_penalty == 1.1
+    assert tokenizer.eos_token == IM_END and model.config.audio_token_id == processor.audio_token_id
+    assert len(tokenizer) == model.config.text_config.vocab_size
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0, 1.37, 2.0])
+def test_audio_tokens_are_as_many_as_the_model_makes_of_the_clip(built, seconds):
+    _, model, processor = built
+    clip = np.random.default_rng(0).normal(scale=0.1, size=round(seconds * SAMPLE_RATE)).astype(np.float32)
+    inputs = encode(processor, ["What is it?"], [clip])
+    tokens = int((inputs["input_ids"] == processor.audio_token_id).sum())
+    assert tokens == count_audio_tokens(len(clip))
+    with torch.no_grad():
+        logits = model(**inputs).logits  # raises where tokens and features differ
+    assert logits.shape == (*inputs["input_ids"].shape, len(processor.tokenizer)) and logits.isfinite().all()
+
+
+def test_positions_are_whispers_sinusoids_and_frozen(tmp_path):
+    model, _ = build_demo_model(tmp_path / "model", ["text"], audio_size=16, hidden_size=32)
+    embedding = model.model.audio_tower.embed_positions.weight
+    assert not embedding.requires_grad and embedding.shape == (100, 16)
+    position, channel = 7, 3  # sin(p / 10000^(c / 7)), then cos
+    angle = torch.tensor(position / 10_000 ** (channel / 7))
+    assert embedding[position, channel].item() == pytest.approx(angle.sin().item(), abs=1e-6)
+    assert embedding[position, 8 + channel].item() == pytest.approx(angle.cos().item(), abs=1e-6)
+    assert torch.allclose(embedding, sinusoids(100, 16), atol=1e-6)
+
+
+def test_sizes_and_seed_are_the_callers(tmp_path):
+    model, processor = build_demo_model(
+        tmp_path / "a", ["text"], seed=3, vocab_size=300, mel_bins=80, seconds=3, audio_size=32, audio_layers=1,
+        audio_heads=2, hidden_size=48, layers=3, heads=2, style="think",
+    )  # fmt: skip
+    audio, text = model.config.audio_config, model.config.text_config
+    assert (audio.num_mel_bins, audio.d_model, audio.encoder_layers, audio.max_source_positions) == (80, 32, 1, 150)
+    assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads) == (48, 3, 2)
+    assert len(processor.tokenizer) <= 300 and processor.feature_extractor.n_samples == 3 * SAMPLE_RATE
+    assert load_style(tmp_path / "a") == "think"
+    weights = []
+    for seed in (3, 3, 4):
+        other, _ = build_demo_model(tmp_path / "b", ["text"], seed=seed, hidden_size=32, audio_size=16)
+        weights.append(other.lm_head.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "naïve façade", "Здравствуй, мир", "狗在叫 🐕‍🦺\n\n\ttabs", "a\u0000b", "<answer>x</answer>", "1234 ½"],
+)
+def test_any_text_can_be_encoded_and_comes_back(built, text):
+    tokenizer = built[2].tokenizer
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_special_tokens_are_one_id_each_and_not_learned_from():
+    tokenizer = build_tokenizer([f"{token}word" for token in SPECIAL_TOKENS] * 5)
+    for token in SPECIAL_TOKENS:
+        assert tokenizer.convert_ids_to_tokens(tokenizer(f"word{token}word")["input_ids"]) == ["word", token, "word"]
+    assert not any("AUDIO" in token for token in tokenizer.get_vocab() if token not in SPECIAL_TOKENS)
+    with pytest.raises(ValueError, match="262"):
+        build_tokenizer(["text"], vocab_size=261)
+
+
+def test_chat_is_worded_as_the_real_models(built):
+    text = build_question("What is it?", ["a", "b"])
+    assert build_chat(built[2], text) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_chat_template_renders_what_the_real_one_renders(built, shared):
+    template = json.loads((shared / "models/qwen2-audio-7b-no-weights/chat_template.json").read_text())["chat_template"]
+    audio, words = {"type": "audio", "audio_url": "x"}, {"type": "text", "text": "Hm?"}
+    conversations = [
+        [{"role": "user", "content": [audio, words]}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [audio, words, audio]}],
+        [
+            {"role": "user", "content": [words]},
+            {"role": "assistant", "content": "Ah."},
+            {"role": "user", "content": "?"},
+        ],
+    ]
+    for messages in conversations:
+        for prompt in (True, False):
+            ours, real = (
+                built[2].apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False, chat_template=t)
+                for t in (built[2].chat_template, template)
+            )
+            assert ours == real
+
+
+# Warm start and table
+
+
+def test_prompts_pass_the_trainers_check(built, data):
+    check_prompts(load_train_dataset(data / TRAIN_FILE), built[2], max_prompt_length=150)
+
+
+def test_only_answers_are_labelled(built, rows):
+    tokenizer = built[2].tokenizer
+    encoded = encode_with_answers(built[2], rows)
+    for ids, labels, solution in zip(encoded["input_ids"], encoded["labels"], rows["solution"], strict=True):
+        assert tokenizer.decode(labels[labels != -100]) == solution + IM_END
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+    assert {len(value) for value in encoded.values()} == {len(rows)}
+
+
+def test_warm_start_lowers_the_loss_and_ends_at_its_target(built, rows, tmp_path):
+    model, processor = build_demo_model(
+        tmp_path / "m", [*rows["prompt"], *rows["solution"]], hidden_size=64, audio_size=32
+    )
+    encoded = encode_with_answers(processor, rows)
+    positions = model.model.audio_tower.embed_positions.weight.clone()
+    losses = warm_start(model, encoded, max_steps=12, target_loss=0.0, batch_size=16, log_every=0)
+    assert len(losses) == 12 and losses[-1] < losses[0] / 3
+    assert torch.equal(model.model.audio_tower.embed_positions.weight, positions)
+    assert len(warm_start(model, encoded, max_steps=12, target_loss=9.0, batch_size=16, log_every=0)) == 5
+
+
+def test_prepare_and_table(data, tmp_path, capfd):
+    out = tmp_path / "exp"
+    prepare(data, out, seed=1, max_steps=2, target_loss=0.0)
+    assert "warm start: step 2, loss" in capfd.readouterr().out
+    start, model = (Qwen2AudioForConditionalGeneration.from_pretrained(out / name) for name in (UNTRAINED, WARM_START))
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    assert load_style(out / WARM_START) == "answer"
+    for step in (100, 20):
+        shutil.copytree(out / WARM_START, out / f"checkpoint-{step}")
+    table = format_table(score(data, out)).splitlines()
+    names = [line.strip().partition("  ")[0] for line in table]
+    assert names[:5] == ["accuracy in %", "untrained", "warm start", "GRPO, step 20", "GRPO, step 100"]
+    assert all(word in table[0] for word in ("sound", "music", "speech", "total"))
+    assert table[2].split()[2:] == table[3].split()[3:], "the same weights, the same scores"
+    assert names[5] == "GRPO: +0.0 points over the warm start on 22 held-out questions"
+
+
+def test_what_an_earlier_demo_left_goes_and_nothing_else(data, tmp_path):
+    out = tmp_path / "exp"
+    for folder in ("checkpoint-7", "test_7", "precious"):
+        (out / folder).mkdir(parents=True)
+    with pytest.raises(ValueError, match="not the demo's"):
+        prepare(data, out, seed=1, max_steps=1, target_loss=0.0)
+    assert (out / "checkpoint-7").is_dir()
+    (out / UNTRAINED).mkdir()
+    prepare(data, out, seed=1, max_steps=1, target_loss=0.0)
+    assert sorted(path.name for path in out.iterdir()) == ["precious", UNTRAINED, WARM_START]
+
+
+def test_an_unfinished_checkpoint_is_named_instead_of_left_out_of_the_table(data, tmp_path):
+    prepare(data, tmp_path, seed=1, max_steps=1, target_loss=0.0)
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match="no results of 5"):
+        score(data, tmp_path)

@@ -1,0 +1,359 @@
+"""test_mmau.py and test_mmau.sh on real (small, untrained) checkpoints and real files: what they write, skip, refuse, resume."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+from conftest import ROOT, SHARED, write_tone
+
+from dataset.prompt import save_style
+from demo import build_demo_model
+from test_mmau import parse_args, run_sweep
+from utils.benchmark import load_benchmark
+from utils.mmau import evaluate
+
+SCRIPT = [sys.executable, "src/test_mmau.py"]
+TOKENS = ["--max_new_tokens", "12"]
+# rate, channels, format: what MMAU's files are, all of them named .wav
+KINDS = [(16_000, 1, "WAV"), (8_000, 1, "WAV"), (48_000, 2, "WAV"), (44_100, 6, "WAV"), (32_000, 2, "MP3")]
+CHOICES = [["dog", "cat"], ["a bell", "a horn", "a dog and a cat", "rain"], ["1", "2", "3", "4", "5"]]
+
+
+def make_rows(count: int) -> list[dict]:
+    """MMAU's own questions where ../shared has them, else ones like them."""
+    if SHARED.is_dir():
+        rows = json.loads((SHARED / "data" / "mmau" / "mmau-test-mini.json").read_text())
+        return rows[:: len(rows) // count][:count]
+    tasks = ["sound", "music", "speech"]
+    return [
+        {
+            "id": f"id-{i}",
+            "audio_id": f"./test-mini-audios/id-{i}.wav",
+            "question": f"Question {i}{'?' * (i % 9)}",
+            "choices": CHOICES[i % 3],
+            "answer": CHOICES[i % 3][i % 2],
+            "task": tasks[i % 3],
+            "split": "test-mini",
+            "sub-category": "Counting",
+            "difficulty": "easy",
+        }
+        for i in range(count)
+    ]
+
+
+def write_questions(folder: Path, rows: list[dict], name: str = "mmau-test-mini.json") -> Path:
+    """The question file, and a clip for each row, 0.3 to 1.9 s long."""
+    (folder / "test-mini-audios").mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(rows):
+        rate, channels, kind = KINDS[number % len(KINDS)]
+        path = folder / row["audio_id"]
+        write_tone(path, 0.3 + 1.6 * (number * 7 % 40) / 40, 100 + 50 * number, rate, channels, format=kind)
+    (folder / name).write_text(json.dumps(rows))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("MMAU"), make_rows(40))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("few"), make_rows(6))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder of a run: checkpoint-100 and checkpoint-200, with different weights."""
+    folder = tmp_path_factory.mktemp("exp") / "run"
+    texts = [row["question"] for row in make_rows(40)]
+    for step in (100, 200):
+        build_demo_model(
+            folder / f"checkpoint-{step}", texts, seed=step, initializer_range=0.2, hidden_size=32, audio_size=32, layers=2
+        )
+    return folder
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path) -> Path:
+    """A copy of checkpoint-100 to spoil."""
+    return Path(shutil.copytree(trained / "checkpoint-100", tmp_path / "exp" / "checkpoint-100"))
+
+
+def sweep(*flags) -> int:
+    return run_sweep(parse_args([str(flag) for flag in [*flags, *TOKENS, "--workers", 0]]))
+
+
+def read(folder: Path, step="100", name="mmau_mini") -> list[dict]:
+    return json.loads((folder / f"test_{step}" / f"res_{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def swept(trained, questions, tmp_path_factory) -> Path:
+    """The results of both checkpoints from one process, with a worker."""
+    out = tmp_path_factory.mktemp("out")
+    flags = ["--model_path", *sorted(trained.glob("checkpoint-*")), "--data_file", questions, "--out_dir", out]
+    assert run_sweep(parse_args([str(flag) for flag in [*flags, "--batch_size", 8, *TOKENS]])) == 2
+    return out
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_sweep_writes_all_that_was_in_the_file_with_predictions_and_scores(swept, questions):
+    rows = json.loads(questions.read_text())
+    for step in ("100", "200"):
+        records = read(swept, step)
+        assert [{key: record[key] for key in row} for row, record in zip(rows, records, strict=True)] == rows
+        assert all(record["model_prediction"] == record["model_output"] for record in records)
+        assert all(record["release"] == load_benchmark(questions).release for record in records)
+        folder = swept / f"test_{step}"
+        assert (folder / "eval_mmau_mini.txt").read_text() == str(evaluate(records))
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "eval_mmau_mini.txt", "res_mmau_mini.json", "run_mmau_mini.json"
+        ]  # fmt: skip
+    answers = {step: [record["model_completion"] for record in read(swept, step)] for step in ("100", "200")}
+    assert answers["100"] != answers["200"] and len(set(answers["100"])) > 5
+
+
+def test_two_processes_through_the_launcher_write_the_same_bytes(swept, trained, questions, tmp_path):
+    """In another order of the questions too; and the table is printed."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in trained.iterdir():
+        (out / path.name).symlink_to(path)
+    environment = os.environ | {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "GPU_NUM": "2",
+        "OUT_DIR": str(out),
+        "MMAU_DIR": str(questions.parent),
+        "BATCH_SIZE": "5",
+    }
+    command = ["sh", str(ROOT / "test_mmau.sh"), *TOKENS, "--device", "cpu"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for step in ("100", "200"):
+        assert results(out / f"test_{step}") == results(swept / f"test_{step}")
+    header, first, second = run.stdout.splitlines()[-3:]
+    assert header.split()[:1] == ["step"] and "95% interval" in header
+    assert {first.split()[0], second.split()[0]} == {"100", "200"}
+
+
+def test_a_killed_run_continues_and_ends_in_the_same_file(swept, trained, questions, tmp_path):
+    command = [*SCRIPT, "--model_path", trained / "checkpoint-100", "--data_file", questions, "--out_dir", tmp_path, *TOKENS]
+    process = subprocess.Popen([*command, "--batch_size", "2"], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+    partial = tmp_path / "test_100" / "res_mmau_mini.json.partial-0"
+    deadline = time.monotonic() + 120
+    while not partial.exists() or partial.read_text().count("\n") < 5:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = partial.read_text().count("\n") - 1
+    assert 0 < done < 40 and not (tmp_path / "test_100" / "res_mmau_mini.json").exists()
+    with open(partial, "a") as file:  # a line that the kill cut off
+        file.write('["half a li')
+    assert sweep(*command[len(SCRIPT) : -len(TOKENS)], "--batch_size", 7) == 1
+    assert results(tmp_path / "test_100") == results(swept / "test_100")
+
+
+def test_what_is_finished_is_skipped_and_other_settings_are_not(few, checkpoint, capsys):
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    assert sweep(*flags) == 1
+    file = checkpoint.parent / "test_100" / "res_mmau_mini.json"
+    before = file.stat().st_mtime_ns
+    assert sweep(*flags, "--batch_size", 3) == 1
+    assert "finished before" in capsys.readouterr().err and file.stat().st_mtime_ns == before
+    sweep(*flags, "--force")
+    assert file.stat().st_mtime_ns > before
+    before = file.stat().st_mtime_ns
+    sweep(*flags, "--prompt_style", "choice")
+    assert "style differ" in capsys.readouterr().err and file.stat().st_mtime_ns > before
+
+
+def test_other_weights_under_the_same_name_are_evaluated_anew(few, trained, checkpoint, capsys):
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    sweep(*flags)
+    before = read(checkpoint.parent)
+    shutil.copy(trained / "checkpoint-200" / "model.safetensors", checkpoint)
+    sweep(*flags)
+    assert "weights differ" in capsys.readouterr().err
+    assert read(checkpoint.parent) != before
+
+
+def test_the_recorded_style_is_used_and_overriding_it_warns(few, checkpoint, capsys):
+    save_style(checkpoint, "think")
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    sweep(*flags)
+    run = checkpoint.parent / "test_100" / "run_mmau_mini.json"
+    assert json.loads(run.read_text())["style"] == "think"
+    assert "warning" not in capsys.readouterr().err
+    sweep(*flags, "--prompt_style", "answer")
+    assert "was trained with prompt style 'think'" in capsys.readouterr().err
+    assert json.loads(run.read_text())["style"] == "answer"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no weights", "no processor", "config cut off"])
+def test_an_incomplete_checkpoint_is_named_and_skipped(few, trained, checkpoint, capsys, damage):
+    weights = checkpoint / "model.safetensors"
+    if damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "no processor":
+        (checkpoint / "tokenizer.json").unlink()
+    else:
+        (checkpoint / "config.json").write_text('{"model_type": ')
+    out = checkpoint.parent / "out"
+    models = [checkpoint, trained / "checkpoint-200", checkpoint.parent / "checkpoint-300"]
+    assert sweep("--model_path", *models, "--data_file", few, "--out_dir", out) == 1
+    said = capsys.readouterr().err
+    assert "100: skipped" in said and "incomplete" in said and "300: skipped" in said
+    assert sorted(path.name for path in out.iterdir()) == ["test_200"]
+
+
+def test_a_missing_tensor_is_not_replaced_by_random_ones(few, trained, checkpoint, capsys):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert sweep("--model_path", checkpoint, "--data_file", few) == 0
+    assert "lacks 1 tensors" in capsys.readouterr().err
+
+
+def test_missing_and_unreadable_clips_stop_the_run_before_the_first_batch(tmp_path, checkpoint, capsys):
+    rows = make_rows(6)
+    path = write_questions(tmp_path, rows)
+    (tmp_path / rows[1]["audio_id"]).unlink()
+    (tmp_path / rows[2]["audio_id"]).write_bytes(b"no audio at all")
+    soundfile.write(tmp_path / rows[3]["audio_id"], [0.0] * 100, 16_000, format="WAV")  # 6 ms
+    flags = ["--model_path", checkpoint, "--data_file", path]
+    with pytest.raises(ValueError, match="3 of 6 questions cannot be asked") as error:
+        sweep(*flags)
+    assert all(row["id"] in str(error.value) for row in rows[1:4]) and rows[0]["id"] not in str(error.value)
+    assert not (checkpoint.parent / "test_100").exists()
+    capsys.readouterr()
+    assert sweep(*flags, "--allow_missing") == 1
+    assert "count as wrong" in capsys.readouterr().err
+    records = read(checkpoint.parent)
+    assert [record["model_prediction"] == "" for record in records][1:4] == [True] * 3
+    assert evaluate(records).questions == 6
+
+
+def test_silent_and_shuffled_audio(few, checkpoint, trained):
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    sweep(*flags)
+    sweep(*flags, "--audio", "silent")
+    sweep(*flags, "--audio", "shuffled", "--batch_size", 4)
+    heard = [[record["model_completion"] for record in read(checkpoint.parent, name=f"mmau_mini{kind}")]
+             for kind in ("", "_silent", "_shuffled")]  # fmt: skip
+    assert heard[0] != heard[1] and heard[0] != heard[2] and heard[1] != heard[2]
+    out = checkpoint.parent / "again"
+    sweep(*flags, "--audio", "shuffled", "--batch_size", 1, "--out_dir", out)
+    assert read(out, name="mmau_mini_shuffled") == read(checkpoint.parent, name="mmau_mini_shuffled")
+
+
+def test_a_long_clip_is_cut_as_the_original_did_and_counted(tmp_path, checkpoint, capsys):
+    rows = make_rows(3)
+    path = write_questions(tmp_path, rows)
+    write_tone(tmp_path / rows[0]["audio_id"], seconds=2.5)
+    sweep("--model_path", checkpoint, "--data_file", path)
+    assert "1 clips are longer than the model's 2 s" in capsys.readouterr().err
+    before = read(checkpoint.parent)
+    audio, rate = soundfile.read(tmp_path / rows[0]["audio_id"])
+    soundfile.write(tmp_path / rows[0]["audio_id"], audio[: 2 * rate], rate, format="WAV")
+    sweep("--model_path", checkpoint, "--data_file", path, "--force")
+    assert read(checkpoint.parent) == before
+
+
+def test_sampling_is_seeded(few, checkpoint):
+    flags = ["--model_path", checkpoint, "--data_file", few, "--sample"]
+    sweep(*flags, "--seed", 1)
+    first = read(checkpoint.parent, name="mmau_mini_sample")
+    sweep(*flags, "--seed", 1, "--force", "--batch_size", 2)
+    assert read(checkpoint.parent, name="mmau_mini_sample") == first
+    sweep(*flags, "--seed", 2)
+    assert read(checkpoint.parent, name="mmau_mini_sample") != first
+
+
+def test_the_full_test_set_has_no_score_but_a_file_to_submit(tmp_path, checkpoint, capsys):
+    rows = [row | {"answer": "", "split": "test"} for row in make_rows(3)]
+    path = write_questions(tmp_path, rows, "mmau-test.json")
+    assert sweep("--model_path", checkpoint, "--data_file", path) == 1
+    assert "no score" in capsys.readouterr().err
+    assert all("model_prediction" in record for record in read(checkpoint.parent, name="mmau"))
+    assert not list((checkpoint.parent / "test_100").glob("eval_*"))
+
+
+def test_mmar_is_read_written_and_scored_by_modality(tmp_path, checkpoint):
+    rows = make_rows(4)
+    write_questions(tmp_path, rows)
+    lines = [
+        {"id": row["id"], "audio_path": row["audio_id"], "question": row["question"], "choices": row["choices"],
+         "answer": row["answer"], "modality": ["sound", "mix-sound-music"][i % 2], "category": "Signal Layer",
+         "sub-category": "Counting", "language": "en"}
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    path = tmp_path / "MMAR-meta.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sweep("--model_path", checkpoint, "--data_file", path)
+    folder = checkpoint.parent / "test_100"
+    written = [json.loads(line) for line in (folder / "res_mmar.jsonl").read_text().splitlines()]
+    assert [{key: record[key] for key in line} for line, record in zip(lines, written, strict=True)] == lines
+    assert all("answer_prediction" in record for record in written)
+    assert "mix-sound-music : " in (folder / "eval_mmar.txt").read_text()
+
+
+def test_labels_and_output_files(few, trained, tmp_path):
+    models = [f"warm start={trained / 'checkpoint-200'}", trained / "checkpoint-100"]
+    assert sweep("--model_path", *models, "--data_file", few, "--out_dir", tmp_path) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test_100", "test_warm start"]
+    sweep("--model_path", trained / "checkpoint-100", "--data_file", few, "--out_file", tmp_path / "x" / "my.json")
+    assert (tmp_path / "x" / "my.json").read_bytes() == (tmp_path / "test_100" / "res_mmau_mini.json").read_bytes()
+    assert (tmp_path / "x" / "eval_my.txt").exists()
+    with pytest.raises(ValueError, match="the same file"):
+        sweep("--model_path", trained / "checkpoint-100", models[1], "--data_file", few, "--out_dir", tmp_path)
+
+
+def test_bad_question_files_are_named_by_row(tmp_path, checkpoint):
+    rows = make_rows(2)
+    for change, message in (({"choices": []}, "row 2: `choices`"), ({"id": rows[0]["id"]}, "row 2: the id")):
+        path = tmp_path / "bad.json"
+        path.write_text(json.dumps([rows[0], rows[1] | change]))
+        with pytest.raises(ValueError, match=message):
+            sweep("--model_path", checkpoint, "--data_file", path)
+    with pytest.raises(FileNotFoundError, match="data/README.md"):
+        sweep("--model_path", checkpoint, "--data_file", tmp_path / "none.json")
+
+
+def test_a_special_token_in_a_question_is_refused(tmp_path, checkpoint):
+    rows = make_rows(2)
+    rows[1]["question"] = "What is <|AUDIO|>?"
+    path = write_questions(tmp_path, rows)
+    with pytest.raises(ValueError, match="special token"):
+        sweep("--model_path", checkpoint, "--data_file", path)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs():
+    command = [sys.executable, "benchmarks/eval_speed.py", "--questions", "4", "--max_new_tokens", "2"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "times as fast; 4 of 4 answers equal" in run.stdout
+
+
+def test_the_launcher_without_checkpoints_says_what_to_do(tmp_path):
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "OUT_DIR": str(tmp_path), "GPU_NUM": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    run = subprocess.run(["sh", "test_mmau.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1 and "sh run_grpo.sh makes them" in run.stderr

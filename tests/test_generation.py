@@ -1,0 +1,176 @@
+"""generation.py against the model's own forward and `generate`, and its answers against the batch they were computed in."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+import generation
+from dataset.encode import encode
+from evaluation import encode_question
+from generation import Greedy, Sampler, embed_audio, end_ids, generate, group_by_length, join, needed_frames, score
+
+TEXTS = ["What is in the audio?", "dog or cat?", "Is it a bell? Or a bell, a bell and a bell?", "What?", "<answer>cat</answer>"]
+SAMPLES = [32_000, 16_000, 5_000, 20_001, 31_999]  # the window is 2 s
+
+
+@pytest.fixture(scope="module")
+def processor(small_model):
+    processor = AutoProcessor.from_pretrained(small_model)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+@pytest.fixture
+def model(small_model):
+    return Qwen2AudioForConditionalGeneration.from_pretrained(small_model).eval()
+
+
+@pytest.fixture(scope="module")
+def clips():
+    rng = np.random.default_rng(0)
+    return [rng.normal(scale=0.1, size=samples).astype(np.float32) for samples in SAMPLES]
+
+
+@pytest.fixture(scope="module")
+def questions(processor, clips):
+    return [encode_question(processor, text, clip) for text, clip in zip(TEXTS, clips, strict=True)]
+
+
+def generate_as_transformers(model, processor, clips, max_new_tokens, **more):
+    inputs = encode(processor, TEXTS, clips)
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        suppress_tokens=[model.config.audio_token_id],
+        eos_token_id=end_ids(processor),
+        **more,
+    )
+    rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = [min((row.index(end) for end in end_ids(processor) if end in row), default=len(row)) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
+
+
+@pytest.mark.parametrize("samples", [1_600, 5_000, 16_000, 31_900, 32_000])
+def test_short_features_are_those_of_the_whole_window(processor, samples):
+    clip = np.random.default_rng(1).normal(scale=0.1, size=samples).astype(np.float32)
+    short, whole = encode_question(processor, "What?", clip), encode(processor, ["What?"], [clip])
+    frames = needed_frames(-(-samples // 160), 200)
+    assert torch.equal(short["input_ids"], whole["input_ids"])
+    assert torch.equal(short["input_features"][:, :, :frames], whole["input_features"][:, :, :frames])
+    assert short["feature_attention_mask"].sum() == whole["feature_attention_mask"].sum()
+
+
+def test_the_encoder_on_needed_frames_is_the_encoder_on_the_whole_window(model, processor, clips, questions):
+    batch = join(questions, pad_id=0)
+    seen = {}
+    projector = model.model.multi_modal_projector
+    hook = projector.register_forward_hook(lambda module, args, output: seen.update(whole=output))
+    with torch.no_grad():
+        model(**encode(processor, TEXTS, clips))
+        hook.remove()
+        ours = embed_audio(model, batch.input_features, batch.frames)
+    tokens = [int((row == model.config.audio_token_id).sum()) for row in batch.input_ids]
+    whole = torch.cat([clip[:kept] for clip, kept in zip(seen["whole"], tokens, strict=True)])
+    assert torch.allclose(ours, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_answers_are_those_of_transformers(model, processor, clips, questions):
+    ours = generate(model, join(questions, pad_id=0), end_ids(processor), max_new_tokens=30)
+    assert ours == generate_as_transformers(model, processor, clips, 30)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_both_end_tokens_end_an_answer_and_ended_rows_leave_the_batch(model, processor, clips, questions, end):
+    end = processor.tokenizer.convert_tokens_to_ids(end)
+    long = generate(model, join(questions, pad_id=0), end_ids(processor), max_new_tokens=30)
+    often = max({token for row in long for token in row}, key=[token for row in long for token in row].count)
+    with torch.no_grad():  # `end` now stands where that token would
+        model.lm_head.weight[end] = model.lm_head.weight[often] * 1.01
+    sizes = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
+    )
+    ours = generate(model, join(questions, pad_id=0), end_ids(processor), max_new_tokens=30)
+    steps = sizes[len(group_by_length(join(questions, pad_id=0).attention_mask.sum(dim=1).tolist())) :]  # after the prompts
+    lengths = [len(row) for row in ours]
+    assert any(row[-1] == end for row in ours)
+    for step, size in enumerate(steps[: max(lengths) - 1], start=1):
+        assert size in (1, sum(length > step for length in lengths))  # 1: a near tie, settled alone
+    assert len([size for size in steps if size > 1]) < 30 or max(lengths) == 30
+    assert ours == generate_as_transformers(model, processor, clips, 30)
+
+
+def test_audio_tokens_are_never_written(model, processor, questions):
+    with torch.no_grad():
+        model.lm_head.weight[model.config.audio_token_id] = 0
+        for row in range(len(model.lm_head.weight)):
+            if row != model.config.audio_token_id:
+                model.lm_head.weight[row] = -model.lm_head.weight[row].abs()
+    batch = join(questions, pad_id=0)
+    for choose in (None, Sampler(model, batch, TEXTS, seed=0)):
+        completions = generate(model, batch, end_ids(processor), max_new_tokens=5, choose=choose)
+        assert all(model.config.audio_token_id not in row for row in completions)
+
+
+def answer_in_batches(model, questions, sizes, ends):
+    completions, start = [], 0
+    for size in sizes:
+        completions += generate(model, join(questions[start : start + size], pad_id=0), ends, max_new_tokens=20)
+        start += size
+    return completions
+
+
+def test_answers_do_not_depend_on_the_batch_even_where_tokens_tie(model, processor, questions, monkeypatch):
+    """Every token has a twin whose logit differs by rounding alone: a plain argmax is a toss-up at every step."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        half = len(model.lm_head.weight) // 2
+        weights = model.lm_head.weight[:half]
+        towards = torch.randn(weights.shape, generator=random).sign() * torch.inf
+        model.lm_head.weight[half : 2 * half] = torch.nextafter(weights, towards)  # other by the last bit
+    ends = end_ids(processor)
+    splits = ([5], [1] * 5, [2, 3], [4, 1])
+    exact = [answer_in_batches(model, questions, sizes, ends) for sizes in splits]
+    assert all(answers == exact[0] for answers in exact)
+    choose = Greedy(model, join(questions, pad_id=0))
+    generate(model, join(questions, pad_id=0), ends, max_new_tokens=20, choose=choose)
+    assert choose.near_ties > 10
+    monkeypatch.setattr(generation, "NEAR_TIE", 0.0)
+    plain = [answer_in_batches(model, questions, sizes, ends) for sizes in splits]
+    assert any(answers != plain[0] for answers in plain), "the model has no ties to settle: the test shows nothing"
+
+
+def test_draws_are_seeded_and_do_not_depend_on_the_batch(model, processor, questions):
+    def draw(rows, seed):
+        batch = join([questions[row] for row in rows], pad_id=0)
+        sampler = Sampler(model, batch, [TEXTS[row] for row in rows], seed)
+        return generate(model, batch, end_ids(processor), max_new_tokens=8, choose=sampler)
+
+    together = draw([0, 1, 2, 3, 4], seed=1)
+    assert together == draw([0, 1, 2, 3, 4], seed=1)
+    assert together[1:3] == draw([1, 2], seed=1)
+    assert together != draw([0, 1, 2, 3, 4], seed=2)
+
+
+def test_score_is_the_log_probability_of_the_whole_reply(model, processor, clips, questions):
+    replies = [[7, 8, 9], [10], [11, 12]]
+    ours = score(model, join(questions[:1], pad_id=0), replies)
+    for reply, logp in zip(replies, ours, strict=True):
+        inputs = encode(processor, TEXTS[:1], clips[:1])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([reply])], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -len(reply) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(reply)), reply].sum()
+        assert logp == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_groups_of_like_length():
+    assert group_by_length([100, 40, 95, 91, 41]) == [[0, 2, 3], [4, 1]]
+    assert group_by_length([]) == []

@@ -1,0 +1,70 @@
+"""The paper's table is filled from results on disk, and from nothing else."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from launch import run
+
+from utils.paper_table import OUT_DIR, PAPER, fill
+
+
+def rows(text: str) -> dict[str, str]:
+    """Row name -> last cell, of the table's rows with a command."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("|") and OUT_DIR.search(line):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            found[cells[0]] = cells[-1]
+    return found
+
+
+def test_the_cells_are_empty_without_results(tmp_path):
+    text, skipped = fill(PAPER.read_text(encoding="utf-8"), [tmp_path, tmp_path / "gone"])
+    assert len(rows(text)) == 5 and set(rows(text).values()) == {""}
+    assert any("gone" in reason for reason in skipped)
+    assert set(rows(PAPER.read_text(encoding="utf-8")).values()) == {""}, "a figure was written into the table by hand"
+
+
+def test_commands_of_the_table_exist():
+    commands = re.findall(r"`((?:[A-Z_]+=\S+ )+sh \S+\.sh[^`]*)`", PAPER.read_text(encoding="utf-8"))
+    assert len(commands) == 6  # the five rows, and how a row is evaluated
+    for command in commands:
+        assert (ROOT / re.search(r"sh (\S+\.sh)", command)[1]).is_file()
+
+
+@pytest.fixture
+def grpo_answer(shared, tmp_path) -> Path:
+    """A run's folder with the recorded predictions as the results of two checkpoints, one of them worse."""
+    items = json.loads((shared / "data" / "mmau" / "mmau-test-mini.json").read_text(encoding="utf-8"))
+    for item in items[::4]:  # what is at hand is the revised release, in which a quarter of the questions is another
+        item["question"] += " (as it was)"
+    recorded = json.loads((shared / "fixtures" / "mmau_eval" / "predictions_100.json").read_text(encoding="utf-8"))
+    for step, spoil in ((100, False), (200, True)):
+        folder = tmp_path / "grpo_answer" / f"test_{step}"
+        folder.mkdir(parents=True)
+        for item in items:
+            item["model_prediction"] = "nothing of it" if spoil else recorded["predictions"][item["id"]]
+        (folder / "res_mmau_mini.json").write_text(json.dumps(items))
+    return tmp_path / "grpo_answer"
+
+
+def test_a_row_shows_its_best_checkpoint(grpo_answer):
+    text, skipped = fill(PAPER.read_text(encoding="utf-8"), [grpo_answer])
+    filled = {name: cell for name, cell in rows(text).items() if cell}
+    assert list(filled) == ["GRPO + Prompt <2>"] and not skipped
+    (cell,) = filled.values()
+    assert re.fullmatch(r"100: 51\.35 / 49\.70 / 48\.65 / 49\.90 \(4\d\.\d\d - 5\d\.\d\d\)", cell), cell
+    done = run(sys.executable, "src/utils/paper_table.py", grpo_answer)
+    assert cell in done.stdout and done.stdout.count("\n") == 7
+
+
+def test_results_on_other_questions_are_not_filled_in(grpo_answer):
+    for file in grpo_answer.glob("test_*/res_*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text())[:500]))
+    text, skipped = fill(PAPER.read_text(encoding="utf-8"), [grpo_answer])
+    assert set(rows(text).values()) == {""}
+    assert len(skipped) == 2 and "not MMAU's test-mini" in skipped[0]
