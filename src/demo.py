@@ -1,0 +1,391 @@
+"""The demo's own parts: a small Qwen2-Audio from nothing, its supervised warm start, and the closing table.
+
+    python src/demo.py prepare --data data/demo --out exp/demo --seed 1    makes exp/demo/untrained, exp/demo/warm_start
+    python src/demo.py table --data data/demo --out exp/demo               scores those two and exp/demo/checkpoint-*
+
+The model is a real `Qwen2AudioForConditionalGeneration` with a real `Qwen2AudioProcessor`: less than a million
+parameters, a vocabulary of its own, a window of 2 s, built without any network. `build_demo_model` serves the tests
+too. GRPO itself is not here: it runs through `src/train.py`, as for the real model.
+
+Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
+"""
+
+import argparse
+import math
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jinja2
+import torch
+from datasets import Dataset
+from transformers import (
+    GenerationConfig,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
+    Qwen2Tokenizer,
+    WhisperFeatureExtractor,
+)
+from transformers.utils import logging
+
+from dataset.audio import SAMPLE_RATE, load_audio
+from dataset.dataset import load_train_dataset
+from dataset.encode import encode
+from dataset.prompt import DEFAULT_STYLE, INSTRUCTIONS, build_messages, save_style
+from test_mmau import parse_args, run_sweep
+from utils.checkpoints import label_of
+from utils.show_acc import Result, read_results, table_rows
+
+PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
+SPECIAL_TOKENS = (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS)
+
+# Renders what Qwen2-Audio-Instruct's template renders.
+CHAT_TEMPLATE = (
+    "{% set audios = namespace(count=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    f"{IM_START}system\nYou are a helpful assistant.{IM_END}\n{{% endif %}}"
+    f"{IM_START}{{{{ message['role'] }}}}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if 'audio' in part or 'audio_url' in part %}{% set audios.count = audios.count + 1 %}"
+    f"Audio {{{{ audios.count }}}}: {AUDIO_BOS}{AUDIO}{AUDIO_EOS}\n"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    f"{IM_END}\n{{% endfor %}}{{% if add_generation_prompt %}}{IM_START}assistant\n{{% endif %}}"
+)
+
+FRAMES_PER_SECOND = 100
+FRAMES_PER_POSITION = 2  # the encoder's second convolution halves the frames
+
+UNTRAINED, WARM_START = "untrained", "warm_start"  # folders below the demo's output
+MAX_WARM_START_STEPS = 80
+TARGET_LOSS = 0.25  # nats per answer token; 0.4 is the right shape and a random word, 0 is a finished model
+SMOOTHED = 5  # steps over which the warm start's loss is averaged
+MAX_NEW_TOKENS = 16  # an answer has 6
+
+
+# Building
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int = 400) -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer (byte-level BPE, so that any text is encodable) with merges learned from `texts`.
+
+    Args:
+        texts: what the model will read and write; special tokens in them are left out of the learning.
+        vocab_size: upper bound, special tokens included; fewer where `texts` hold no more pairs to merge.
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
+    """
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens alone take {least}")
+    blank = Qwen2Tokenizer(
+        pad_token=PAD,
+        eos_token=IM_END,
+        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in (PAD, IM_END)],
+        padding_side="left",
+    )
+    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    pieces = [piece for text in texts for piece in special.split(text)]
+    return blank.train_new_from_iterator(pieces, vocab_size, show_progress=False)
+
+
+def build_processor(
+    texts: Iterable[str], vocab_size: int = 400, mel_bins: int = 64, seconds: int = 2
+) -> Qwen2AudioProcessor:
+    """A `Qwen2AudioProcessor` for clips of up to `seconds`.
+
+    Its vocabulary is learned from `texts`, the chat template and the instructions of all prompt styles.
+    """
+    chat = jinja2.Template(CHAT_TEMPLATE).render(messages=build_messages(""), add_generation_prompt=True)
+    tokenizer = build_tokenizer([*texts, chat, *INSTRUCTIONS.values()], vocab_size)
+    extractor = WhisperFeatureExtractor(
+        feature_size=mel_bins,
+        chunk_length=seconds,
+        sampling_rate=SAMPLE_RATE,
+        hop_length=SAMPLE_RATE // FRAMES_PER_SECOND,
+        return_attention_mask=True,
+    )
+    return Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def build_demo_model(
+    folder: str | Path,
+    texts: Iterable[str],
+    seed: int = 1,
+    vocab_size: int = 400,
+    mel_bins: int = 64,
+    seconds: int = 2,
+    audio_size: int = 64,
+    audio_layers: int = 2,
+    audio_heads: int = 4,
+    hidden_size: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    initializer_range: float = 0.1,
+    style: str = DEFAULT_STYLE,
+) -> tuple[Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor]:
+    """Build a Qwen2-Audio with random weights, and save it so that `folder` alone loads it, processor included.
+
+    Args:
+        folder: where to save; made if it is not there.
+        texts: what the vocabulary is learned from, see `build_processor`.
+        seed: decides the weights.
+        vocab_size, mel_bins, seconds: of the processor; `seconds` is the longest clip, whole.
+        audio_size, audio_layers, audio_heads: width, depth and attention heads of the encoder.
+        hidden_size, layers, heads: the same of the language model.
+        initializer_range: standard deviation of the weights. Large models take 0.02; at this width so small a value
+            learned nothing in 60 steps in which 0.1 came to 80%.
+        style: prompt style to record in the folder.
+
+    Returns:
+        Model (float32, in training mode) and processor.
+    """
+    processor = build_processor(texts, vocab_size, mel_bins, seconds)
+    tokenizer = processor.tokenizer
+    end_ids = tokenizer.convert_tokens_to_ids([IM_END, PAD])
+    config = Qwen2AudioConfig(
+        audio_config={
+            "model_type": "qwen2_audio_encoder",
+            "num_mel_bins": mel_bins,
+            "d_model": audio_size,
+            "encoder_layers": audio_layers,
+            "encoder_attention_heads": audio_heads,
+            "encoder_ffn_dim": 4 * audio_size,
+            "max_source_positions": seconds * FRAMES_PER_SECOND // FRAMES_PER_POSITION,
+            "initializer_range": initializer_range,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "max_position_embeddings": 4096,
+            "bos_token_id": end_ids[1],
+            "eos_token_id": end_ids[0],
+            "pad_token_id": end_ids[1],
+            "initializer_range": initializer_range,
+        },
+        audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO),
+    )
+    torch.manual_seed(seed)
+    model = Qwen2AudioForConditionalGeneration(config)
+    set_sinusoids(model)
+    # Qwen2-Audio-Instruct's own defaults: who sets nothing inherits them here as there.
+    model.generation_config = GenerationConfig(
+        bos_token_id=end_ids[1],
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[1],
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.5,
+        top_k=20,
+        repetition_penalty=1.1,
+    )
+    save(model, processor, folder, style)
+    return model.train(), processor
+
+
+def set_sinusoids(model: Qwen2AudioForConditionalGeneration) -> None:
+    """Give the encoder Whisper's sinusoidal positions, as Qwen2-Audio's checkpoint has them, and freeze them.
+
+    Position p has sin(p * w_i) in the first half of its channels and cos(p * w_i) in the second, the w_i falling
+    geometrically from 1 to 1/10000.
+    """
+    embedding = model.model.audio_tower.embed_positions
+    positions, channels = embedding.weight.shape
+    rates = torch.exp(-math.log(10_000) * torch.arange(channels // 2) / (channels // 2 - 1))
+    angles = torch.arange(positions)[:, None] * rates  # (positions, channels / 2)
+    with torch.no_grad():
+        embedding.weight.copy_(torch.cat([angles.sin(), angles.cos()], dim=1))
+    embedding.requires_grad_(False)
+
+
+def save(model, processor, folder: str | Path, style: str) -> None:
+    """Save a checkpoint that `AutoProcessor` and the model class load by themselves, its prompt style included."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    save_style(folder, style)
+
+
+# Warm start
+
+
+def encode_with_answers(processor: Qwen2AudioProcessor, dataset: Dataset) -> dict[str, torch.Tensor]:
+    """All questions of a data set with their answers, encoded once.
+
+    Args:
+        processor: the model's.
+        dataset: as `load_train_dataset` makes it, N rows.
+
+    Returns:
+        The model's inputs: `input_ids`, `attention_mask` and `labels` (N, T), `input_features` (N, M, F),
+        `feature_attention_mask` (N, F). Labels are -100 but for `<answer>...</answer><|im_end|>`.
+    """
+    clips = [load_audio(path) for path in dataset["audio_path"]]
+    questions = encode(processor, list(dataset["prompt"]), clips)
+    answers = processor.tokenizer(
+        [solution + IM_END for solution in dataset["solution"]],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    prompt_labels = torch.full_like(questions["input_ids"], -100)
+    answer_labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
+    return {
+        "input_ids": torch.cat([questions["input_ids"], answers["input_ids"]], dim=1),
+        "attention_mask": torch.cat([questions["attention_mask"], answers["attention_mask"]], dim=1),
+        "labels": torch.cat([prompt_labels, answer_labels], dim=1),
+        "input_features": questions["input_features"],
+        "feature_attention_mask": questions["feature_attention_mask"],
+    }
+
+
+def warm_start(
+    model: Qwen2AudioForConditionalGeneration,
+    rows: dict[str, torch.Tensor],
+    max_steps: int = MAX_WARM_START_STEPS,
+    target_loss: float = TARGET_LOSS,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    seed: int = 1,
+    log_every: int = 5,
+) -> list[float]:
+    """A plain supervised loop: AdamW at a constant rate, gradients clipped to norm 1, loss on the answers alone.
+
+    It ends at a loss, not at a step: with some seeds the model starts to listen ten steps later than with others, and
+    it is to be neither deaf nor finished when GRPO takes over.
+
+    Args:
+        model: trained in place.
+        rows: as `encode_with_answers` makes them.
+        max_steps: where to end at the latest.
+        target_loss: ends once the mean of the last `SMOOTHED` losses is down to this.
+        batch_size, learning_rate: of AdamW.
+        seed: decides the order of the rows.
+        log_every: steps between two lines of progress; 0 for none.
+
+    Returns:
+        The loss of each step, in nats per answer token.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.95))
+    losses, start = [], time.monotonic()
+    model.train()
+    for picked in _batches(len(rows["input_ids"]), batch_size, max_steps, seed):
+        loss = model(**{key: value[picked] for key, value in rows.items()}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        recent = losses[-SMOOTHED:]
+        ended = len(losses) == max_steps or (len(losses) >= SMOOTHED and sum(recent) / SMOOTHED <= target_loss)
+        if log_every and (ended or len(losses) % log_every == 0):
+            mean, seconds = sum(recent) / len(recent), time.monotonic() - start
+            print(f"warm start: step {len(losses)}, loss {mean:.3f} (until {target_loss}), {seconds:.0f} s", flush=True)
+        if ended:
+            break
+    return losses
+
+
+def _batches(count: int, batch_size: int, batches: int, seed: int) -> Iterator[torch.Tensor]:
+    """`batches` x indices of `batch_size` rows of `count`, reshuffled whenever all have been seen."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(batches):
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float) -> None:
+    """Build the model and warm it up: `out`/untrained and `out`/warm_start. What an earlier demo left there goes.
+
+    Raises:
+        FileNotFoundError: there is no demo data.
+        ValueError: `out` holds checkpoints that are not a demo's.
+    """
+    dataset = load_train_dataset(data / "warm_start.jsonl")
+    if any(out.glob("checkpoint-*")) and not (out / UNTRAINED).is_dir():
+        raise ValueError(f"{out}: holds checkpoints that are not the demo's, so it is left alone; choose another --out")
+    for pattern in (UNTRAINED, WARM_START, "checkpoint-*", "test_*"):
+        for folder in out.glob(pattern):
+            shutil.rmtree(folder)
+    model, processor = build_demo_model(out / UNTRAINED, [*dataset["prompt"], *dataset["solution"]], seed=seed)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    words = len(processor.tokenizer)
+    print(f"{out / UNTRAINED}: a Qwen2-Audio of {size / 1e6:.2f} M parameters, vocabulary {words}", flush=True)
+    warm_start(model, encode_with_answers(processor, dataset), max_steps, target_loss, seed=seed)
+    save(model, processor, out / WARM_START, DEFAULT_STYLE)
+    print(f"{out / WARM_START}: saved", flush=True)
+
+
+# Table
+
+
+def score(data: Path, out: Path, batch_size: int = 64) -> list[Result]:
+    """Evaluate the untrained model, the warm start and every checkpoint on the held-out questions, with `test_mmau.py`.
+
+    Returns:
+        Their results, in this order.
+
+    Raises:
+        ValueError: one of them has no result.
+    """
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    folders = [out / UNTRAINED, out / WARM_START, *checkpoints]
+    flags = ["--data_file", str(data / "mmau_demo.json"), "--out_dir", str(out)]
+    flags += ["--batch_size", str(batch_size), "--max_new_tokens", str(MAX_NEW_TOKENS), "--model_path"]
+    run_sweep(parse_args(flags + [str(folder) for folder in folders]))
+    found = {result.label: result for result in read_results(out)[0]}
+    labels = [label_of(str(folder)) for folder in folders]
+    if lacking := [label for label in labels if label not in found]:
+        raise ValueError(f"{out}: no results of {', '.join(lacking)}; see above for the reason")
+    return [found[label] for label in labels]
+
+
+def format_table(results: list[Result]) -> str:
+    """The closing table, and what GRPO added, of the results of `score`."""
+    rows = table_rows(results)
+    rows[0][0] = "accuracy in %"
+    for row in rows[1:]:
+        row[0] = f"GRPO, step {row[0]}" if row[0].isdecimal() else row[0].replace("_", " ")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    gain = results[-1].scores.accuracy - results[1].scores.accuracy
+    lines.append(f"GRPO: {gain:+.1f} points over the warm start on {results[-1].scores.questions} held-out questions")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The demo's model, its warm start, and its table.")
+    parser.add_argument("command", choices=("prepare", "table"))
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="what data/make_demo.py wrote")
+    parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="models and results")
+    parser.add_argument("--seed", type=int, default=1, help="prepare: decides weights and order")
+    parser.add_argument(
+        "--max_steps", type=int, default=MAX_WARM_START_STEPS, help="prepare: end the warm start here at the latest"
+    )
+    parser.add_argument("--target_loss", type=float, default=TARGET_LOSS, help="prepare: end it at this loss")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    try:
+        if args.command == "prepare":
+            prepare(args.data, args.out, args.seed, args.max_steps, args.target_loss)
+        else:
+            print(format_table(score(args.data, args.out)))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"demo: {error}")
+
+
+if __name__ == "__main__":
+    main()
