@@ -66,6 +66,47 @@ class AudioModelConfig(ModelConfig):
         }
 
 
+@dataclass
+class RunArguments:
+    """What both recipes add to transformers' `TrainingArguments`; to stand before them as a base class."""
+
+    deepspeed: str | None = field(
+        default=None, metadata={"help": "DeepSpeed settings, e.g. conf/ds_zero2.json.", "aliases": ["--config_path"]}
+    )
+    questions_per_step: int = field(default=16, metadata={"help": "Questions per optimizer step. Paper: 16."})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Default: whatever makes questions_per_step on this number of processes."}
+    )
+    eval_file: str | None = field(
+        default=None,
+        metadata={"help": "Questions in MMAU's or AVQA's format, asked every eval_steps; default: save_steps."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter takes part in every step: no need to look."}
+    )
+    use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
+
+    def settle(self, questions_per_pass: int) -> None:
+        """Fill in what follows from other settings, before transformers' own checks.
+
+        Args:
+            questions_per_pass: per process and forward pass.
+        """
+        if self.use_wandb:
+            self.report_to = "wandb"
+        if self.bf16 is None:
+            self.bf16 = not (self.use_cpu or self.fp16)
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = derive_accumulation(self.questions_per_step, questions_per_pass)
+        if self.eval_file is not None:
+            if self.eval_strategy == "no":
+                self.eval_strategy = "steps"
+            if self.eval_steps is None:
+                self.eval_steps = self.save_steps
+            if self.metric_for_best_model is None:
+                self.metric_for_best_model, self.greater_is_better = "accuracy", True
+
+
 def derive_accumulation(questions: int, per_pass: int) -> int:
     """Forward passes per optimizer step, so that `questions` questions make one step on any number of processes.
 

@@ -28,6 +28,7 @@ from dataset.encode import (
 )
 from dataset.prompt import build_question, extract_answer
 from generation import MAX_NEW_TOKENS, Sampler, end_ids, generate, join, needed_frames, single_thread
+from merge_lora import load_merged
 from utils.benchmark import Question
 from utils.checkpoints import IncompleteCheckpoint
 from utils.mmau import string_match
@@ -48,13 +49,15 @@ class Settings:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Qwen2AudioForConditionalGeneration:
-    """Load a checkpoint for evaluation.
+    """Load a checkpoint for evaluation; an adapter's is merged into its base model.
 
     Raises:
         IncompleteCheckpoint: it lacks tensors (transformers itself would go on with random ones).
     """
     if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that are to be the same in any batch
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if (Path(folder) / "adapter_config.json").is_file():
+        return load_merged(folder, dtype=dtype).to(device).eval()
     model, info = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise IncompleteCheckpoint(

@@ -14,8 +14,9 @@ from datasets import Dataset
 from transformers import Qwen2AudioProcessor
 from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
 
-from arguments import AudioModelConfig, DataArguments, derive_accumulation
+from arguments import AudioModelConfig, DataArguments, RunArguments
 from startup import check_resumable, load_processor, load_training_data
+from trainer.accuracy import load_questions
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
@@ -40,22 +41,13 @@ class RewardArguments:
 
 
 @dataclass
-class RecipeConfig(GRPOConfig):
+class RecipeConfig(RunArguments, GRPOConfig):
     """TRL's `GRPOConfig` with the paper's recipe as defaults, and the accumulation derived from the world size."""
 
     output_dir: str = field(default="exp/model", metadata={"help": "Checkpoints go here.", "aliases": ["--out_dir"]})
-    deepspeed: str | None = field(
-        default=None,
-        metadata={"help": "DeepSpeed settings, e.g. conf/ds_zero2.json.", "aliases": ["--config_path"]},
-    )
-    questions_per_step: int = field(default=16, metadata={"help": "Questions per optimizer step. Paper: 16."})
     per_device_train_batch_size: int | None = field(
         default=None,
         metadata={"help": "Completions per forward pass, whole groups. Default: num_generations, one question."},
-    )
-    gradient_accumulation_steps: int | None = field(
-        default=None,
-        metadata={"help": "Default: whatever makes questions_per_step on this number of processes."},
     )
     num_generations: int | None = field(default=8, metadata={"help": "Completions per question, G. Paper: 8."})
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak, of AdamW. Paper: 1e-6."})
@@ -78,23 +70,12 @@ class RecipeConfig(GRPOConfig):
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Old name of activation_checkpointing. Paper: off."}
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter takes part in every step: no need to look."}
-    )
-    use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
 
     def __post_init__(self):
-        if self.use_wandb:
-            self.report_to = "wandb"
-        if self.bf16 is None and self.use_cpu:
-            self.bf16 = False
         if self.per_device_train_batch_size is None:
             self.per_device_train_batch_size = self.num_generations
-        if self.gradient_accumulation_steps is None:
-            check_whole_groups("per_device_train_batch_size", self.per_device_train_batch_size, self.num_generations)
-            self.gradient_accumulation_steps = derive_accumulation(
-                self.questions_per_step, self.per_device_train_batch_size // self.num_generations
-            )
+        check_whole_groups("per_device_train_batch_size", self.per_device_train_batch_size, self.num_generations)
+        self.settle(self.per_device_train_batch_size // self.num_generations)
         super().__post_init__()
 
 
@@ -117,6 +98,7 @@ def build_trainer(
         max_prompt_length=None,
         audio_channels=data.audio_channels,
         freeze=data.freeze,
+        eval_questions=load_questions(args.eval_file) if args.eval_file else None,
         max_resample_rounds=rewards.max_resample_rounds if rewards.resample_uniform_groups else 0,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),

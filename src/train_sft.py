@@ -13,8 +13,9 @@ from transformers import Qwen2AudioProcessor, TrainingArguments
 from trl import TrlParser, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
-from arguments import AudioModelConfig, DataArguments, derive_accumulation
+from arguments import AudioModelConfig, DataArguments, RunArguments
 from startup import check_resumable, load_processor, load_training_data
+from trainer.accuracy import load_questions
 from trainer.sft_trainer import AudioSFTTrainer
 
 
@@ -32,18 +33,11 @@ class ChoiceDataArguments(DataArguments):
 
 
 @dataclass
-class SFTRecipeConfig(TrainingArguments):
+class SFTRecipeConfig(RunArguments, TrainingArguments):
     """transformers' `TrainingArguments` with our defaults, and the accumulation derived from the world size."""
 
     output_dir: str = field(default="exp/sft", metadata={"help": "Checkpoints go here.", "aliases": ["--out_dir"]})
-    deepspeed: str | None = field(
-        default=None, metadata={"help": "DeepSpeed settings, e.g. conf/ds_zero2.json.", "aliases": ["--config_path"]}
-    )
-    questions_per_step: int = field(default=16, metadata={"help": "Questions per optimizer step. As in GRPO."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Questions per forward pass."})
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "Default: whatever makes questions_per_step on this number of processes."}
-    )
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak, of AdamW. Default: 1e-5, with adapters 1e-4. Ours."}
     )
@@ -55,20 +49,9 @@ class SFTRecipeConfig(TrainingArguments):
     )
     logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics."})
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision. Default: unless --use_cpu or --fp16."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter takes part in every step: no need to look."}
-    )
-    use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
 
     def __post_init__(self):
-        if self.use_wandb:
-            self.report_to = "wandb"
-        if self.bf16 is None:
-            self.bf16 = not (self.use_cpu or self.fp16)
-        if self.gradient_accumulation_steps is None:
-            self.gradient_accumulation_steps = derive_accumulation(
-                self.questions_per_step, self.per_device_train_batch_size
-            )
+        self.settle(self.per_device_train_batch_size)
         super().__post_init__()
 
 
@@ -86,7 +69,8 @@ def build_trainer(
         model = get_peft_model(model, peft_config)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if peft_config else 1e-5
-    return AudioSFTTrainer(model, args, dataset, processor, data.audio_channels, tuple(data.freeze))
+    questions = load_questions(args.eval_file) if args.eval_file else None
+    return AudioSFTTrainer(model, args, dataset, processor, data.audio_channels, tuple(data.freeze), questions)
 
 
 def make_parser() -> TrlParser:

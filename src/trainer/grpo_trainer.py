@@ -34,7 +34,10 @@ from trl.models import unwrap_model_for_generation
 
 from dataset.audio import load_audio
 from dataset.encode import MAX_PROMPT_LENGTH, check_clip_length, check_prompts, encode
+from dataset.prompt import DEFAULT_STYLE
+from utils.benchmark import Benchmark
 
+from .accuracy import GreedyAccuracy, as_eval_dataset
 from .model import SelfContainedCheckpoints, base_model, freeze_parts
 from .resample import find_uniform_groups, replace_groups
 from .shared_prompt import pack, unpack
@@ -47,7 +50,7 @@ MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to bla
 ATTENTION = ("sdpa", "eager")
 
 
-class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
+class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
     """GRPO on questions about audio, for Qwen2-Audio and models with its interface.
 
     Args:
@@ -61,6 +64,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         max_prompt_length: in tokens, the audio's included. Longer prompts are refused, never cut. None where the data
             set has been examined already: its clips' headers are not read again.
         audio_channels: `first` or `mean`, see `load_audio`.
+        eval_questions: asked greedily by `evaluate`, instead of what TRL does with an `eval_dataset` (`accuracy.py`).
         freeze: parts of the model that are not trained, of `PARTS`.
         max_resample_rounds: rounds of replacing questions whose G rewards are all equal by fresh ones; 0: none.
         **kwargs: passed on to `trl.GRPOTrainer` (`callbacks`, `optimizers`, `peft_config`, ...).
@@ -79,6 +83,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         processing_class: Qwen2AudioProcessor | None = None,
         max_prompt_length: int | None = MAX_PROMPT_LENGTH,
         audio_channels: str = "first",
+        eval_questions: Benchmark | None = None,
         freeze: Sequence[str] = (),
         max_resample_rounds: int = 0,
         **kwargs,
@@ -97,6 +102,9 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             if dataset is not None and max_prompt_length is not None:
                 check_prompts(dataset, processor, max_prompt_length)
 
+        style = _one_style(train_dataset)
+        if eval_questions is not None:
+            eval_dataset = as_eval_dataset(eval_questions, style or DEFAULT_STYLE)
         # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.
         super().__init__(
             model=model,
@@ -110,7 +118,8 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         self.processing_class = processor  # what checkpoints are saved with
         self.audio_channels = audio_channels
         self.max_resample_rounds = max_resample_rounds
-        self.prompt_style = _one_style(train_dataset)
+        self.prompt_style = style
+        self.eval_questions, self.eval_max_new_tokens = eval_questions, args.max_completion_length
         self._questions: BatchFeature | None = None  # of the generation batch: encoded prompts, (N, ...)
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
 

@@ -14,7 +14,9 @@ from trl.trainer.utils import add_fused_lm_head
 from dataset.audio import load_audio
 from dataset.encode import encode
 from dataset.prompt import extract_answer
+from utils.benchmark import Benchmark
 
+from .accuracy import GreedyAccuracy, as_eval_dataset
 from .model import SelfContainedCheckpoints, base_model, freeze_parts
 from .shared_prompt import IGNORE
 
@@ -45,8 +47,8 @@ class AnswerCollator:
         """Decode, tokenize and label N rows.
 
         Returns:
-            `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T): prompts padded on the left, answers on the right;
-            labels are -100 but for the answer and its end. `input_features` (N, M, F), `feature_attention_mask` (N, F).
+            `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T): prompts padded on the left, answers on the
+            right; labels are -100 but for answer and end. `input_features` (N, M, F), `feature_attention_mask` (N, F).
         """
         clips = [load_audio(row["audio_path"], self.audio_channels) for row in rows]
         batch = encode(self.processor, [row["prompt"] for row in rows], clips)
@@ -65,7 +67,7 @@ class AnswerCollator:
         }
 
 
-class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
+class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
     """Supervised fine-tuning of a Qwen2-Audio, all of it or its adapters.
 
     Args:
@@ -75,6 +77,7 @@ class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
         processor: the model's.
         audio_channels: see `AnswerCollator`.
         freeze: parts of the model that are not trained, of `PARTS`.
+        eval_questions: asked by `evaluate`, greedily; see `accuracy.py`.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
         processor: Qwen2AudioProcessor,
         audio_channels: str = "first",
         freeze: tuple[str, ...] = (),
+        eval_questions: Benchmark | None = None,
         **kwargs,
     ):
         args.remove_unused_columns = False  # the collator needs the rows' paths and texts
@@ -97,11 +101,13 @@ class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
             model=model,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=as_eval_dataset(eval_questions, train_dataset[0]["style"]) if eval_questions else None,
             data_collator=collator,
             processing_class=processor,
             **kwargs,
         )
         self.prompt_style = train_dataset[0]["style"]
+        self.audio_channels, self.eval_questions = audio_channels, eval_questions
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy of the answers, in nats per token; the mean is over the tokens of the whole optimizer step."""

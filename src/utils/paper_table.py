@@ -1,6 +1,6 @@
 """The paper's table with its last column filled from results on disk: python src/utils/paper_table.py exp/*
 
-The rows are those of docs/PAPER.md. A row's results are looked for in the folder that its command writes to (`OUT_DIR`),
+The rows are those of docs/PAPER.md. A row's results are looked for in the folder that its command writes to, `OUT_DIR`,
 if that folder is among the given ones; nothing else is ever filled in. Results on other questions than MMAU's test-mini
 in the paper's release do not count, since their scores do not compare.
 """
