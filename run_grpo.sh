@@ -9,7 +9,8 @@
 set -eu
 [ -f src/train.py ] || cd "$(dirname "$0")"
 
-# The demo: its own data and model, then GRPO as below, on a CPU; the seed decides everything.
+# The demo: its own data and model, then GRPO as below, on a CPU, and supervised fine-tuning from the same warm start on
+# as many questions (3200), to compare. The seed decides everything.
 demo() {
     DATA=data/demo
     OUT_DIR=${OUT_DIR:-exp/demo}
@@ -26,6 +27,10 @@ demo() {
         --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR" \
         --max_steps 200 --save_steps 50 --logging_steps 10 --learning_rate 3e-4 --beta 0 \
         --max_completion_length 16 --per_device_train_batch_size 128 "$@"
+    "$PYTHON" src/train_sft.py --use_cpu true --seed "$SEED" --prompt_style answer \
+        --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR/sft" \
+        --questions_per_step 32 --per_device_train_batch_size 32 --max_steps 100 --save_strategy no --logging_steps 10 \
+        --learning_rate 3e-4
     "$PYTHON" src/demo.py table --data "$DATA" --out "$OUT_DIR"
 }
 

@@ -60,7 +60,7 @@ CHAT_TEMPLATE = (
 FRAMES_PER_SECOND = 100
 FRAMES_PER_POSITION = 2  # the encoder's second convolution halves the frames
 
-UNTRAINED, WARM_START = "untrained", "warm_start"  # folders below the demo's output
+UNTRAINED, WARM_START, SFT = "untrained", "warm_start", "sft"  # folders below the demo's output
 MAX_WARM_START_STEPS = 80
 TARGET_LOSS = 0.25  # nats per answer token; 0.4 is the right shape and a random word, 0 is a finished model
 SMOOTHED = 5  # steps over which the warm start's loss is averaged
@@ -317,7 +317,7 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
     dataset = load_train_dataset(data / "warm_start.jsonl")
     if any(out.glob("checkpoint-*")) and not (out / UNTRAINED).is_dir():
         raise ValueError(f"{out}: holds checkpoints that are not the demo's, so it is left alone; choose another --out")
-    for pattern in (UNTRAINED, WARM_START, "checkpoint-*", "test_*"):
+    for pattern in (UNTRAINED, WARM_START, SFT, "checkpoint-*", "test_*"):
         for folder in out.glob(pattern):
             shutil.rmtree(folder)
     model, processor = build_demo_model(out / UNTRAINED, [*dataset["prompt"], *dataset["solution"]], seed=seed)
@@ -333,7 +333,9 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
 
 
 def score(data: Path, out: Path, batch_size: int = 64) -> list[Result]:
-    """Evaluate the untrained model, the warm start and every checkpoint on the held-out questions, with `test_mmau.py`.
+    """Evaluate every model of the demo on the held-out questions, with `test_mmau.py`.
+
+    In this order: untrained, warm start, supervised fine-tuning if there was one, every checkpoint of GRPO.
 
     Returns:
         Their results, in this order.
@@ -342,7 +344,8 @@ def score(data: Path, out: Path, batch_size: int = 64) -> list[Result]:
         ValueError: one of them has no result.
     """
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    folders = [out / UNTRAINED, out / WARM_START, *checkpoints]
+    supervised = [out / SFT] if (out / SFT).is_dir() else []
+    folders = [out / UNTRAINED, out / WARM_START, *supervised, *checkpoints]
     flags = ["--data_file", str(data / "mmau_demo.json"), "--out_dir", str(out)]
     flags += ["--batch_size", str(batch_size), "--max_new_tokens", str(MAX_NEW_TOKENS), "--model_path"]
     run_sweep(parse_args(flags + [str(folder) for folder in folders]))
@@ -358,11 +361,15 @@ def format_table(results: list[Result]) -> str:
     rows = table_rows(results)
     rows[0][0] = "accuracy in %"
     for row in rows[1:]:
-        row[0] = f"GRPO, step {row[0]}" if row[0].isdecimal() else row[0].replace("_", " ")
+        row[0] = f"GRPO, step {row[0]}" if row[0].isdecimal() else row[0].replace("_", " ").replace(SFT, "SFT")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    gain = results[-1].scores.accuracy - results[1].scores.accuracy
-    lines.append(f"GRPO: {gain:+.1f} points over the warm start on {results[-1].scores.questions} held-out questions")
+    accuracy = {result.label: result.scores.accuracy for result in results}
+    questions = results[0].scores.questions
+    for name, label in (("SFT", SFT), ("GRPO", results[-1].label)):
+        if label in accuracy:
+            gain = accuracy[label] - accuracy[WARM_START]
+            lines.append(f"{name}: {gain:+.1f} points over the warm start on {questions} held-out questions")
     return "\n".join(lines)
 
 

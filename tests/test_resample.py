@@ -1,7 +1,10 @@
 """Questions without an advantage are replaced by fresh ones, while there are any, on all processes in step."""
 
+import re
+
 import pytest
 import torch
+from launch import free_port, run
 from test_grpo_trainer import first_rows, make_trainer
 
 from trainer.resample import find_uniform_groups, replace_groups
@@ -69,3 +72,21 @@ def test_training_with_resampling_logs_the_shares(small_model, questions, tmp_pa
     trainer.train()
     for key in ("groups/uniform_share", "groups/uniform_share_left", "groups/resample_rounds"):
         assert key in trainer.state.log_history[0]
+
+
+def test_two_processes_stay_in_step(small_model, questions, tmp_path):
+    """One process finds a group with an advantage sooner than the other, or neither does: no one waits for ever."""
+    (tmp_path / "rewards.py").write_text(
+        "def some(completions, audio_path, **kwargs):\n"
+        "    return [float(i % 2) if path[-5] in '1357' else 0.0 for i, path in enumerate(audio_path)]\n"
+    )
+    done = run(
+        "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "3", "--questions_per_step", "4", "--num_generations", "2",
+        "--max_completion_length", "4", "--save_strategy", "no", "--resample_uniform_groups", "true", "--beta", "0",
+        "--max_resample_rounds", "8", "--reward_funcs", f"{tmp_path}/rewards.py:some",
+        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path / "out", MASTER_PORT=free_port(), GPU_NUM=2, timeout=200,
+    )  # fmt: skip
+    left = re.findall(r"'groups/uniform_share_left': '([\d.]+)'", done.stdout)
+    shares = re.findall(r"'groups/uniform_share': '([\d.]+)'", done.stdout)
+    assert len(left) == len(shares) == 3 and max(map(float, shares)) > 0
+    assert max(map(float, left)) <= 0.5  # each process has two useful questions at least among its half of the eight
