@@ -1,4 +1,4 @@
-# Sourced by the training launchers: checks what a run needs, then starts SCRIPT with the flags in "$@" under torchrun.
+# Sourced by the launchers that train: checks what a run needs, then starts SCRIPT with the flags in "$@" under torchrun.
 
 case " $* " in
 *" --use_cpu true "*) ENGINE= ;; # DeepSpeed would compile operators for the CPU first

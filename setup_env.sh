@@ -4,6 +4,8 @@
 # said. Without one, .venv is made here and filled; an interrupted installation goes on at the next start.
 
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
+# Threads that wait for others sleep instead of spinning, which takes many times as long where cores are shared.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     PYTHON=$(command -v python || command -v python3)

@@ -8,7 +8,9 @@ from pathlib import Path
 from conftest import ROOT
 
 
-def run(*command: str | Path, cwd: Path = ROOT, timeout: int = 400, check: bool = True, **environment) -> subprocess.CompletedProcess:
+def run(
+    *command: str | Path, cwd: Path = ROOT, timeout: int = 400, check: bool = True, **environment
+) -> subprocess.CompletedProcess:
     """Run `command` with this interpreter's environment active; `environment` is added. Output as text, both streams."""
     bin_folder = Path(sys.executable).parent
     variables = os.environ | {

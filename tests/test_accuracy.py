@@ -40,7 +40,7 @@ def accuracies(folder, asked, steps) -> dict[str, tuple]:
     return found
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapters", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_training_logs_what_the_checkpoint_scores(small_model, questions, asked, tmp_path, adapters):
     run(
         "sh", "run_sft.sh", "--use_cpu", "true", "--max_steps", "12", "--save_steps", "4", "--questions_per_step", "8",
@@ -64,6 +64,7 @@ def test_training_logs_what_the_checkpoint_scores(small_model, questions, asked,
     assert all(torch.equal(best_weights[key], kept[key]) for key in best_weights)
 
 
+@pytest.mark.slow
 def test_grpo_evaluates_on_two_processes(small_model, questions, asked, tmp_path):
     done = run(
         "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "2", "--save_steps", "2", "--questions_per_step", "2",

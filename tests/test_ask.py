@@ -30,7 +30,18 @@ def run(monkeypatch, capsys, small_model, clip):
     """Run the command line; returns (exit status, standard output, standard error)."""
 
     def run(*flags, model=small_model, audio=clip):
-        command = ["ask.py", "--model_path", model, "--audio", audio, "--question", "What?", "--choices", *CHOICES, *flags]
+        command = [
+            "ask.py",
+            "--model_path",
+            model,
+            "--audio",
+            audio,
+            "--question",
+            "What?",
+            "--choices",
+            *CHOICES,
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         status = ask.main()
         return status, *capsys.readouterr()
@@ -100,7 +111,9 @@ def test_a_clip_over_the_window_is_refused_or_cut(run, tmp_path):
     assert np.array_equal(ask.cut_clip(tmp_path / "long.wav", 1.5, 32_000), whole[24_000:56_000])
 
 
-@pytest.mark.parametrize("flags, message", [({"audio": "none.wav"}, "no such"), ({"model": "no/such/model"}, "no such folder")])
+@pytest.mark.parametrize(
+    "flags, message", [({"audio": "none.wav"}, "no such"), ({"model": "no/such/model"}, "no such folder")]
+)
 def test_mistakes_are_said_without_a_traceback(run, flags, message):
     status, _, error = run(**flags)
     assert status == 1 and error.startswith("ask: ") and message in error

@@ -18,7 +18,7 @@ FORMATS = {
     "mp3 named.wav": dict(format="MP3", rate=44_100),
     "flac named.raw": dict(format="FLAC"),
     "ogg": dict(format="OGG", subtype="VORBIS"),
-    "it's \"quoted\" 狗.flac": dict(format="FLAC"),
+    'it\'s "quoted" 狗.flac': dict(format="FLAC"),
 }
 
 

@@ -15,7 +15,9 @@ GOOD = QUESTION | {"answer": 1, "audio_path": "clips/a.wav"}
 def write(folder: Path, *rows) -> Path:
     """A data file of rows given as objects, text or bytes."""
     path = folder / "train.jsonl"
-    lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 

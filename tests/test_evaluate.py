@@ -76,7 +76,13 @@ def trained(tmp_path_factory) -> Path:
     texts = [row["question"] for row in make_rows(40)]
     for step in (100, 200):
         build_demo_model(
-            folder / f"checkpoint-{step}", texts, seed=step, initializer_range=0.2, hidden_size=32, audio_size=32, layers=2
+            folder / f"checkpoint-{step}",
+            texts,
+            seed=step,
+            initializer_range=0.2,
+            hidden_size=32,
+            audio_size=32,
+            layers=2,
         )
     return folder
 
@@ -149,8 +155,19 @@ def test_two_processes_through_the_launcher_write_the_same_bytes(swept, trained,
 
 
 def test_a_killed_run_continues_and_ends_in_the_same_file(swept, trained, questions, tmp_path):
-    command = [*SCRIPT, "--model_path", trained / "checkpoint-100", "--data_file", questions, "--out_dir", tmp_path, *TOKENS]
-    process = subprocess.Popen([*command, "--batch_size", "2"], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+    command = [
+        *SCRIPT,
+        "--model_path",
+        trained / "checkpoint-100",
+        "--data_file",
+        questions,
+        "--out_dir",
+        tmp_path,
+        *TOKENS,
+    ]
+    process = subprocess.Popen(
+        [*command, "--batch_size", "2"], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
+    )
     partial = tmp_path / "test_100" / "res_mmau_mini.json.partial-0"
     deadline = time.monotonic() + 120
     while not partial.exists() or partial.read_text().count("\n") < 5:

@@ -10,7 +10,13 @@ from dataset.encode import encode
 from evaluation import encode_question
 from generation import Greedy, Sampler, embed_audio, end_ids, generate, group_by_length, join, needed_frames, score
 
-TEXTS = ["What is in the audio?", "dog or cat?", "Is it a bell? Or a bell, a bell and a bell?", "What?", "<answer>cat</answer>"]
+TEXTS = [
+    "What is in the audio?",
+    "dog or cat?",
+    "Is it a bell? Or a bell, a bell and a bell?",
+    "What?",
+    "<answer>cat</answer>",
+]
 SAMPLES = [32_000, 16_000, 5_000, 20_001, 31_999]  # the window is 2 s
 
 
@@ -97,7 +103,9 @@ def test_both_end_tokens_end_an_answer_and_ended_rows_leave_the_batch(model, pro
         lambda module, args, kwargs: sizes.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
     )
     ours = generate(model, join(questions, pad_id=0), end_ids(processor), max_new_tokens=30)
-    steps = sizes[len(group_by_length(join(questions, pad_id=0).attention_mask.sum(dim=1).tolist())) :]  # after the prompts
+    steps = sizes[
+        len(group_by_length(join(questions, pad_id=0).attention_mask.sum(dim=1).tolist())) :
+    ]  # after the prompts
     lengths = [len(row) for row in ours]
     assert any(row[-1] == end for row in ours)
     for step, size in enumerate(steps[: max(lengths) - 1], start=1):

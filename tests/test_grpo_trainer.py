@@ -63,7 +63,12 @@ def count_calls():
 def test_greedy_rollouts_equal_plain_generate(small_model, questions, tmp_path, generations):
     greedy = dict(generation_kwargs={"do_sample": False})
     trainer = make_trainer(
-        small_model, questions, tmp_path, num_generations=generations, per_device_train_batch_size=4 * generations, **greedy
+        small_model,
+        questions,
+        tmp_path,
+        num_generations=generations,
+        per_device_train_batch_size=4 * generations,
+        **greedy,
     )
     trainer.model.train()
     output = trainer._generate_and_score_completions(first_rows(trainer, 4, generations))  # ragged prompts and clips
@@ -84,7 +89,9 @@ def test_sampled_rollouts_equal_plain_sampling(small_model, questions, tmp_path)
     torch.manual_seed(3)
     output = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
     torch.manual_seed(3)
-    expected = row_by_row.generate(trainer.model, dict(trainer._questions), 4, generation_config=trainer.generation_config)
+    expected = row_by_row.generate(
+        trainer.model, dict(trainer._questions), 4, generation_config=trainer.generation_config
+    )
     mask = output["completion_mask"].flatten(0, 1).bool()
     assert torch.equal(output["completion_ids"].flatten(0, 1)[mask], expected[:, : mask.shape[1]][mask])
     assert len({tuple(row.tolist()) for row in output["completion_ids"][0]}) > 1
@@ -242,7 +249,9 @@ def test_either_end_token_ends_a_completion(small_model, questions, tmp_path):
 
 
 def test_a_checkpoint_loads_by_itself_and_knows_its_style(small_model, questions, tmp_path):
-    trainer = make_trainer(small_model, questions, tmp_path, style="think", max_steps=1, save_steps=1, save_only_model=True)
+    trainer = make_trainer(
+        small_model, questions, tmp_path, style="think", max_steps=1, save_steps=1, save_only_model=True
+    )
     trainer.train()
     folder = tmp_path / "checkpoint-1"
     assert load_style(folder) == "think"
@@ -345,9 +354,7 @@ def test_frozen_parts_stay_bit_identical_and_the_rest_changes(small_model, quest
         str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=8, learning_rate=1e-3,
         bf16=False, use_cpu=True, report_to="none", max_steps=2, weight_decay=0.1,
     )  # fmt: skip
-    trainer = AudioGRPOTrainer(
-        str(small_model), [length_reward], args, load_train_dataset(questions), freeze=freeze
-    )
+    trainer = AudioGRPOTrainer(str(small_model), [length_reward], args, load_train_dataset(questions), freeze=freeze)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     for name, parameter in trainer.model.named_parameters():

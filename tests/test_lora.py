@@ -62,7 +62,9 @@ def test_the_checkpoint_is_the_adapter_and_merges_into_what_was_trained(trainer,
     assert not (folder / "model.safetensors").exists() and load_style(folder) == "answer"
 
     merge(folder, tmp_path / "merged")
-    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(load_file(small_model / "model.safetensors"))
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(
+        load_file(small_model / "model.safetensors")
+    )
     assert load_style(tmp_path / "merged") == "answer"
     AutoProcessor.from_pretrained(tmp_path / "merged")
     trainer.model.eval()

@@ -20,7 +20,13 @@ def test_string_match_is_that_of_the_official_script(case):
 
 def record(answer="dog", prediction="dog", task="sound", difficulty="easy", **more):
     choices = ["dog", "cat", "a dog and a cat"]
-    return {"answer": answer, "choices": choices, "task": task, "difficulty": difficulty, "model_output": prediction} | more
+    return {
+        "answer": answer,
+        "choices": choices,
+        "task": task,
+        "difficulty": difficulty,
+        "model_output": prediction,
+    } | more
 
 
 def test_the_printed_text_in_full():

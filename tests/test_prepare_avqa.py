@@ -378,6 +378,7 @@ print(json.dumps([status, seconds, int(peak[1]) / 1024]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+@pytest.mark.slow
 def test_forty_thousand_rows(tmp_path, shared, capsys):
     """Annotations made from the real names; a clip for every other one, in the forms that are around."""
     names = list(json.loads((shared / "data" / "avqa" / "video_map.json").read_text()))[:40_000]

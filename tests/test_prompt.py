@@ -87,13 +87,17 @@ tagged = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 def test_scanning_equals_the_regular_expressions(text):
     found = re.search(r"<answer>(.*?)</answer>", text)
     assert extract_answer(text) == (found.group(1) if found else text).strip()
-    for style, pattern in (("answer", r"<answer>.*?</answer>"), ("think", r"<think>.*?</think>\s*<answer>.*?</answer>")):
+    for style, pattern in (
+        ("answer", r"<answer>.*?</answer>"),
+        ("think", r"<think>.*?</think>\s*<answer>.*?</answer>"),
+    ):
         assert matches_format(text, style) == (re.fullmatch(pattern, text, re.DOTALL) is not None)
     assert matches_format(text, "choice")
 
 
 @pytest.mark.parametrize(
-    "unit", ["<answer>", "</answer>", "<think>", "</think>", "</think> ", "<answer></answer", "</think>\n<answer>", "\n"]
+    "unit",
+    ["<answer>", "</answer>", "<think>", "</think>", "</think> ", "<answer></answer", "</think>\n<answer>", "\n"],
 )
 def test_a_megabyte_of_anything_takes_no_time(unit):
     body = unit * (1_000_000 // len(unit))

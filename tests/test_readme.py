@@ -23,7 +23,9 @@ def known_flags() -> set[str]:
 
 
 def test_paths_exist():
-    named = set(re.findall(r"(?<![\w/.])((?:src|data|conf|docs|tests|benchmarks)/[\w./-]*\w|\w+\.(?:sh|md|txt))", README))
+    named = set(
+        re.findall(r"(?<![\w/.])((?:src|data|conf|docs|tests|benchmarks)/[\w./-]*\w|\w+\.(?:sh|md|txt))", README)
+    )
     assert len(named) > 15
     missing = {path for path in named if not (ROOT / path).exists() and not path.startswith(MADE)}
     # A file named without its folder is meant where the sentence says; it must at least exist somewhere.
@@ -31,9 +33,15 @@ def test_paths_exist():
     assert not missing
 
 
-@pytest.mark.parametrize("text", [README, *(path.read_text() for path in LAUNCHERS)], ids=["README.md", *(p.name for p in LAUNCHERS)])
+@pytest.mark.parametrize(
+    "text", [README, *(path.read_text() for path in LAUNCHERS)], ids=["README.md", *(p.name for p in LAUNCHERS)]
+)
 def test_flags_parse(text):
-    pip_and_python = {"--quiet", "--version", "--flag"}  # of the tools that the set-up calls; `--flag value` in a usage line
+    pip_and_python = {
+        "--quiet",
+        "--version",
+        "--flag",
+    }  # of the tools that the set-up calls; `--flag value` in a usage line
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*\w", text)) - pip_and_python
     assert used <= known_flags(), used - known_flags()
 

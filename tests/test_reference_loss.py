@@ -78,9 +78,7 @@ def test_loss_and_gradients_equal_the_originals(recorded, tmp_path, name):
     trainer._clips = clips
     rows = (torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1))
     with torch.no_grad():
-        reference, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.ref_model, *rows, completion_ids.shape[1]
-        )
+        reference, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, *rows, completion_ids.shape[1])
         policy, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *rows, completion_ids.shape[1])
     mask = completion_mask.bool()
     for computed, key in ((policy, "per_token_logps"), (reference, "ref_per_token_logps")):

@@ -10,7 +10,9 @@ from utils.rewards import accuracy_reward, format_reward
 CASES = json.loads((Path(__file__).parent / "fixtures" / "rewards.json").read_text(encoding="utf-8"))["cases"]
 
 
-@pytest.mark.parametrize("wrap", [str, lambda text: [{"role": "assistant", "content": text}]], ids=["plain", "messages"])
+@pytest.mark.parametrize(
+    "wrap", [str, lambda text: [{"role": "assistant", "content": text}]], ids=["plain", "messages"]
+)
 def test_rewards_equal_the_originals(wrap):
     completions = [wrap(case["completion"]) for case in CASES]
     solutions = [case["solution"] for case in CASES]

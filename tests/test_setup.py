@@ -34,7 +34,12 @@ def test_an_active_environment_without_the_packages_is_left_alone(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", empty)
     before = sorted(path for path in empty.rglob("*") if "__pycache__" not in path.parts)
     done = run(
-        "sh", "run_grpo.sh", check=False, VIRTUAL_ENV=empty, PATH=f"{empty}/bin:/usr/bin:/bin", PYTHONDONTWRITEBYTECODE=1
+        "sh",
+        "run_grpo.sh",
+        check=False,
+        VIRTUAL_ENV=empty,
+        PATH=f"{empty}/bin:/usr/bin:/bin",
+        PYTHONDONTWRITEBYTECODE=1,
     )
     assert done.returncode == 1
     assert "python -m pip install -r requirements.txt" in done.stdout and "torch==" in done.stdout

@@ -22,7 +22,10 @@ def processor(small_model):
 
 @pytest.mark.parametrize(
     ("style", "learned"),
-    [("choice", ["dog<|im_end|>", "bell<|im_end|>"]), ("answer", [f"<answer>{a}</answer><|im_end|>" for a in ("dog", "bell")])],
+    [
+        ("choice", ["dog<|im_end|>", "bell<|im_end|>"]),
+        ("answer", [f"<answer>{a}</answer><|im_end|>" for a in ("dog", "bell")]),
+    ],
 )
 def test_exactly_the_answer_is_learned(processor, tmp_path, style, learned):
     rows = []
@@ -41,7 +44,9 @@ def test_exactly_the_answer_is_learned(processor, tmp_path, style, learned):
         assert torch.equal(labels[labels != -100], ids[labels != -100])
         first = int((labels != -100).nonzero()[0])
         assert (labels[:first] == -100).all() and (labels[mask == 0] == -100).all()
-    assert batch["position_ids"][0][batch["attention_mask"][0] == 1].tolist() == list(range(int(batch["attention_mask"][0].sum())))
+    assert batch["position_ids"][0][batch["attention_mask"][0] == 1].tolist() == list(
+        range(int(batch["attention_mask"][0].sum()))
+    )
 
 
 def make_trainer(model, data, output_dir, style="choice", freeze=(), **settings) -> AudioSFTTrainer:
@@ -95,7 +100,7 @@ def test_thoughts_cannot_be_learned(small_model, questions, tmp_path):
         make_trainer(small_model, questions, tmp_path, style="think")
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapters", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_the_launcher_learns_the_answers(small_model, questions, tmp_path, adapters):
     done = run(
         "sh", "run_sft.sh", "--use_cpu", "true", "--max_steps", "30", "--save_steps", "30", "--questions_per_step", "8",

@@ -19,6 +19,7 @@ PARTS = {
     "language_model": ("language_model", "lm_head"),
 }
 
+
 def base_model(model):
     """The Qwen2-Audio itself, below adapters if there are any."""
     return model.get_base_model() if is_peft_model(model) else model

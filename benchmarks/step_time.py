@@ -1,0 +1,118 @@
+"""Policy pass (log-probs, loss, gradients) of one question: shared prompt against row by row, in one run.
+
+    python benchmarks/step_time.py                      a small model of random weights, on a CPU
+    python benchmarks/step_time.py --model FOLDER       a model of yours, on a GPU with --device cuda --dtype bfloat16
+
+A 10 s clip (250 audio tokens), 60 tokens of text, G completions of C tokens. Prints the median of the timed passes, and
+how far the two ways' log-probs are apart. Row by row is `tests/row_by_row.py`, which the tests hold ours to.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import row_by_row
+import torch
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from trl.trainer.utils import add_fused_lm_head
+
+from trainer.grpo_trainer import as_model_mask, keep_last_positions
+from trainer.shared_prompt import pack, unpack
+
+AUDIO_TOKENS, FRAMES, TEXT_TOKENS = 250, 1000, 60
+
+
+def build_model() -> Qwen2AudioForConditionalGeneration:
+    """About 70 M parameters, the real 30 s window, a vocabulary of 32,000."""
+    config = Qwen2AudioConfig(
+        audio_config=dict(
+            model_type="qwen2_audio_encoder", d_model=384, encoder_layers=6, encoder_attention_heads=6, encoder_ffn_dim=1536
+        ),
+        text_config=dict(
+            model_type="qwen2", vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+            num_attention_heads=8, num_key_value_heads=8,
+        ),
+        audio_token_index=31_999,
+    )  # fmt: skip
+    return Qwen2AudioForConditionalGeneration(config)
+
+
+def make_question(model, generations: int, length: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """(prompt tensors of one question, completion ids and mask (1, G, C)), drawn at random."""
+    config, device = model.config, model.device
+    text = torch.randint(1, 1000, (1, TEXT_TOKENS))
+    audio = torch.full((1, AUDIO_TOKENS), config.audio_token_id)
+    prompt = torch.cat([text[:, :20], audio, text[:, 20:]], dim=1)
+    window = config.audio_config.max_source_positions * 2
+    prompts = {
+        "input_ids": prompt,
+        "attention_mask": torch.ones_like(prompt),
+        "input_features": torch.randn(1, config.audio_config.num_mel_bins, window, dtype=model.dtype),
+        "feature_attention_mask": (torch.arange(window) < FRAMES).long()[None],
+    }
+    ids = torch.randint(1, 1000, (1, generations, length), device=device)
+    return {key: value.to(device) for key, value in prompts.items()}, ids, torch.ones_like(ids)
+
+
+def shared_log_probs(model, prompts: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(1, G, C) log-probs as the trainer computes them."""
+    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
+    with keep_last_positions(model.model, packed.source.shape[1]):
+        outputs = model(
+            input_ids=packed.input_ids,
+            attention_mask=as_model_mask(packed.attention_mask, model.config._attn_implementation),
+            position_ids=packed.position_ids,
+            shift_labels=packed.labels,
+            fused_lm_head=True,
+            input_features=prompts["input_features"],
+            feature_attention_mask=prompts["feature_attention_mask"],
+        )
+    return unpack(outputs.log_probs, packed, ids.shape[1], ids.shape[2]).view(ids.shape)
+
+
+def measure(log_probs, model, question, repeats: int) -> tuple[float, torch.Tensor]:
+    """(median seconds of a forward and backward pass, log-probs); the first pass is not timed."""
+    seconds = []
+    for _ in range(repeats + 1):
+        model.zero_grad()
+        start = time.perf_counter()
+        values = log_probs(model, *question)
+        values.sum().backward()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]), values.detach().float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the policy pass of one question, shared prompt and row by row.")
+    parser.add_argument("--model", help="folder of a Qwen2-Audio; default: a small one of random weights")
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--length", type=int, default=16, help="tokens of each completion")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(args.model) if args.model else build_model()
+    model = model.to(args.device, getattr(torch, args.dtype)).train()
+    add_fused_lm_head(model)
+    question = make_question(model, args.generations, args.length)
+    slow, expected = measure(row_by_row.log_probs, model, question, args.repeats)
+    fast, found = measure(shared_log_probs, model, question, args.repeats)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(
+        f"{size:.0f} M parameters, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, G = {args.generations}, "
+        f"{args.length} tokens"
+    )
+    print(f"row by row     {slow:.3f} s\nshared prompt  {fast:.3f} s, {slow / fast:.1f} times as fast")
+    print(f"log-probs differ by at most {(found - expected).abs().max():.1e}")
+
+
+if __name__ == "__main__":
+    main()
