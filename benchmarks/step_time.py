@@ -31,7 +31,8 @@ def build_model() -> Qwen2AudioForConditionalGeneration:
     """About 70 M parameters, the real 30 s window, a vocabulary of 32,000."""
     config = Qwen2AudioConfig(
         audio_config=dict(
-            model_type="qwen2_audio_encoder", d_model=384, encoder_layers=6, encoder_attention_heads=6, encoder_ffn_dim=1536
+            model_type="qwen2_audio_encoder", d_model=384, encoder_layers=6, encoder_attention_heads=6,
+            encoder_ffn_dim=1536,
         ),
         text_config=dict(
             model_type="qwen2", vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
@@ -107,8 +108,8 @@ def main() -> None:
     fast, found = measure(shared_log_probs, model, question, args.repeats)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(
-        f"{size:.0f} M parameters, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, G = {args.generations}, "
-        f"{args.length} tokens"
+        f"{size:.0f} M parameters, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, "
+        f"G = {args.generations}, {args.length} tokens"
     )
     print(f"row by row     {slow:.3f} s\nshared prompt  {fast:.3f} s, {slow / fast:.1f} times as fast")
     print(f"log-probs differ by at most {(found - expected).abs().max():.1e}")

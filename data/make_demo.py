@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1024, help="questions for GRPO")
     parser.add_argument("--test", type=int, default=264, help="held-out questions")
     args = parser.parse_args()
+    print(f"{args.out}: synthesising {args.warm_start + args.train + args.test} clips ...", flush=True)
     try:
         make_demo(args.out, args.warm_start, args.train, args.test, args.seed)
     except ValueError as error:

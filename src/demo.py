@@ -341,7 +341,7 @@ def score(data: Path, out: Path, batch_size: int = 64) -> list[Result]:
         Their results, in this order.
 
     Raises:
-        ValueError: one of them has no result.
+        ValueError: there are no checkpoints, or one of the models has no result.
     """
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
     supervised = [out / SFT] if (out / SFT).is_dir() else []

@@ -280,6 +280,8 @@ def test_prepare_and_table(data, tmp_path, capfd):
     start, model = (Qwen2AudioForConditionalGeneration.from_pretrained(out / name) for name in (UNTRAINED, WARM_START))
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
     assert load_style(out / WARM_START) == "answer"
+    with pytest.raises(ValueError, match="no checkpoint"):
+        score(data, out)
     for step in (100, 20):
         shutil.copytree(out / WARM_START, out / f"checkpoint-{step}")
     table = format_table(score(data, out)).splitlines()
