@@ -27,7 +27,7 @@ else
             "$BASE" -m venv .venv
         fi
         echo "Installing $REQUIREMENTS into .venv (once; it takes minutes)" >&2
-        "$PYTHON" -m pip install --quiet -r "$REQUIREMENTS" >&2
+        "$PYTHON" -m pip install -r "$REQUIREMENTS" >&2
         cat requirements.txt "$REQUIREMENTS" > "$STAMP"
     fi
 fi

@@ -344,6 +344,8 @@ def score(data: Path, out: Path, batch_size: int = 64) -> list[Result]:
         ValueError: there are no checkpoints, or one of the models has no result.
     """
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    if not checkpoints:
+        raise ValueError(f"{out}: holds no checkpoint-*; run GRPO first, as `sh run_grpo.sh demo` does")
     supervised = [out / SFT] if (out / SFT).is_dir() else []
     folders = [out / UNTRAINED, out / WARM_START, *supervised, *checkpoints]
     flags = ["--data_file", str(data / "mmau_demo.json"), "--out_dir", str(out)]

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
+import pandas
 import pytest
 from conftest import ROOT
 from launch import free_port, run
@@ -175,26 +177,52 @@ def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, sma
         assert step["kl"] == pytest.approx(expected["kl"], abs=1e-5)
 
 
-def test_editing_the_commented_line_switches_everything_to_think(small_model, questions, tmp_path):
-    for name in ("run_grpo.sh", "setup_env.sh", "launch.sh", "conf", "src", "requirements.txt"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    script = tmp_path / "run_grpo.sh"
-    edited = script.read_text().replace("# PROMPT_STYLE=think", "PROMPT_STYLE=think")
+def uncomment_think(script: Path) -> None:
+    """The edit that the README describes."""
+    edited = script.read_text().replace("\n# PROMPT_STYLE=think\n", "\nPROMPT_STYLE=think\n")
     assert edited != script.read_text()
     script.write_text(edited)
-    run(
-        "sh", "run_grpo.sh", *SMALL_RUN, "--log_completions", "true",
-        cwd=tmp_path, MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path / "out", CONFIG="", GPU_NUM=1,
-        MASTER_PORT=free_port(),
-    )  # fmt: skip
-    assert load_style(tmp_path / "out" / "checkpoint-1") == "think"  # what evaluation and the reward's column go by
-    import pandas
 
-    (table,) = (tmp_path / "out" / "completions").glob("*.parquet")
+
+def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small_model, questions, tmp_path):
+    for name in ("run_grpo.sh", "test_mmau.sh", "setup_env.sh", "launch.sh", "conf", "src", "requirements.txt"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    uncomment_think(tmp_path / "run_grpo.sh")
+    (tmp_path / "probe.py").write_text("def asked(completions, style, **kwargs):\n    return [len(s) for s in style]\n")
+    out = tmp_path / "out"
+    done = run(
+        "sh", "run_grpo.sh", *SMALL_RUN, "--log_completions", "true", "--reward_funcs", "format", "probe.py:asked",
+        cwd=tmp_path, MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=1, MASTER_PORT=free_port(),
+    )  # fmt: skip
+    (table,) = (out / "completions").glob("*.parquet")
     prompts = pandas.read_parquet(table)["prompt"]
     assert len(prompts) == 4
     assert all(text.endswith("in <think> </think> and final answer in <answer> </answer>.") for text in prompts)
+    assert f"'rewards/asked/mean': '{len('think')}'" in done.stdout, "the rewards were told another style"
+    assert load_style(out / "checkpoint-1") == "think"
+
+    item = {
+        "id": "a",
+        "audio_id": "0.wav",
+        "question": "What?",
+        "choices": ["dog", "cat"],
+        "answer": "dog",
+        "task": "sound",
+    }
+    (questions.parent / "one.json").write_text(json.dumps([item | {"difficulty": "easy", "sub-category": "any"}]))
+    evaluation = dict(
+        cwd=tmp_path, DATA_FILE=questions.parent / "one.json", MMAU_DIR=questions.parent, OUT_DIR=out, GPU_NUM=1
+    )
+    recorded = out / "test_1" / "run_mmau_mini.json"
+    run("sh", "test_mmau.sh", "--max_new_tokens", "4", **evaluation)
+    assert json.loads(recorded.read_text())["style"] == "think", "evaluation did not go by the record"
+    (out / "checkpoint-1" / "prompt_style.json").unlink()
+    run("sh", "test_mmau.sh", "--max_new_tokens", "4", **evaluation)
+    assert json.loads(recorded.read_text())["style"] == "answer"
+    uncomment_think(tmp_path / "test_mmau.sh")
+    run("sh", "test_mmau.sh", "--max_new_tokens", "4", **evaluation)
+    assert json.loads(recorded.read_text())["style"] == "think"
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
