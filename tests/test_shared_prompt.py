@@ -7,7 +7,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 from dataset.encode import count_audio_tokens
-from trainer.grpo_trainer import as_model_mask, keep_last_positions
+from trainer.grpo_trainer import AUDIO_INPUTS, score_packed
 from trainer.shared_prompt import IGNORE, pack, unpack
 
 AUDIO, PAD, VOCABULARY = 290, 0, 300
@@ -64,16 +64,7 @@ def make_batch(questions: int, generations: int, length: int, seed: int) -> tupl
 
 def log_probs_shared(model, prompts: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
-    with keep_last_positions(model.model, packed.source.shape[1]):
-        outputs = model(
-            input_ids=packed.input_ids,
-            attention_mask=as_model_mask(packed.attention_mask, model.config._attn_implementation),
-            position_ids=packed.position_ids,
-            input_features=prompts["input_features"],
-            feature_attention_mask=prompts["feature_attention_mask"],
-            shift_labels=packed.labels,
-            fused_lm_head=True,
-        )
+    outputs = score_packed(model, model, packed, {key: prompts[key] for key in AUDIO_INPUTS})
     return unpack(outputs.log_probs, packed, ids.shape[1], ids.shape[2]).view(ids.shape)
 
 

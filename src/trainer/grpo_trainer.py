@@ -40,7 +40,7 @@ from utils.benchmark import Benchmark
 from .accuracy import GreedyAccuracy, as_eval_dataset
 from .model import SelfContainedCheckpoints, base_model, freeze_parts
 from .resample import find_uniform_groups, replace_groups
-from .shared_prompt import pack, unpack
+from .shared_prompt import PackedGroups, pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -306,21 +306,36 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
                 completion_ids=ids[chunk, :, -logits_to_keep:],
                 completion_mask=mask[chunk, :, -logits_to_keep:],
             )
-            kept = packed.source.shape[1]
             base = base_model(self.accelerator.unwrap_model(model))
-            with self.accelerator.autocast(), keep_last_positions(base.model, kept):
-                outputs = model(
-                    input_ids=packed.input_ids,
-                    attention_mask=as_model_mask(packed.attention_mask, base.config._attn_implementation),
-                    position_ids=packed.position_ids,
-                    shift_labels=packed.labels,
-                    fused_lm_head=True,
-                    **{key: value[chunk] for key, value in self._clips.items()},
-                )
+            with self.accelerator.autocast():
+                outputs = score_packed(model, base, packed, {key: value[chunk] for key, value in self._clips.items()})
             logps.append(unpack(outputs.log_probs, packed, generations, logits_to_keep))
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+
+def score_packed(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
+    """Forward pass of packed rows.
+
+    Args:
+        model: with TRL's fused head, wrapped by an engine or not.
+        base: the `Qwen2AudioForConditionalGeneration` in it.
+        packed: N rows.
+        clips: AUDIO_INPUTS of the N questions.
+
+    Returns:
+        The fused head's output: `log_probs`, and `entropy` where the head was asked for it, (N, K).
+    """
+    with keep_last_positions(base.model, packed.labels.shape[1]):
+        return model(
+            input_ids=packed.input_ids,
+            attention_mask=as_model_mask(packed.attention_mask, base.config._attn_implementation),
+            position_ids=packed.position_ids,
+            shift_labels=packed.labels,
+            fused_lm_head=True,
+            **clips,
+        )
 
 
 def as_model_mask(may_attend: torch.Tensor, attn_implementation: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ style; loaded to resume is the same. Optimizer state and engines are left to tra
 from collections.abc import Sequence
 
 import torch
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dataset.prompt import save_style
@@ -22,7 +22,7 @@ PARTS = {
 
 def base_model(model):
     """The Qwen2-Audio itself, below adapters if there are any."""
-    return model.get_base_model() if is_peft_model(model) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def freeze_parts(model: torch.nn.Module, parts: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ class SelfContainedCheckpoints:
         """Load weights to resume from. The checkpoint's names are the base model's, which `Trainer` would not find in
         transformers 5's model, warn, and go on from the base weights."""
         model = self.model if model is None else model
-        if is_peft_model(model):
+        if isinstance(model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
@@ -73,7 +73,7 @@ class SelfContainedCheckpoints:
 
     def _load_best_model(self) -> None:
         """For `load_best_model_at_end`, where no engine loads: as `_load_from_checkpoint`."""
-        if self.is_deepspeed_enabled or is_peft_model(self.model):
+        if self.is_deepspeed_enabled or isinstance(self.model, PeftModel):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
