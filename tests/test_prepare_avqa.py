@@ -352,7 +352,14 @@ def test_an_interrupted_run_goes_on(tmp_path):
         "--out",
         out,
     ]
-    process = subprocess.Popen([*map(str, command), "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*map(str, command), "--workers", "2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that are run in the background inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while len(list(out.parent.glob("wavs/*.wav"))) < 10 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

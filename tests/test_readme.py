@@ -1,6 +1,8 @@
 """What the README says exists: its paths, the launchers it names, and every flag it or a launcher uses."""
 
 import re
+import shlex
+from itertools import dropwhile
 
 import pytest
 from conftest import ROOT
@@ -51,5 +53,5 @@ def test_commands_of_the_readme_are_launchers_or_scripts_that_exist():
     commands = [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
     assert commands
     for command in commands:
-        words = [word for word in command.split() if "=" not in word or word.startswith("-")]
+        words = list(dropwhile(lambda word: "=" in word, shlex.split(command)))  # without the environment in front
         assert words[0] in ("sh", "python") and (ROOT / words[1]).is_file(), command
