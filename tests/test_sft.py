@@ -50,10 +50,15 @@ def test_exactly_the_answer_is_learned(processor, tmp_path, style, learned):
 
 
 def make_trainer(model, data, output_dir, style="choice", freeze=(), **settings) -> AudioSFTTrainer:
+    defaults = dict(max_steps=1, save_strategy="no")
     args = SFTRecipeConfig(
-        str(output_dir), use_cpu=True, report_to="none", max_steps=1, learning_rate=1e-3, save_strategy="no",
-        lr_scheduler_type="constant", **settings,
-    )  # fmt: skip
+        str(output_dir),
+        use_cpu=True,
+        report_to="none",
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        **defaults | settings,
+    )
     return AudioSFTTrainer(
         Qwen2AudioForConditionalGeneration.from_pretrained(model),
         args,
@@ -85,6 +90,16 @@ def test_accumulated_and_single_batches_take_the_same_step(small_model, question
         weights[-1]["norm"] = torch.tensor(norm)
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_a_resumed_run_continues_the_interrupted_one(small_model, questions, tmp_path):
+    settings = dict(max_steps=3, save_strategy="steps", save_steps=2, save_only_model=False, questions_per_step=2)
+    whole = make_trainer(small_model, questions, tmp_path / "whole", **settings)
+    whole.train()
+    resumed = make_trainer(small_model, questions, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, expected), found in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
 
 
 def test_frozen_parts_stay(small_model, questions, tmp_path):
