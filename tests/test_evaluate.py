@@ -130,6 +130,7 @@ def test_a_sweep_writes_all_that_was_in_the_file_with_predictions_and_scores(swe
     assert answers["100"] != answers["200"] and len(set(answers["100"])) > 5
 
 
+@pytest.mark.slow
 def test_two_processes_through_the_launcher_write_the_same_bytes(swept, trained, questions, tmp_path):
     """In another order of the questions too; and the table is printed."""
     out = tmp_path / "out"

@@ -115,7 +115,8 @@ def test_thoughts_cannot_be_learned(small_model, questions, tmp_path):
         make_trainer(small_model, questions, tmp_path, style="think")
 
 
-@pytest.mark.parametrize("adapters", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_the_launcher_learns_the_answers(small_model, questions, tmp_path, adapters):
     done = run(
         "sh", "run_sft.sh", "--use_cpu", "true", "--max_steps", "30", "--save_steps", "30", "--questions_per_step", "8",
