@@ -26,6 +26,20 @@ def load_processor(model: str) -> Qwen2AudioProcessor:
     return processor
 
 
+def prepare_run(
+    data: DataArguments, args: TrainingArguments, model: str
+) -> tuple[Qwen2AudioProcessor, Dataset]:
+    """What every training script does before it loads a model: its processor, and the usable rows of its data.
+
+    Raises:
+        ValueError, FileNotFoundError: the checkpoint to resume from, the model or the data cannot be used; says why.
+    """
+    if args.resume_from_checkpoint:
+        check_resumable(args.resume_from_checkpoint)
+    processor = load_processor(model)
+    return processor, load_training_data(data, args, processor)
+
+
 def load_training_data(data: DataArguments, args: TrainingArguments, processor: Qwen2AudioProcessor) -> Dataset:
     """The usable rows of the training file; what is dropped is reported in a table and written to DROPPED_FILE.
 

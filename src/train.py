@@ -15,7 +15,7 @@ from transformers import Qwen2AudioProcessor
 from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
 
 from arguments import AudioModelConfig, DataArguments, RunArguments
-from startup import check_resumable, load_processor, load_training_data
+from startup import prepare_run
 from trainer.accuracy import load_questions
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
@@ -138,10 +138,7 @@ def main() -> None:
     """Parse the command line, train, save."""
     try:
         data, rewards, args, model = make_parser().parse_args_and_config()
-        if args.resume_from_checkpoint:
-            check_resumable(args.resume_from_checkpoint)
-        processor = load_processor(model.model_name_or_path)
-        dataset = load_training_data(data, args, processor)
+        processor, dataset = prepare_run(data, args, model.model_name_or_path)
     except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
         sys.exit(f"train.py: {error}")
     trainer = build_trainer(dataset, processor, data, rewards, args, model)

@@ -14,7 +14,7 @@ from trl import TrlParser, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from arguments import AudioModelConfig, DataArguments, RunArguments
-from startup import check_resumable, load_processor, load_training_data
+from startup import prepare_run
 from trainer.accuracy import load_questions
 from trainer.sft_trainer import AudioSFTTrainer
 
@@ -82,16 +82,13 @@ def main() -> None:
     """Parse the command line, train, save."""
     try:
         data, args, model = make_parser().parse_args_and_config()
-        if args.resume_from_checkpoint:
-            check_resumable(args.resume_from_checkpoint)
-        processor = load_processor(model.model_name_or_path)
-        dataset = load_training_data(data, args, processor)
+        processor, dataset = prepare_run(data, args, model.model_name_or_path)
     except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
         sys.exit(f"train_sft.py: {error}")
     trainer = build_trainer(dataset, processor, data, args, model)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
-    trainer.accelerator.end_training()  # processes that exit with a process group open may abort
+    trainer.end()  # processes that exit with a process group open may abort
 
 
 if __name__ == "__main__":
