@@ -12,7 +12,7 @@ MASTER_PORT=${MASTER_PORT:-32777}
 
 set -- ${CONFIG:+--deepspeed "$CONFIG"} "$@"
 
-PROCESSES=$("$PYTHON" src/utils/preflight.py "$@")
+PROCESSES=$("$PYTHON" src/launch/preflight.py "$@")
 GPU_NUM=${GPU_NUM:-$PROCESSES} # processes on this machine, one for each GPU
 
 exec "$PYTHON" -m torch.distributed.run \

@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     PYTHON=$(command -v python || command -v python3)
-    "$PYTHON" src/utils/check_requirements.py "$REQUIREMENTS"
+    "$PYTHON" src/launch/check_requirements.py "$REQUIREMENTS"
 else
     PYTHON=.venv/bin/python
     STAMP=.venv/installed-$REQUIREMENTS

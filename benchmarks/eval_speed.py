@@ -30,18 +30,18 @@ from transformers import AutoProcessor
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import build_chat
 from dataset.prompt import build_question
-from demo import build_demo_model
-from evaluation import (
+from dataset.questions import Benchmark, load_benchmark
+from evaluation.answers import (
     EncodedQuestions,
     Settings,
     answer_batches,
     check_clips,
     default_workers,
-    load_model,
     make_batches,
 )
-from generation import end_ids
-from utils.benchmark import Benchmark, load_benchmark
+from model.checkpoints import load_model
+from model.generation import end_ids
+from model.tiny import build_demo_model
 
 CHOICES = ["a dog", "a church bell", "a passing car", "rain on a roof"]
 

@@ -27,8 +27,7 @@ from datasets import Audio, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 
-from utils.benchmark import ORIGINAL, REVISED, UNKNOWN, recognise_release, to_benchmark
-from utils.mmau import read_records
+from dataset.questions import ORIGINAL, REVISED, UNKNOWN, read_records, recognise_release, to_benchmark
 
 HUB = "gamma-lab-umd/MMAU-test-mini"
 PREFIX = re.compile(r"\s*\([A-Z]\)\s*")  # of the hub's choices and answers

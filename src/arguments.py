@@ -8,7 +8,7 @@ from trl import ModelConfig
 from dataset.audio import CHANNELS
 from dataset.encode import MAX_PROMPT_LENGTH
 from dataset.prompt import DEFAULT_STYLE, STYLES
-from trainer.model import PARTS
+from model.qwen2_audio import PARTS
 
 
 @dataclass

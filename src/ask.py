@@ -29,9 +29,8 @@ from dataset.prompt import (
     extract_answer,
     load_style,
 )
-from evaluation import load_model
-from generation import MAX_NEW_TOKENS, end_ids, generate, join, score
-from utils.checkpoints import check_whole, locate
+from model.checkpoints import check_whole, load_model, locate
+from model.generation import MAX_NEW_TOKENS, end_ids, generate, join, score
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -11,208 +11,31 @@ Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 """
 
 import argparse
-import math
-import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import jinja2
 import torch
 from datasets import Dataset
-from transformers import (
-    GenerationConfig,
-    Qwen2AudioConfig,
-    Qwen2AudioForConditionalGeneration,
-    Qwen2AudioProcessor,
-    Qwen2Tokenizer,
-    WhisperFeatureExtractor,
-)
+from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 from transformers.utils import logging
 
-from dataset.audio import SAMPLE_RATE, load_audio
+from dataset.audio import load_audio
 from dataset.dataset import load_train_dataset
 from dataset.encode import encode
-from dataset.prompt import DEFAULT_STYLE, INSTRUCTIONS, build_messages, save_style
+from dataset.prompt import DEFAULT_STYLE
+from model.checkpoints import label_of
+from model.tiny import IM_END, build_demo_model, save
 from test_mmau import parse_args, run_sweep
-from utils.checkpoints import label_of
 from utils.show_acc import Result, read_results, table_rows
-
-PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
-SPECIAL_TOKENS = (PAD, IM_START, IM_END, AUDIO, AUDIO_BOS, AUDIO_EOS)
-
-# Renders what Qwen2-Audio-Instruct's template renders.
-CHAT_TEMPLATE = (
-    "{% set audios = namespace(count=0) %}{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    f"{IM_START}system\nYou are a helpful assistant.{IM_END}\n{{% endif %}}"
-    f"{IM_START}{{{{ message['role'] }}}}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if 'audio' in part or 'audio_url' in part %}{% set audios.count = audios.count + 1 %}"
-    f"Audio {{{{ audios.count }}}}: {AUDIO_BOS}{AUDIO}{AUDIO_EOS}\n"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    f"{IM_END}\n{{% endfor %}}{{% if add_generation_prompt %}}{IM_START}assistant\n{{% endif %}}"
-)
-
-FRAMES_PER_SECOND = 100
-FRAMES_PER_POSITION = 2  # the encoder's second convolution halves the frames
 
 UNTRAINED, WARM_START, SFT = "untrained", "warm_start", "sft"  # folders below the demo's output
 MAX_WARM_START_STEPS = 80
 TARGET_LOSS = 0.25  # nats per answer token; 0.4 is the right shape and a random word, 0 is a finished model
 SMOOTHED = 5  # steps over which the warm start's loss is averaged
 MAX_NEW_TOKENS = 16  # an answer has 6
-
-
-# Building
-
-
-def build_tokenizer(texts: Iterable[str], vocab_size: int = 400) -> Qwen2Tokenizer:
-    """A Qwen2 tokenizer (byte-level BPE, so that any text is encodable) with merges learned from `texts`.
-
-    Args:
-        texts: what the model will read and write; special tokens in them are left out of the learning.
-        vocab_size: upper bound, special tokens included; fewer where `texts` hold no more pairs to merge.
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for the 256 bytes and the special tokens.
-    """
-    least = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens alone take {least}")
-    blank = Qwen2Tokenizer(
-        pad_token=PAD,
-        eos_token=IM_END,
-        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in (PAD, IM_END)],
-        padding_side="left",
-    )
-    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-    pieces = [piece for text in texts for piece in special.split(text)]
-    return blank.train_new_from_iterator(pieces, vocab_size, show_progress=False)
-
-
-def build_processor(
-    texts: Iterable[str], vocab_size: int = 400, mel_bins: int = 64, seconds: int = 2
-) -> Qwen2AudioProcessor:
-    """A `Qwen2AudioProcessor` for clips of up to `seconds`.
-
-    Its vocabulary is learned from `texts`, the chat template and the instructions of all prompt styles.
-    """
-    chat = jinja2.Template(CHAT_TEMPLATE).render(messages=build_messages(""), add_generation_prompt=True)
-    tokenizer = build_tokenizer([*texts, chat, *INSTRUCTIONS.values()], vocab_size)
-    extractor = WhisperFeatureExtractor(
-        feature_size=mel_bins,
-        chunk_length=seconds,
-        sampling_rate=SAMPLE_RATE,
-        hop_length=SAMPLE_RATE // FRAMES_PER_SECOND,
-        return_attention_mask=True,
-    )
-    return Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE)
-
-
-def build_demo_model(
-    folder: str | Path,
-    texts: Iterable[str],
-    seed: int = 1,
-    vocab_size: int = 400,
-    mel_bins: int = 64,
-    seconds: int = 2,
-    audio_size: int = 64,
-    audio_layers: int = 2,
-    audio_heads: int = 4,
-    hidden_size: int = 128,
-    layers: int = 2,
-    heads: int = 4,
-    initializer_range: float = 0.1,
-    style: str = DEFAULT_STYLE,
-) -> tuple[Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor]:
-    """Build a Qwen2-Audio with random weights, and save it so that `folder` alone loads it, processor included.
-
-    Args:
-        folder: where to save; made if it is not there.
-        texts: what the vocabulary is learned from, see `build_processor`.
-        seed: decides the weights.
-        vocab_size, mel_bins, seconds: of the processor; `seconds` is the longest clip, whole.
-        audio_size, audio_layers, audio_heads: width, depth and attention heads of the encoder.
-        hidden_size, layers, heads: the same of the language model.
-        initializer_range: standard deviation of the weights. Large models take 0.02; at this width so small a value
-            learned nothing in 60 steps in which 0.1 came to 80%.
-        style: prompt style to record in the folder.
-
-    Returns:
-        Model (float32, in training mode) and processor.
-    """
-    processor = build_processor(texts, vocab_size, mel_bins, seconds)
-    tokenizer = processor.tokenizer
-    end_ids = tokenizer.convert_tokens_to_ids([IM_END, PAD])
-    config = Qwen2AudioConfig(
-        audio_config={
-            "model_type": "qwen2_audio_encoder",
-            "num_mel_bins": mel_bins,
-            "d_model": audio_size,
-            "encoder_layers": audio_layers,
-            "encoder_attention_heads": audio_heads,
-            "encoder_ffn_dim": 4 * audio_size,
-            "max_source_positions": seconds * FRAMES_PER_SECOND // FRAMES_PER_POSITION,
-            "initializer_range": initializer_range,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "max_position_embeddings": 4096,
-            "bos_token_id": end_ids[1],
-            "eos_token_id": end_ids[0],
-            "pad_token_id": end_ids[1],
-            "initializer_range": initializer_range,
-        },
-        audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO),
-    )
-    torch.manual_seed(seed)
-    model = Qwen2AudioForConditionalGeneration(config)
-    set_sinusoids(model)
-    # Qwen2-Audio-Instruct's own defaults: who sets nothing inherits them here as there.
-    model.generation_config = GenerationConfig(
-        bos_token_id=end_ids[1],
-        eos_token_id=end_ids,
-        pad_token_id=end_ids[1],
-        do_sample=True,
-        temperature=0.7,
-        top_p=0.5,
-        top_k=20,
-        repetition_penalty=1.1,
-    )
-    save(model, processor, folder, style)
-    return model.train(), processor
-
-
-def set_sinusoids(model: Qwen2AudioForConditionalGeneration) -> None:
-    """Give the encoder Whisper's sinusoidal positions, as Qwen2-Audio's checkpoint has them, and freeze them.
-
-    Position p has sin(p * w_i) in the first half of its channels and cos(p * w_i) in the second, the w_i falling
-    geometrically from 1 to 1/10000.
-    """
-    embedding = model.model.audio_tower.embed_positions
-    positions, channels = embedding.weight.shape
-    rates = torch.exp(-math.log(10_000) * torch.arange(channels // 2) / (channels // 2 - 1))
-    angles = torch.arange(positions)[:, None] * rates  # (positions, channels / 2)
-    with torch.no_grad():
-        embedding.weight.copy_(torch.cat([angles.sin(), angles.cos()], dim=1))
-    embedding.requires_grad_(False)
-
-
-def save(model, processor, folder: str | Path, style: str) -> None:
-    """Save a checkpoint that `AutoProcessor` and the model class load by themselves, its prompt style included."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    save_style(folder, style)
 
 
 # Warm start

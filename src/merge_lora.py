@@ -8,33 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers import AutoProcessor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dataset.prompt import load_style, save_style
-
-
-def load_merged(adapter: str | Path, base: str | None = None, **kwargs) -> Qwen2AudioForConditionalGeneration:
-    """A model with an adapter checkpoint merged into its weights.
-
-    Args:
-        adapter: folder with an `adapter_config.json`.
-        base: folder or hub name of the base model; by default the one that the adapter names.
-        **kwargs: for the base model's `from_pretrained`, e.g. `dtype`.
-
-    Raises:
-        ValueError: `adapter` is no adapter's folder, or its base model is not where it says.
-    """
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"{adapter}: has no adapter_config.json, so it is no adapter checkpoint")
-    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    try:
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(base, **kwargs)
-    except OSError as error:
-        message = f"{adapter}: its base model {base} cannot be loaded ({error}); name another with --base"
-        raise ValueError(message) from error
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+from model.checkpoints import load_merged
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:

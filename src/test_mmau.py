@@ -34,7 +34,8 @@ from transformers.utils import logging
 
 from dataset.audio import CHANNELS
 from dataset.prompt import DEFAULT_STYLE, STYLES, extract_answer, load_style
-from evaluation import (
+from dataset.questions import Benchmark, load_benchmark
+from evaluation.answers import (
     AUDIO,
     EncodedQuestions,
     Settings,
@@ -42,13 +43,11 @@ from evaluation import (
     check_clips,
     default_workers,
     find_problems,
-    load_model,
     make_batches,
 )
-from generation import MAX_NEW_TOKENS
-from utils.benchmark import Benchmark, load_benchmark
-from utils.checkpoints import IncompleteCheckpoint, check_whole, fingerprint, label_of, locate
-from utils.mmau import evaluate
+from evaluation.mmau import evaluate
+from model.checkpoints import IncompleteCheckpoint, check_whole, fingerprint, label_of, load_model, locate
+from model.generation import MAX_NEW_TOKENS
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SHOWN = 20  # problems listed in one message

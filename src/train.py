@@ -15,8 +15,8 @@ from transformers import Qwen2AudioProcessor
 from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
 
 from arguments import AudioModelConfig, DataArguments, RunArguments
+from dataset.questions import load_questions
 from startup import prepare_run
-from trainer.accuracy import load_questions
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 

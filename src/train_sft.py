@@ -14,8 +14,8 @@ from trl import TrlParser, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from arguments import AudioModelConfig, DataArguments, RunArguments
+from dataset.questions import load_questions
 from startup import prepare_run
-from trainer.accuracy import load_questions
 from trainer.sft_trainer import AudioSFTTrainer
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from conftest import QUESTION
-from launch import free_port, run
+from running import free_port, run
 from safetensors.torch import load_file
 
+from dataset.questions import load_questions
 from test_mmau import parse_args, run_sweep
-from trainer.accuracy import load_questions
 from utils.show_acc import read_results
 
 

@@ -14,7 +14,7 @@ import ask
 from dataset.audio import load_audio
 from dataset.encode import encode
 from dataset.prompt import build_question, save_style
-from evaluation import load_model
+from model.checkpoints import load_model
 
 CHOICES = ["dog", "cat", "bell"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import QUESTION, ROOT, write_tone
-from launch import run
+from running import run
 from transformers import AutoProcessor
 
 from dataset import check as check_module

@@ -16,20 +16,17 @@ from dataset.audio import SAMPLE_RATE, count_samples, load_audio
 from dataset.dataset import load_train_dataset, read_rows
 from dataset.encode import build_chat, check_prompts, count_audio_tokens, encode
 from dataset.prompt import build_question, extract_answer, load_style
+from dataset.questions import load_benchmark
 from demo import (
-    IM_END,
-    SPECIAL_TOKENS,
     UNTRAINED,
     WARM_START,
-    build_demo_model,
-    build_tokenizer,
     encode_with_answers,
     format_table,
     prepare,
     score,
     warm_start,
 )
-from utils.benchmark import load_benchmark
+from model.tiny import IM_END, SPECIAL_TOKENS, build_demo_model, build_tokenizer
 
 COUNTS = dict(warm_start=33, train=22, test=22)
 

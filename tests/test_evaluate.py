@@ -14,10 +14,10 @@ import soundfile
 from conftest import ROOT, SHARED, write_tone
 
 from dataset.prompt import save_style
-from demo import build_demo_model
+from dataset.questions import load_benchmark
+from evaluation.mmau import evaluate
+from model.tiny import build_demo_model
 from test_mmau import parse_args, run_sweep
-from utils.benchmark import load_benchmark
-from utils.mmau import evaluate
 
 SCRIPT = [sys.executable, "src/test_mmau.py"]
 TOKENS = ["--max_new_tokens", "12"]

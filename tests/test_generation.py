@@ -5,10 +5,20 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-import generation
 from dataset.encode import encode
-from evaluation import encode_question
-from generation import Greedy, Sampler, embed_audio, end_ids, generate, group_by_length, join, needed_frames, score
+from evaluation.answers import encode_question
+from model import generation
+from model.generation import (
+    Greedy,
+    Sampler,
+    embed_audio,
+    end_ids,
+    generate,
+    group_by_length,
+    join,
+    needed_frames,
+    score,
+)
 
 TEXTS = [
     "What is in the audio?",

@@ -13,8 +13,8 @@ from trl import GRPOConfig
 
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
+from model.qwen2_audio import PARTS, freeze_parts
 from trainer.grpo_trainer import AudioGRPOTrainer
-from trainer.model import PARTS, freeze_parts
 from utils.rewards import accuracy_reward, format_reward
 
 

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from launch import run
+from running import run
 
 from train import load_reward
 from utils.rewards import accuracy_reward

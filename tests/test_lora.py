@@ -7,8 +7,8 @@ import sys
 import pytest
 import row_by_row
 import torch
-from launch import free_port, run
 from peft import LoraConfig
+from running import free_port, run
 from safetensors.torch import load_file
 from test_grpo_trainer import first_rows, length_reward
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -17,7 +17,8 @@ from trl import GRPOConfig
 from arguments import AudioModelConfig
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
-from merge_lora import load_merged, merge
+from merge_lora import merge
+from model.checkpoints import load_merged
 from trainer.grpo_trainer import AudioGRPOTrainer
 
 TARGETS = AudioModelConfig().lora_target_modules

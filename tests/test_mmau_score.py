@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils.mmau import evaluate, get_prediction, read_records, string_match
+from dataset.questions import read_records
+from evaluation.mmau import evaluate, get_prediction, string_match
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "string_match.json").read_text(encoding="utf-8"))["cases"]
 
@@ -56,7 +57,7 @@ def test_the_official_text_for_all_1000_predictions(shared, tmp_path):
         records = [row | {"model_prediction": predictions[row["id"]]} for row in questions]
         assert str(evaluate(records)) == case["stdout"]
         (tmp_path / "res.json").write_text(json.dumps(records))
-        command = [sys.executable, "src/utils/mmau.py", "--input", tmp_path / "res.json"]
+        command = [sys.executable, "src/evaluation/mmau.py", "--input", tmp_path / "res.json"]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert run.stdout == case["stdout"]
 

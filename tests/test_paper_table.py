@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launch import run
+from running import run
 
 from utils.paper_table import OUT_DIR, PAPER, fill
 

@@ -16,8 +16,8 @@ import prepare_avqa
 import pytest
 import soundfile
 from conftest import ROOT, write_tone
-from launch import run
 from prepare_avqa import DataError, extract, index_media, main, parse_name
+from running import run
 
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.check import examine_training_file

@@ -14,9 +14,9 @@ from conftest import write_tone
 from datasets import Audio, Dataset
 from prepare_mmau import hub_record, main, remove_prefixes
 
+from dataset import questions as benchmark
 from dataset.check import examine_evaluation_file
-from utils import benchmark
-from utils.benchmark import load_benchmark, release_line
+from dataset.questions import load_benchmark, release_line
 
 REVISED = "v05.15.25"
 

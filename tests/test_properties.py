@@ -14,7 +14,7 @@ from dataset.audio import ClipReport, DataError, examine_clip
 from dataset.check import examine_training_file
 from dataset.dataset import load_train_dataset, parse_line, read_rows
 from dataset.prompt import STYLES, extract_answer, matches_format
-from utils.mmau import string_match
+from evaluation.mmau import string_match
 
 TAGS = ["<answer>", "</answer>", "<think>", "</think>", "<", ">", "/", " ", "\n", "\r", "\t", "a", "狗", "\u2028", "\0"]
 COMPLETION = st.one_of(st.text(), st.lists(st.sampled_from(TAGS)).map("".join))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from launch import free_port, run
+from running import free_port, run
 from test_grpo_trainer import first_rows, make_trainer
 
 from trainer.resample import find_uniform_groups, replace_groups

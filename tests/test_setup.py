@@ -4,10 +4,10 @@ import sys
 
 import pytest
 from conftest import ROOT
-from launch import run
+from running import run
 
-from utils.check_requirements import find_problems, read_pins
-from utils.preflight import find_model_problem, parse_flags
+from launch.check_requirements import find_problems, read_pins
+from launch.preflight import find_model_problem, parse_flags
 
 
 def test_pins_are_exact_and_installed_here():
@@ -25,7 +25,7 @@ def test_what_an_environment_lacks_is_named(tmp_path):
     lacking, differing = find_problems(read_pins(file))
     assert len(lacking) == 2 and lacking[0] == "no-such-package==1.0 (not installed)" and "trl==0.0.1" in lacking[1]
     assert len(differing) == 1 and differing[0].startswith("numpy==0.1 (found:")
-    done = run(sys.executable, "src/utils/check_requirements.py", file, check=False)
+    done = run(sys.executable, "src/launch/check_requirements.py", file, check=False)
     assert done.returncode == 1 and f"run:  python -m pip install -r {file}" in done.stdout
 
 

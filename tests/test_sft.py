@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import QUESTION, write_tone
-from launch import free_port, run
+from running import free_port, run
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 

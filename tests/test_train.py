@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 import pytest
 from conftest import ROOT
-from launch import free_port, run
+from running import free_port, run
 from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 

@@ -41,7 +41,7 @@ from dataset.audio import CHANNELS, SAMPLE_RATE, ClipReport, DataError, examine_
 from dataset.dataset import check_is_there, check_question, check_row, parse_line, read_lines, to_dataset, to_row
 from dataset.encode import MAX_PROMPT_LENGTH, WINDOW_SECONDS, check_clip_length, check_prompt, count_text_tokens
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, check_style
-from utils.benchmark import UNKNOWN, recognise_release, to_benchmark
+from dataset.questions import UNKNOWN, recognise_release, to_benchmark
 
 if TYPE_CHECKING:
     from transformers import Qwen2AudioProcessor

@@ -5,54 +5,17 @@ total, in percent, and go where all metrics go: `eval_accuracy`, `eval_accuracy_
 """
 
 import re
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.models import unwrap_model_for_generation
 
-from dataset.dataset import read_rows, resolve_audio_path
 from dataset.prompt import build_question, extract_answer
-from evaluation import EncodedQuestions, Settings, answer_batches, check_clips, find_problems, make_batches
-from utils.benchmark import Benchmark, load_benchmark, to_benchmark
-from utils.mmau import Scores, evaluate
-
-from .model import base_model
-
-
-def load_questions(path: str | Path) -> Benchmark:
-    """A question file for evaluation: MMAU's or MMAR's, or AVQA's JSONL, whose `question_relation` serves as the task.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_benchmark`.
-    """
-    path = Path(path)
-    try:
-        first = next(read_rows(path))[1]
-    except (OSError, ValueError, StopIteration):  # not JSONL; what else may be wrong with it, the other reader says
-        first = {}
-    if "question_text" not in first:
-        return load_benchmark(path)
-    records = []
-    for number, row in read_rows(path):
-        try:
-            replaced = row["question_text"].replace("video", "audio") if row.get("dataset_name") == "AVQA" else None
-            records.append(
-                {
-                    "id": str(row.get("id", number)),
-                    "audio_id": resolve_audio_path(row["audio_path"], path.parent),
-                    "question": replaced or row["question_text"],
-                    "choices": [str(choice) for choice in row["multi_choice"]],
-                    "answer": str(row["multi_choice"][row["answer"]]),
-                    "task": str(row.get("question_relation", "all")),
-                    "difficulty": "",
-                    "sub-category": str(row.get("question_type", "")),
-                }
-            )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: {error!r}; src/dataset/check.py says more") from error
-    return to_benchmark(records, path, path.parent)
+from dataset.questions import Benchmark
+from evaluation.answers import EncodedQuestions, Settings, answer_batches, check_clips, find_problems, make_batches
+from evaluation.mmau import Scores, evaluate
+from model.qwen2_audio import base_model
 
 
 def as_eval_dataset(benchmark: Benchmark, style: str) -> Dataset:

@@ -35,11 +35,12 @@ from trl.models import unwrap_model_for_generation
 from dataset.audio import load_audio
 from dataset.encode import MAX_PROMPT_LENGTH, check_clip_length, check_prompts, encode
 from dataset.prompt import DEFAULT_STYLE
-from utils.benchmark import Benchmark
+from dataset.questions import Benchmark
+from model.qwen2_audio import base_model, freeze_parts
 
 from .accuracy import GreedyAccuracy, as_eval_dataset
-from .model import SelfContainedCheckpoints, base_model, freeze_parts
 from .resample import find_uniform_groups, replace_groups
+from .saving import SelfContainedCheckpoints
 from .shared_prompt import PackedGroups, pack, unpack
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,11 @@ from trl.trainer.utils import add_fused_lm_head
 from dataset.audio import load_audio
 from dataset.encode import encode
 from dataset.prompt import extract_answer
-from utils.benchmark import Benchmark
+from dataset.questions import Benchmark
+from model.qwen2_audio import base_model, freeze_parts
 
 from .accuracy import GreedyAccuracy, as_eval_dataset
-from .model import SelfContainedCheckpoints, base_model, freeze_parts
+from .saving import SelfContainedCheckpoints
 from .shared_prompt import IGNORE
 
 

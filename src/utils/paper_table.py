@@ -13,7 +13,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.benchmark import ORIGINAL
+from dataset.questions import ORIGINAL
 from utils.show_acc import Result, confidence_interval, read_results
 
 PAPER = Path(__file__).resolve().parents[2] / "docs" / "PAPER.md"

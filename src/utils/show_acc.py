@@ -21,8 +21,8 @@ import numpy as np
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.benchmark import ORIGINAL, Benchmark, to_benchmark
-from utils.mmau import Scores, evaluate, read_records
+from dataset.questions import ORIGINAL, Benchmark, read_records, to_benchmark
+from evaluation.mmau import Scores, evaluate
 
 FORMATS = ("text", "markdown", "csv")
 RESAMPLES = 10_000  # of the bootstrap

@@ -8,7 +8,7 @@ quarter of the questions differ; scores of one do not compare with those of the 
 file has a line for each question of the revised release: 6 hex digits of the id's hash, 4 of the question's. Its
 authors keep mending single questions, so a file counts as revised when nearly all of its questions are those.
 
-Leaves out the clips (only their paths are made here) and the scoring (`mmau.py`).
+Leaves out the clips (only their paths are made here) and the scoring (`evaluation/mmau.py`).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from .mmau import read_records
+from .dataset import read_rows, resolve_audio_path
 
 REVISED, ORIGINAL, UNKNOWN = "v05.15.25", "original", "unrecognised"
 REVISED_QUESTIONS = Path(__file__).with_name(f"mmau_{REVISED}.txt")
@@ -69,6 +69,64 @@ def load_benchmark(data_file: str | Path, audio_dir: str | Path | None = None) -
     if not data_file.is_file():
         raise FileNotFoundError(f"{data_file}: no such question file; data/README.md says how to get MMAU's")
     return to_benchmark(read_records(data_file), data_file, Path(audio_dir or data_file.parent))
+
+
+def load_questions(path: str | Path) -> Benchmark:
+    """A question file for evaluation: MMAU's or MMAR's, or AVQA's JSONL, whose `question_relation` serves as the task.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_benchmark`.
+    """
+    path = Path(path)
+    try:
+        first = next(read_rows(path))[1]
+    except (OSError, ValueError, StopIteration):  # not JSONL; what else may be wrong with it, the other reader says
+        first = {}
+    if "question_text" not in first:
+        return load_benchmark(path)
+    records = []
+    for number, row in read_rows(path):
+        try:
+            replaced = row["question_text"].replace("video", "audio") if row.get("dataset_name") == "AVQA" else None
+            records.append(
+                {
+                    "id": str(row.get("id", number)),
+                    "audio_id": resolve_audio_path(row["audio_path"], path.parent),
+                    "question": replaced or row["question_text"],
+                    "choices": [str(choice) for choice in row["multi_choice"]],
+                    "answer": str(row["multi_choice"][row["answer"]]),
+                    "task": str(row.get("question_relation", "all")),
+                    "difficulty": "",
+                    "sub-category": str(row.get("question_type", "")),
+                }
+            )
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: {error!r}; src/dataset/check.py says more") from error
+    return to_benchmark(records, path, path.parent)
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """Rows of a JSON list or of a JSONL file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither, or a row is not an object; names the file and the row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:  # of UTF-8 and of JSON alike
+        raise ValueError(f"{path}: neither a JSON list nor one JSON object per line, in UTF-8 ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
+    return rows
 
 
 def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmark:

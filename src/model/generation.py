@@ -281,7 +281,7 @@ class Greedy:
             self.near_ties += 1
             if float((lone - logits[place]).abs().max()) > NEAR_TIE / 2 * float(scale[place]):
                 logger.warning_once(
-                    "This model amplifies rounding more than NEAR_TIE in src/generation.py allows for: "
+                    "This model amplifies rounding more than NEAR_TIE in src/model/generation.py allows for: "
                     "answers may depend on the batch size. Raise NEAR_TIE."
                 )
         return tokens[:, 0]

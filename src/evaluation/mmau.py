@@ -3,15 +3,19 @@
 
 Leaves out the model and the reading of answers: a record already carries the prediction.
 
-    python src/utils/mmau.py --input res_mmau_mini.json
+    python src/evaluation/mmau.py --input res_mmau_mini.json
 """
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dataset.questions import read_records
 
 WORD = re.compile(r"\b\w+\b")
 # Where a prediction may stand: MMAU's script reads the first, its README documents the second, MMAR uses the third.
@@ -128,30 +132,6 @@ def get_prediction(record: dict) -> str | None:
         if key in record:
             return "" if record[key] is None else str(record[key])
     return None
-
-
-def read_records(path: str | Path) -> list[dict]:
-    """Rows of a JSON list or of a JSONL file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is neither, or a row is not an object; names the file and the row.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:  # of UTF-8 and of JSON alike
-        raise ValueError(f"{path}: neither a JSON list nor one JSON object per line, in UTF-8 ({error})") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
-    return rows
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from utils.benchmark import REVISED_QUESTIONS, load_benchmark, recognise_release, release_line
+from dataset.questions import REVISED_QUESTIONS, load_benchmark, recognise_release, release_line
 
 
 def row(number=1, **changes):

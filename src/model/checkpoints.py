@@ -1,6 +1,6 @@
 """The folders that are evaluated: which one a path or hub name means, whether it is whole, and what tells it apart.
 
-Reads file sizes, headers and samples of the weights; loading them into a model is the caller's.
+Files are judged by sizes, headers and samples; `load_model` reads them whole.
 """
 
 import hashlib
@@ -9,7 +9,10 @@ import struct
 import zipfile
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from transformers import Qwen2AudioForConditionalGeneration
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
 PROCESSOR = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
@@ -110,3 +113,43 @@ def fingerprint(folder: Path) -> str:
                 file.seek(size * sample // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Qwen2AudioForConditionalGeneration:
+    """Load a checkpoint for evaluation; an adapter's is merged into its base model.
+
+    Raises:
+        IncompleteCheckpoint: it lacks tensors (transformers itself would go on with random ones).
+    """
+    if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that are to be the same in any batch
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if (Path(folder) / "adapter_config.json").is_file():
+        return load_merged(folder, dtype=dtype).to(device).eval()
+    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise IncompleteCheckpoint(
+            f"{folder}: the checkpoint lacks {len(missing)} tensors, e.g. {missing[0]}; save it again"
+        )
+    return model.to(device).eval()
+
+
+def load_merged(adapter: str | Path, base: str | None = None, **kwargs) -> Qwen2AudioForConditionalGeneration:
+    """A model with an adapter checkpoint merged into its weights.
+
+    Args:
+        adapter: folder with an `adapter_config.json`.
+        base: folder or hub name of the base model; by default the one that the adapter names.
+        **kwargs: for the base model's `from_pretrained`, e.g. `dtype`.
+
+    Raises:
+        ValueError: `adapter` is no adapter's folder, or its base model is not where it says.
+    """
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter}: has no adapter_config.json, so it is no adapter checkpoint")
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    try:
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(base, **kwargs)
+    except OSError as error:
+        message = f"{adapter}: its base model {base} cannot be loaded ({error}); name another with --base"
+        raise ValueError(message) from error
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
@@ -27,11 +26,9 @@ from dataset.encode import (
     count_text_tokens,
 )
 from dataset.prompt import build_question, extract_answer
-from generation import MAX_NEW_TOKENS, Sampler, end_ids, generate, join, needed_frames, single_thread
-from merge_lora import load_merged
-from utils.benchmark import Question
-from utils.checkpoints import IncompleteCheckpoint
-from utils.mmau import string_match
+from dataset.questions import Question
+from evaluation.mmau import string_match
+from model.generation import MAX_NEW_TOKENS, Sampler, end_ids, generate, join, needed_frames, single_thread
 
 KEPT_SAMPLES = 300_000_000  # decoded audio held in memory by a process, 1.2 GB: all of test-mini's 10 s clips, and more
 AUDIO = ("real", "silent", "shuffled")
@@ -46,24 +43,6 @@ class Settings:
     channels: str = "first"  # see `load_audio`
     max_new_tokens: int = MAX_NEW_TOKENS
     sample_seed: int | None = None  # greedy if None
-
-
-def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Qwen2AudioForConditionalGeneration:
-    """Load a checkpoint for evaluation; an adapter's is merged into its base model.
-
-    Raises:
-        IncompleteCheckpoint: it lacks tensors (transformers itself would go on with random ones).
-    """
-    if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that are to be the same in any batch
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if (Path(folder) / "adapter_config.json").is_file():
-        return load_merged(folder, dtype=dtype).to(device).eval()
-    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise IncompleteCheckpoint(
-            f"{folder}: the checkpoint lacks {len(missing)} tensors, e.g. {missing[0]}; save it again"
-        )
-    return model.to(device).eval()
 
 
 def default_workers(device: str) -> int:
