@@ -40,7 +40,7 @@ from evaluation.answers import (
     make_batches,
 )
 from model.checkpoints import load_model
-from model.generation import end_ids
+from model.qwen2_audio import end_ids
 from model.tiny import build_demo_model
 
 CHOICES = ["a dog", "a church bell", "a passing car", "rain on a roof"]

@@ -30,7 +30,8 @@ from dataset.prompt import (
     load_style,
 )
 from model.checkpoints import check_whole, load_model, locate
-from model.generation import MAX_NEW_TOKENS, end_ids, generate, join, score
+from model.generation import MAX_NEW_TOKENS, generate, score
+from model.qwen2_audio import end_ids
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,8 +83,7 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
     """
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
-    encoded = encode(processor, [build_question(question, choices, style)], [clip])
-    batch = join([encoded], pad_id=0).to(model.device)
+    batch = encode(processor, [build_question(question, choices, style)], [clip]).to(model.device)
     ends = end_ids(processor)
     ids = generate(model, batch, ends, max_new_tokens)[0]
     completion = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

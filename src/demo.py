@@ -27,6 +27,7 @@ from dataset.dataset import load_train_dataset
 from dataset.encode import encode
 from dataset.prompt import DEFAULT_STYLE
 from model.checkpoints import label_of
+from model.qwen2_audio import needed_frames_only
 from model.tiny import IM_END, build_demo_model, save
 from test_mmau import parse_args, run_sweep
 from utils.show_acc import Result, read_results, table_rows
@@ -60,15 +61,13 @@ def encode_with_answers(processor: Qwen2AudioProcessor, dataset: Dataset) -> dic
         padding_side="right",
         return_tensors="pt",
     )
-    prompt_labels = torch.full_like(questions["input_ids"], -100)
+    prompt_labels = torch.full_like(questions.input_ids, -100)
     answer_labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
     return {
-        "input_ids": torch.cat([questions["input_ids"], answers["input_ids"]], dim=1),
-        "attention_mask": torch.cat([questions["attention_mask"], answers["attention_mask"]], dim=1),
+        "input_ids": torch.cat([questions.input_ids, answers["input_ids"]], dim=1),
+        "attention_mask": torch.cat([questions.attention_mask, answers["attention_mask"]], dim=1),
         "labels": torch.cat([prompt_labels, answer_labels], dim=1),
-        "input_features": questions["input_features"],
-        "feature_attention_mask": questions["feature_attention_mask"],
-    }
+    } | questions.audio_inputs
 
 
 def warm_start(
@@ -103,7 +102,8 @@ def warm_start(
     losses, start = [], time.monotonic()
     model.train()
     for picked in _batches(len(rows["input_ids"]), batch_size, max_steps, seed):
-        loss = model(**{key: value[picked] for key, value in rows.items()}).loss
+        with needed_frames_only(model):
+            loss = model(**{key: value[picked] for key, value in rows.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()

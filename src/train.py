@@ -95,7 +95,6 @@ def build_trainer(
         args=args,
         train_dataset=dataset,
         processing_class=processor,
-        max_prompt_length=None,
         audio_channels=data.audio_channels,
         freeze=data.freeze,
         eval_questions=load_questions(args.eval_file) if args.eval_file else None,

@@ -6,13 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import row_by_row
 import torch
 from conftest import write_tone
 from transformers import AutoProcessor
 
 import ask
 from dataset.audio import load_audio
-from dataset.encode import encode
 from dataset.prompt import build_question, save_style
 from model.checkpoints import load_model
 
@@ -67,7 +67,7 @@ def test_probabilities_are_those_of_the_whole_replies(small_model, clip):
     processor.tokenizer.padding_side = "left"
     logps = []
     for choice in CHOICES:
-        inputs = encode(processor, [build_question("What?", CHOICES, "answer")], [audio])
+        inputs = row_by_row.encode(processor, [build_question("What?", CHOICES, "answer")], [audio])
         reply = processor.tokenizer(f"<answer>{choice}</answer><|im_end|>", return_tensors="pt")["input_ids"]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], reply], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import row_by_row
 import torch
 from datasets import Dataset
 from make_demo import MMAU_FILE, SOUNDS, TRAIN_FILE, WARM_START_FILE, make_demo, synthesise
@@ -13,8 +14,9 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForCondition
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from dataset.audio import SAMPLE_RATE, count_samples, load_audio
+from dataset.check import examine_training_file
 from dataset.dataset import load_train_dataset, read_rows
-from dataset.encode import build_chat, check_prompts, count_audio_tokens, encode
+from dataset.encode import build_chat, count_audio_tokens
 from dataset.prompt import build_question, extract_answer, load_style
 from dataset.questions import load_benchmark
 from demo import (
@@ -135,7 +137,7 @@ def test_the_folder_alone_loads_model_and_processor(built, rows):
     again = AutoProcessor.from_pretrained(folder)
     assert isinstance(again, Qwen2AudioProcessor) and again.tokenizer.padding_side == "left"
     clips = [load_audio(path) for path in rows["audio_path"][:3]]
-    before, after = (encode(p, rows["prompt"][:3], clips) for p in (processor, again))
+    before, after = (row_by_row.encode(p, rows["prompt"][:3], clips) for p in (processor, again))
     for key in before:
         assert torch.equal(before[key], after[key]), key
     assert load_style(folder) == "answer"
@@ -157,7 +159,7 @@ def test_same_ends_and_sampling_defaults_as_the_real_model(built):
 def test_audio_tokens_are_as_many_as_the_model_makes_of_the_clip(built, seconds):
     _, model, processor = built
     clip = np.random.default_rng(0).normal(scale=0.1, size=round(seconds * SAMPLE_RATE)).astype(np.float32)
-    inputs = encode(processor, ["What is it?"], [clip])
+    inputs = row_by_row.encode(processor, ["What is it?"], [clip])
     tokens = int((inputs["input_ids"] == processor.audio_token_id).sum())
     assert tokens == count_audio_tokens(len(clip))
     with torch.no_grad():
@@ -246,7 +248,7 @@ def test_chat_template_renders_what_the_real_one_renders(built, shared):
 
 
 def test_prompts_pass_the_trainers_check(built, data):
-    check_prompts(load_train_dataset(data / TRAIN_FILE), built[2], max_prompt_length=150)
+    assert not examine_training_file(data / TRAIN_FILE, processor=built[2], max_prompt_length=150).dropped
 
 
 def test_only_answers_are_labelled(built, rows):

@@ -2,23 +2,14 @@
 
 import numpy as np
 import pytest
+import row_by_row
 import torch
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers import Qwen2AudioForConditionalGeneration
 
-from dataset.encode import encode
-from evaluation.answers import encode_question
+from dataset.encode import encode_question, join, needed_frames
 from model import generation
-from model.generation import (
-    Greedy,
-    Sampler,
-    embed_audio,
-    end_ids,
-    generate,
-    group_by_length,
-    join,
-    needed_frames,
-    score,
-)
+from model.generation import Greedy, Sampler, generate, score
+from model.qwen2_audio import embed_audio, end_ids, group_by_length, load_processor
 
 TEXTS = [
     "What is in the audio?",
@@ -32,9 +23,7 @@ SAMPLES = [32_000, 16_000, 5_000, 20_001, 31_999]  # the window is 2 s
 
 @pytest.fixture(scope="module")
 def processor(small_model):
-    processor = AutoProcessor.from_pretrained(small_model)
-    processor.tokenizer.padding_side = "left"
-    return processor
+    return load_processor(small_model)
 
 
 @pytest.fixture
@@ -54,7 +43,7 @@ def questions(processor, clips):
 
 
 def generate_as_transformers(model, processor, clips, max_new_tokens, **more):
-    inputs = encode(processor, TEXTS, clips)
+    inputs = row_by_row.encode(processor, TEXTS, clips)
     ids = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -75,7 +64,7 @@ def generate_as_transformers(model, processor, clips, max_new_tokens, **more):
 @pytest.mark.parametrize("samples", [1_600, 5_000, 16_000, 31_900, 32_000])
 def test_short_features_are_those_of_the_whole_window(processor, samples):
     clip = np.random.default_rng(1).normal(scale=0.1, size=samples).astype(np.float32)
-    short, whole = encode_question(processor, "What?", clip), encode(processor, ["What?"], [clip])
+    short, whole = encode_question(processor, "What?", clip), row_by_row.encode(processor, ["What?"], [clip])
     frames = needed_frames(-(-samples // 160), 200)
     assert torch.equal(short["input_ids"], whole["input_ids"])
     assert torch.equal(short["input_features"][:, :, :frames], whole["input_features"][:, :, :frames])
@@ -88,9 +77,9 @@ def test_the_encoder_on_needed_frames_is_the_encoder_on_the_whole_window(model, 
     projector = model.model.multi_modal_projector
     hook = projector.register_forward_hook(lambda module, args, output: seen.update(whole=output))
     with torch.no_grad():
-        model(**encode(processor, TEXTS, clips))
+        model(**row_by_row.encode(processor, TEXTS, clips))
         hook.remove()
-        ours = embed_audio(model, batch.input_features, batch.frames)
+        ours = embed_audio(model.model, batch.input_features, batch.frames)
     tokens = [int((row == model.config.audio_token_id).sum()) for row in batch.input_ids]
     whole = torch.cat([clip[:kept] for clip, kept in zip(seen["whole"], tokens, strict=True)])
     assert torch.allclose(ours, whole, atol=1e-5, rtol=1e-5)
@@ -180,7 +169,7 @@ def test_score_is_the_log_probability_of_the_whole_reply(model, processor, clips
     replies = [[7, 8, 9], [10], [11, 12]]
     ours = score(model, join(questions[:1], pad_id=0), replies)
     for reply, logp in zip(replies, ours, strict=True):
-        inputs = encode(processor, TEXTS[:1], clips[:1])
+        inputs = row_by_row.encode(processor, TEXTS[:1], clips[:1])
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([reply])], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():

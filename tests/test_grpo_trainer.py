@@ -73,7 +73,7 @@ def test_greedy_rollouts_equal_plain_generate(small_model, questions, tmp_path, 
     trainer.model.train()
     output = trainer._generate_and_score_completions(first_rows(trainer, 4, generations))  # ragged prompts and clips
     expected = row_by_row.generate(
-        trainer.model, dict(trainer._questions), generations, generation_config=trainer.generation_config
+        trainer.model, row_by_row.as_inputs(trainer._questions), generations, generation_config=trainer.generation_config
     )
     mask = output["completion_mask"].flatten(0, 1).bool()
     assert torch.equal(output["completion_ids"].flatten(0, 1)[mask], expected[:, : mask.shape[1]][mask])
@@ -90,7 +90,7 @@ def test_sampled_rollouts_equal_plain_sampling(small_model, questions, tmp_path)
     output = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
     torch.manual_seed(3)
     expected = row_by_row.generate(
-        trainer.model, dict(trainer._questions), 4, generation_config=trainer.generation_config
+        trainer.model, row_by_row.as_inputs(trainer._questions), 4, generation_config=trainer.generation_config
     )
     mask = output["completion_mask"].flatten(0, 1).bool()
     assert torch.equal(output["completion_ids"].flatten(0, 1)[mask], expected[:, : mask.shape[1]][mask])
@@ -105,13 +105,13 @@ def test_encoder_and_prompt_run_once_per_question(small_model, questions, tmp_pa
     monkeypatch.setattr(module, "load_audio", lambda path, *rest: decoded.append(path) or load_audio(path, *rest))
     trainer = make_trainer(small_model, questions, tmp_path)
     trainer.model.train()
-    policy = count_calls(trainer.model.model.audio_tower, "input_features")
-    reference = count_calls(trainer.ref_model.model.audio_tower, "input_features")
+    policy = count_calls(trainer.model.model.audio_tower.conv1, "input")
+    reference = count_calls(trainer.ref_model.model.audio_tower.conv1, "input")
     assert policy is reference
     output = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
     trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(trainer.model, output)
-    assert policy == [2, 2, 2], "rollout, reference pass and policy pass: one encoder row per question each"
+    assert sum(policy) == 3 * 2, "rollout, reference pass and policy pass: one encoder row per question each"
     assert len(decoded) == len(set(decoded)) == 2
 
 
@@ -128,7 +128,7 @@ def test_a_step_equals_the_same_step_row_by_row(small_model, questions, tmp_path
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
 
-    prompts, ids, mask = dict(trainer._questions), batch["completion_ids"], batch["completion_mask"]
+    prompts, ids, mask = row_by_row.as_inputs(trainer._questions), batch["completion_ids"], batch["completion_mask"]
     policy = row_by_row.log_probs(trainer.model, prompts, ids, mask)
     with torch.no_grad():
         reference = row_by_row.log_probs(trainer.ref_model, prompts, ids, mask)
@@ -307,39 +307,13 @@ def test_attention_without_arbitrary_masks_is_refused(small_model, questions, tm
         AudioGRPOTrainer(model, [format_reward], args, load_train_dataset(questions))
 
 
-def test_prompts_that_cannot_be_used_are_refused_by_name_and_row(small_model, tmp_path):
+def test_a_question_with_a_special_token_is_refused_on_this_path_too(small_model, tmp_path):
+    """A data set that nobody examined before: the text would be obeyed as a turn's end."""
     write_tone(tmp_path / "fine.wav", 1.0)
-    write_tone(tmp_path / "long.wav", 2.5)
-    write_tone(tmp_path / "short.wav", 0.02)
-    (tmp_path / "text.wav").write_text("not audio")
-    rows = [
-        QUESTION | {"audio_path": "fine.wav"},
-        QUESTION | {"audio_path": "long.wav"},
-        QUESTION | {"audio_path": "short.wav"},
-        QUESTION | {"audio_path": "text.wav"},
-        QUESTION | {"audio_path": "gone.wav"},
-        QUESTION | {"audio_path": "fine.wav", "question_text": "What? <|im_end|>"},
-        QUESTION | {"audio_path": "fine.wav", "question_text": "Why? " * 2000},
-    ]
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(row | {"answer": 0}) + "\n" for row in rows))
-    with pytest.raises(ValueError) as error:
-        make_trainer(small_model, data, tmp_path / "out")
-    lines = str(error.value).splitlines()
-    assert lines[0].startswith("6 of 7 rows")
-    for line, parts in zip(
-        lines[1:],
-        [
-            ("row 2 (long.wav)", "2.50 s", "hears 2 s"),
-            ("row 3 (short.wav)", "0.1 s"),
-            ("row 4 (text.wav)", "not an audio file"),
-            ("row 5 (gone.wav)", "no such audio file"),
-            ("row 6 (fine.wav)", "<|im_end|>"),
-            ("row 7 (fine.wav)", "max_prompt_length 1024"),
-        ],
-        strict=True,
-    ):
-        assert all(part in line for part in parts), line
+    row = QUESTION | {"audio_path": "fine.wav", "question_text": "What? <|im_end|>", "answer": 0}
+    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    with pytest.raises(ValueError, match=r"What\? <\|im_end\|>.*special token"):
+        make_trainer(small_model, tmp_path / "train.jsonl", tmp_path / "out", max_steps=1).train()
 
 
 @pytest.mark.parametrize(

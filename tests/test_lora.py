@@ -45,7 +45,7 @@ def test_the_reference_is_the_base_model_with_the_adapter_off(trainer, small_mod
     trainer.model.train()
     batch = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
     base = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
-    prompts, ids, mask = dict(trainer._questions), batch["completion_ids"], batch["completion_mask"]
+    prompts, ids, mask = row_by_row.as_inputs(trainer._questions), batch["completion_ids"], batch["completion_mask"]
     with torch.no_grad():
         expected = row_by_row.log_probs(base, prompts, ids, mask)
         adapted = row_by_row.log_probs(trainer.model, prompts, ids, mask)
@@ -71,7 +71,7 @@ def test_the_checkpoint_is_the_adapter_and_merges_into_what_was_trained(trainer,
     trainer.model.eval()
     trainer.model.train()
     batch = trainer._generate_and_score_completions(first_rows(trainer, 1, 4))
-    prompts, ids, mask = dict(trainer._questions), batch["completion_ids"], batch["completion_mask"]
+    prompts, ids, mask = row_by_row.as_inputs(trainer._questions), batch["completion_ids"], batch["completion_mask"]
     trainer.model.eval()
     merged = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():

@@ -64,7 +64,7 @@ def test_against_a_per_token_loop(small_model, questions, tmp_path, name):
     trainer.model.train()
     batch = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
     assert "old_per_token_logps" in batch, "a second iteration needs the log-probs of the first"
-    prompts, ids, mask = dict(trainer._questions), batch["completion_ids"], batch["completion_mask"]
+    prompts, ids, mask = row_by_row.as_inputs(trainer._questions), batch["completion_ids"], batch["completion_mask"]
     with torch.no_grad():
         old = row_by_row.log_probs(trainer.model, prompts, ids, mask)
         reference = row_by_row.log_probs(trainer.ref_model, prompts, ids, mask) if trainer.ref_model else None

@@ -4,15 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import row_by_row
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers import Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from dataset.audio import load_audio
 from dataset.dataset import load_train_dataset
-from dataset.encode import encode
+from model.qwen2_audio import load_processor
 from trainer.grpo_trainer import AudioGRPOTrainer
 from utils.rewards import accuracy_reward, format_reward
 
@@ -121,8 +122,8 @@ def test_features_and_rewards_equal_the_originals(recorded):
     folder, cases = recorded
     case, arrays, _ = cases["b2_g4_fixed"]
     dataset = load_train_dataset(folder / "data.jsonl").select(case["rows"])
-    processor = AutoProcessor.from_pretrained(folder / "nano-Qwen2-Audio-policy")
-    encoded = encode(processor, list(dataset["prompt"]), [load_audio(path) for path in dataset["audio_path"]])
+    processor = load_processor(folder / "nano-Qwen2-Audio-policy")
+    encoded = row_by_row.encode(processor, list(dataset["prompt"]), [load_audio(path) for path in dataset["audio_path"]])
     np.testing.assert_array_equal(encoded["input_ids"], arrays["prompt_ids"])
     np.testing.assert_array_equal(encoded["attention_mask"], arrays["prompt_attention_mask"])
     np.testing.assert_array_equal(encoded["feature_attention_mask"], arrays["feature_attention_mask"])

@@ -94,6 +94,20 @@ def test_log_probs_and_gradients_equal_row_by_row(model, questions, generations,
         assert difference < 1e-4 or expected.norm() < 1e-5, f"{name}: {difference:.1e}"
 
 
+def test_gradients_with_activation_checkpointing_are_the_same(model):
+    """The encoder's steps are recomputed in the backward pass, outside of the context that made them."""
+    prompts, ids, mask = make_batch(3, 2, 6, seed=3)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        log_probs_shared(model, prompts, ids, mask).sum().backward()
+        found.append(gradients(model))
+    model.gradient_checkpointing_disable()
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, msg=name)
+
+
 def test_a_completion_depends_on_no_other_completion(model):
     prompts, ids, mask = make_batch(2, 4, 6, seed=5)
     changed = ids.clone()

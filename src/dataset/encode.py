@@ -1,21 +1,24 @@
-"""Questions and clips -> the model's input tensors. What is Qwen2-Audio's own about the input stands here: how many
-tokens a clip becomes, how long it may be, and the call of its processor.
+"""Questions and clips -> the model's input tensors, on the mel frames that hold audio. What is Qwen2-Audio's own about
+the input stands here: how many tokens a clip becomes, how long it may be, and the call of its processor.
 
-Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames (the feature extractor's whole window).
+Everything encodes here: rollouts, policy, reference, supervised fine-tuning, evaluation, `ask.py`. The processor's own
+way is a window of 30 s for every clip; its frames behind the audio change nothing, since the encoder masks them.
+
+Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames (as many as the longest clip needs).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .audio import SAMPLE_RATE, DataError, count_samples
+from .audio import SAMPLE_RATE, DataError
 from .prompt import build_messages
 
 if TYPE_CHECKING:  # only named here: importing them takes seconds, which `check.py` without a model need not wait
-    from datasets import Dataset
+    import torch
     from transformers import BatchFeature, Qwen2AudioProcessor
 
 # Two audio tokens. A prompt with a single one is taken by transformers 5 for one in old processors' unexpanded format.
@@ -23,7 +26,6 @@ MIN_SECONDS = 0.1
 WINDOW_SECONDS = 30  # what Qwen2-Audio hears
 MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
 PROBE = " \n a text \n "  # stands for any text, where only its place is wanted
-SHOWN = 10  # problems listed in one message
 
 
 def count_audio_tokens(samples: int, hop_length: int = 160) -> int:
@@ -56,24 +58,108 @@ def build_chat(processor: Qwen2AudioProcessor, text: str) -> str:
     return processor.apply_chat_template(build_messages(text), add_generation_prompt=True, tokenize=False)
 
 
-def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndarray]) -> BatchFeature:
+def needed_frames(frames: int, window: int) -> int:
+    """How many frames the encoder must see of a clip of so many: those of the positions that they make and of one more,
+    into which the convolutions reach. The clip's positions then come out as they do from the whole window."""
+    positions = (frames - 1) // 2 + 1
+    return min(2 * (positions + 1), window)
+
+
+@dataclass
+class Batch:
+    """N encoded questions."""
+
+    input_ids: torch.Tensor  # (N, P), left-padded
+    attention_mask: torch.Tensor  # (N, P)
+    input_features: torch.Tensor  # (N, M, F)
+    frames: torch.Tensor  # (N,), frames that hold audio
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def audio_inputs(self) -> dict[str, torch.Tensor]:
+        """What the model takes beside the tokens: `input_features`, and `feature_attention_mask` (N, F)."""
+        import torch
+
+        places = torch.arange(self.input_features.shape[2], device=self.frames.device)
+        mask = (places < self.frames[:, None]).long()
+        return {"input_features": self.input_features, "feature_attention_mask": mask}
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+    def pin_memory(self) -> Batch:
+        return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
+
+    def take(self, rows: list[int]) -> Batch:
+        """Some of the questions, with no more padding than they need among themselves."""
+        longest = int(self.attention_mask[rows].sum(dim=1).max())
+        frames = needed_frames(int(self.frames[rows].max()), self.input_features.shape[2])
+        return Batch(
+            self.input_ids[rows, -longest:],
+            self.attention_mask[rows, -longest:],
+            self.input_features[rows, :, :frames],
+            self.frames[rows],
+        )
+
+
+def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndarray]) -> Batch:
     """Tokenize N questions with their clips.
 
     Args:
-        processor: its tokenizer must pad on the left.
+        processor: of the model.
         texts: N user texts, as `build_question` makes them.
         clips: N float32 arrays of shape (samples,), 16 kHz.
 
-    Returns:
-        `input_ids` and `attention_mask` (N, P), `input_features` (N, M, F), `feature_attention_mask` (N, F).
-
     Raises:
-        ValueError: a clip is too long or too short.
+        DataError: a clip is too long or too short, or a text holds one of the tokenizer's special tokens.
     """
-    for clip in clips:
-        check_clip_length(len(clip), processor)
-    chats = [build_chat(processor, text) for text in texts]
-    return processor(text=chats, audio=clips, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
+    questions = [encode_question(processor, text, clip) for text, clip in zip(texts, clips, strict=True)]
+    return join(questions, pad_id=processor.tokenizer.pad_token_id)
+
+
+def encode_question(processor: Qwen2AudioProcessor, text: str, clip: np.ndarray) -> BatchFeature:
+    """One question as the processor encodes it, but with the frames that its clip needs, not a whole window.
+
+    A frame sees 25 ms of sound: with a little silence behind the clip, its frames are those of the padded window, to
+    the last bit, and a 10 s clip takes a third of the time. Raises as `encode`.
+    """
+    check_no_special_token(text, processor)
+    check_clip_length(len(clip), processor)
+    extractor = processor.feature_extractor
+    frames = needed_frames(-(-len(clip) // extractor.hop_length), extractor.nb_max_frames)
+    # Half of a frame's Fourier window reaches over its end, and reflects there what stands before.
+    samples = min((frames - 1) * extractor.hop_length + extractor.n_fft, extractor.n_samples)
+    return processor(
+        text=[build_chat(processor, text)],
+        audio=[clip],
+        audio_kwargs={"sampling_rate": SAMPLE_RATE, "max_length": samples},
+        return_tensors="pt",
+    )
+
+
+def join(questions: list[BatchFeature], pad_id: int) -> Batch:
+    """Questions that `encode_question` encoded -> a batch, padded to its own longest."""
+    import torch
+
+    length = max(question["input_ids"].shape[1] for question in questions)
+    input_ids = torch.full((len(questions), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, question in enumerate(questions):
+        input_ids[row, length - question["input_ids"].shape[1] :] = question["input_ids"][0]
+        attention_mask[row, length - question["input_ids"].shape[1] :] = 1
+    frames = torch.cat([question["feature_attention_mask"].sum(1) for question in questions])
+    # The feature extractor fills its window with what it makes of silence, and so what is missing of it here.
+    longest = max(question["input_features"].shape[2] for question in questions)
+    features = [_fill_right(question["input_features"], longest) for question in questions]
+    return Batch(input_ids, attention_mask, torch.cat(features), frames)
+
+
+def _fill_right(features: torch.Tensor, length: int) -> torch.Tensor:
+    from torch.nn.functional import pad
+
+    return pad(features, (0, length - features.shape[2]), mode="replicate")
 
 
 def count_text_tokens(processor: Qwen2AudioProcessor, texts: list[str]) -> list[int]:
@@ -117,31 +203,5 @@ def check_prompt(
 def check_no_special_token(text: str, processor: Qwen2AudioProcessor) -> None:
     """Raise a `DataError` for a text that holds one of the tokenizer's special tokens."""
     if found := next((token for token in processor.tokenizer.all_special_tokens if token in text), None):
-        message = f"the question holds the special token {found}, which the model would obey; reword it"
+        message = f"the question {text!r:.80} holds the special token {found}, which the model would obey; reword it"
         raise DataError(message, "special token in the question")
-
-
-def check_prompts(dataset: Dataset, processor: Qwen2AudioProcessor, max_prompt_length: int) -> None:
-    """Refuse, before training, every row whose prompt cannot be used as it is. Reads the clips' headers only.
-
-    Args:
-        dataset: with the columns `prompt` and `audio_path`, and `row` where rows have a line number.
-        processor: of the model to train.
-        max_prompt_length: in tokens, the audio's included.
-
-    Raises:
-        ValueError: lists the rows whose clip is missing, unreadable, too long or too short, whose text holds one of the
-            tokenizer's special tokens, or whose prompt is over `max_prompt_length`.
-    """
-    texts = dataset.unique("prompt")
-    text_tokens = dict(zip(texts, count_text_tokens(processor, texts), strict=True))
-    rows = dataset["row"] if "row" in dataset.column_names else range(1, len(dataset) + 1)
-    problems = []
-    for row, text, path in zip(rows, dataset["prompt"], dataset["audio_path"], strict=True):
-        try:
-            check_prompt(text, count_samples(path), text_tokens[text], processor, max_prompt_length)
-        except DataError as error:
-            problems.append(f"  row {row} ({Path(path).name}): {error}")
-    if problems:
-        listed = problems[:SHOWN] + ([f"  ... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
-        raise ValueError(f"{len(problems)} of {len(dataset)} rows cannot be trained on:\n" + "\n".join(listed))

@@ -17,18 +17,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 
-from dataset.audio import SAMPLE_RATE, DataError, load_audio
+from dataset.audio import DataError, load_audio
 from dataset.encode import (
-    build_chat,
     check_clip_length,
     check_no_special_token,
     count_audio_tokens,
     count_text_tokens,
+    encode_question,
+    join,
 )
 from dataset.prompt import build_question, extract_answer
 from dataset.questions import Question
 from evaluation.mmau import string_match
-from model.generation import MAX_NEW_TOKENS, Sampler, end_ids, generate, join, needed_frames, single_thread
+from model.generation import MAX_NEW_TOKENS, Sampler, generate, single_thread
+from model.qwen2_audio import end_ids
 
 KEPT_SAMPLES = 300_000_000  # decoded audio held in memory by a process, 1.2 GB: all of test-mini's 10 s clips, and more
 AUDIO = ("real", "silent", "shuffled")
@@ -141,28 +143,6 @@ class EncodedQuestions(Dataset):
             clip = np.zeros_like(clip)
         with single_thread():
             return encode_question(self.processor, self.text(index), clip)
-
-
-def encode_question(processor: Qwen2AudioProcessor, text: str, clip: np.ndarray) -> BatchFeature:
-    """What `dataset.encode.encode` makes of one question, but with the frames that its clip needs, not a whole window.
-
-    A frame sees 25 ms of sound: with a little silence behind the clip, its frames are those of the padded window, to
-    the last bit, and a 10 s clip takes a third of the time.
-
-    Raises:
-        ValueError: the clip is too long or too short.
-    """
-    check_clip_length(len(clip), processor)
-    extractor = processor.feature_extractor
-    frames = needed_frames(-(-len(clip) // extractor.hop_length), extractor.nb_max_frames)
-    # Half of a frame's Fourier window reaches over its end, and reflects there what stands before.
-    samples = min((frames - 1) * extractor.hop_length + extractor.n_fft, extractor.n_samples)
-    return processor(
-        text=[build_chat(processor, text)],
-        audio=[clip],
-        audio_kwargs={"sampling_rate": SAMPLE_RATE, "max_length": samples},
-        return_tensors="pt",
-    )
 
 
 def find_problems(questions: EncodedQuestions, samples: dict[str, int | str]) -> dict[str, str]:

@@ -1,9 +1,8 @@
-"""Answers of a Qwen2-Audio to a batch of questions: the decoding loop of evaluation and of `ask.py`.
+"""Prompts through the model (`prefill`, for rollouts and evaluation), and the decoding loop of evaluation and `ask.py`.
 
-What `model.generate` would do, with four differences. Only a prompt's last position goes through the head (the logits
-of all of them are the largest tensor of a plain evaluation, and unused). The encoder sees the frames that hold audio,
-not 30 s of padding. A row leaves the batch with its last token. And in float32 the answer to a question does not depend
-on the batch that it was computed in:
+The loop does what `model.generate` would, with three differences. Only a prompt's last position goes through the head
+(the logits of all of them are the largest tensor of a plain evaluation, and unused). A row leaves the batch with its
+last token. And in float32 the answer to a question does not depend on the batch that it was computed in:
 
 Padding and batch size change the order of sums, hence the last bits of the logits, and so may swap two tokens that are
 nearly tied. Wherever the two best tokens are closer than `NEAR_TIE`, far above the rounding, the choice is made by the
@@ -11,7 +10,9 @@ logits of that row computed alone, without padding, cache or threads. The answer
 computation gives at every step, whatever the batch. (In bfloat16 rounding is too coarse for that: the same batches give
 the same answers, other batches may not.)
 
-Nothing of the model's `generation_config` is used. Leaves out how prompts are worded and how answers are read.
+Nothing of the model's `generation_config` is used. Rollouts share `prefill` only: they sample, with TRL's settings and
+transformers' `generate`, for which near ties mean nothing, and an evaluation's answers must not change with those
+libraries. Leaves out how prompts are worded and how answers are read.
 
 Shapes: N questions, R rows still being decoded, P prompt tokens (left-padded), T tokens, C completion tokens, M mel
 bins, F mel frames, A audio tokens, H hidden size, V vocabulary.
@@ -20,19 +21,20 @@ bins, F mel frames, A audio tokens, H hidden size, V vocabulary.
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import BatchFeature, DynamicCache, LogitsProcessorList, Qwen2AudioForConditionalGeneration
+from transformers import DynamicCache, LogitsProcessorList, Qwen2AudioForConditionalGeneration
 from transformers.generation import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import logging
+
+from dataset.encode import Batch
+
+from .qwen2_audio import audio_token_id, embed_prompts, group_by_length
 
 logger = logging.get_logger(__name__)
 
@@ -40,133 +42,6 @@ MAX_NEW_TOKENS = 256  # as in the original
 # Tokens are nearly tied when their logits differ by less than this share of the row's largest logit. Batch and lone
 # computation were seen to differ by 2e-6 of it (12 layers, width 512).
 NEAR_TIE = 3e-4
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-
-
-@dataclass
-class Batch:
-    """N encoded questions."""
-
-    input_ids: torch.Tensor  # (N, P), left-padded
-    attention_mask: torch.Tensor  # (N, P)
-    input_features: torch.Tensor  # (N, M, F), as many frames as the longest clip needs
-    frames: torch.Tensor  # (N,), frames that hold audio
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
-
-    def pin_memory(self) -> "Batch":
-        return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
-
-    def take(self, rows: list[int]) -> "Batch":
-        """Some of the questions, with no more padding than they need among themselves."""
-        longest = int(self.attention_mask[rows].sum(dim=1).max())
-        frames = needed_frames(int(self.frames[rows].max()), self.input_features.shape[2])
-        return Batch(
-            self.input_ids[rows, -longest:],
-            self.attention_mask[rows, -longest:],
-            self.input_features[rows, :, :frames],
-            self.frames[rows],
-        )
-
-
-def needed_frames(frames: int, window: int) -> int:
-    """How many frames the encoder must see of a clip of so many: those of the positions that they make and of one more,
-    into which the convolutions reach. The clip's positions then come out as they do from the whole window."""
-    positions = (frames - 1) // 2 + 1
-    return min(2 * (positions + 1), window)
-
-
-def join(questions: list[BatchFeature], pad_id: int) -> Batch:
-    """Questions encoded one by one (as `dataset.encode.encode` does) -> a batch, padded to its own longest."""
-    length = max(question["input_ids"].shape[1] for question in questions)
-    input_ids = torch.full((len(questions), length), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, question in enumerate(questions):
-        input_ids[row, length - question["input_ids"].shape[1] :] = question["input_ids"][0]
-        attention_mask[row, length - question["input_ids"].shape[1] :] = 1
-    frames = torch.cat([question["feature_attention_mask"].sum(1) for question in questions])
-    # The feature extractor fills its window with what it makes of silence, and so what is missing of it here.
-    longest = max(question["input_features"].shape[2] for question in questions)
-    features = [fill_right(question["input_features"], longest) for question in questions]
-    return Batch(input_ids, attention_mask, torch.cat(features), frames)
-
-
-def fill_right(features: torch.Tensor, length: int) -> torch.Tensor:
-    return nn.functional.pad(features, (0, length - features.shape[2]), mode="replicate")
-
-
-def embed_audio(
-    model: Qwen2AudioForConditionalGeneration, features: torch.Tensor, frames: torch.Tensor
-) -> torch.Tensor:
-    """The clips as the language model sees them; the encoder sees groups of clips of like length.
-
-    Args:
-        features: (N, M, F), F at least `needed_frames`.
-        frames: (N,), how many of the F hold audio.
-
-    Returns:
-        (sum of the clips' audio tokens, H), clip after clip.
-    """
-    lengths = frames.tolist()
-    embedded: list[torch.Tensor | None] = [None] * len(lengths)
-    for group in group_by_length(lengths):
-        longest = needed_frames(lengths[group[0]], features.shape[2])
-        for clip, tokens in zip(group, encode_clips(model, features[group, :, :longest], frames[group]), strict=True):
-            embedded[clip] = tokens
-    return torch.cat(embedded)
-
-
-def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices in groups in which no length is under 9/10 of the longest."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not groups or 10 * lengths[index] < 9 * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
-
-
-def encode_clips(
-    model: Qwen2AudioForConditionalGeneration, features: torch.Tensor, frames: torch.Tensor
-) -> list[torch.Tensor]:
-    """Encoder and projector on `needed_frames` of N clips: for each clip (its audio tokens, H).
-
-    The steps of `Qwen2AudioEncoder.forward`, which itself takes whole windows only.
-    """
-    encoder = model.model.audio_tower
-    positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # (N,), (N,)
-    hidden = nn.functional.gelu(encoder.conv1(features.to(encoder.conv1.weight.dtype)))
-    hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)[:, : int(positions.max())]
-    mask = torch.arange(hidden.shape[1], device=hidden.device) < positions[:, None]
-    if encoder.config._attn_implementation == "sdpa":
-        mask = None if bool(mask.all()) else mask[:, None, None]  # not spread to (N, 1, T, T): a cost on CPUs
-    else:
-        mask = create_bidirectional_mask(encoder.config, hidden, mask.long())
-    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
-    for layer in encoder.layers:
-        hidden = layer(hidden, mask)
-    hidden = encoder.layer_norm(encoder.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # (N, A, encoder's width)
-    hidden = model.model.multi_modal_projector(hidden)
-    return [clip[:kept] for clip, kept in zip(hidden, tokens.tolist(), strict=True)]
-
-
-def embed_prompts(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Token embeddings of the prompts, with the clips' in the places of their `<|AUDIO|>` tokens: (N, P, H)."""
-    embeddings = model.get_input_embeddings()(batch.input_ids)
-    audio = embed_audio(model, batch.input_features, batch.frames).to(embeddings.dtype)
-    places = batch.input_ids == model.config.audio_token_id
-    if int(places.sum()) != len(audio):
-        raise ValueError(f"the prompts hold {int(places.sum())} audio tokens, their clips make {len(audio)}")
-    return embeddings.masked_scatter(places[..., None], audio)
-
-
-def end_ids(processor) -> list[int]:
-    """Ids that end an answer: both of Qwen2-Audio's, and the tokenizer's own."""
-    vocabulary = processor.tokenizer.get_vocab()
-    return sorted(
-        {vocabulary[token] for token in END_TOKENS if token in vocabulary} | {processor.tokenizer.eos_token_id}
-    )
 
 
 @torch.inference_mode()
@@ -221,7 +96,10 @@ def generate(
 
 
 def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, DynamicCache]:
-    """The prompts through the language model, in groups of like length: padding costs as much as tokens do.
+    """The prompts through encoder and language model, in groups of like length: padding costs as much as tokens do.
+
+    Evaluation and rollouts both start from it. What follows remains two loops: evaluation decodes greedily, bit for bit
+    whatever the batch (`generate`); rollouts sample G rows from each prompt's cache with transformers' `generate`.
 
     Within a group prompts are padded on the right, where no token of theirs looks: that needs no mask, with which
     kernels are slower.
@@ -238,7 +116,7 @@ def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[to
         rows, tokens = torch.arange(len(group), device=device)[:, None], part.input_ids.shape[1]
         shift = tokens - lengths[group][:, None]  # (R, 1), the padding on the left
         place = torch.arange(tokens, device=device)
-        inputs = embed_prompts(model, part)[rows, (place + shift) % tokens]  # (R, T, H), padding on the right
+        inputs = _embed(model, part)[rows, (place + shift) % tokens]  # (R, T, H), padding on the right
         output = model.model.language_model(inputs_embeds=inputs, use_cache=True)
         hidden.append(output.last_hidden_state[rows[:, 0], lengths[group] - 1])
         # Padding back to the left, up to the length of the whole batch.
@@ -290,7 +168,7 @@ class Greedy:
         """Logits (V,) of one question's next token, from nothing but the question and its tokens so far."""
         with single_thread():
             if row not in self.prompts:
-                self.prompts[row] = embed_prompts(self.model, self.batch.take([row]))
+                self.prompts[row] = _embed(self.model, self.batch.take([row]))
             inputs = torch.cat([self.prompts[row], embed_tokens(self.model, [completion])], dim=1)
             hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden[:, -1])
@@ -300,7 +178,7 @@ class Greedy:
     def _forbid_audio(self, logits: torch.Tensor) -> torch.Tensor:
         """Make `<|AUDIO|>`, which stands for sound and is no text, the worst choice; return the rows' lowest logits."""
         lowest = logits.amin(dim=1)
-        logits[:, self.model.config.audio_token_id] = lowest
+        logits[:, audio_token_id(self.model)] = lowest
         return lowest
 
 
@@ -316,7 +194,7 @@ class Sampler:
     """
 
     def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch, names: list[str], seed: int):
-        self.audio_token_id = model.config.audio_token_id
+        self.audio_token_id = audio_token_id(model)
         kept = zip(batch.input_ids.cpu(), batch.attention_mask.cpu().bool(), strict=True)
         self.prompts = [ids[mask].tolist() for ids, mask in kept]
         digests = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names]
@@ -342,7 +220,7 @@ class Sampler:
 @torch.inference_mode()
 def score(model: Qwen2AudioForConditionalGeneration, batch: Batch, completions: list[list[int]]) -> torch.Tensor:
     """Log-probabilities (K,) of K completions, each of at least one token, of the one question in `batch`."""
-    prompt = embed_prompts(model, batch)  # (1, P, H)
+    prompt = _embed(model, batch)  # (1, P, H)
     length = max(map(len, completions))
     padded = [completion + [completion[-1]] * (length - len(completion)) for completion in completions]
     inputs = torch.cat([prompt.expand(len(padded), -1, -1), embed_tokens(model, padded)], dim=1)
@@ -352,6 +230,10 @@ def score(model: Qwen2AudioForConditionalGeneration, batch: Batch, completions: 
     taken = logps.gather(2, targets[..., None])[..., 0]  # (K, C)
     lengths = torch.tensor([len(completion) for completion in completions], device=logps.device)
     return (taken * (torch.arange(length, device=logps.device) < lengths[:, None])).sum(dim=1)
+
+
+def _embed(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    return embed_prompts(model.model, batch.input_ids, batch.input_features, batch.frames)
 
 
 def embed_tokens(model: Qwen2AudioForConditionalGeneration, ids: list[list[int]]) -> torch.Tensor:

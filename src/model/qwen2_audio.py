@@ -1,9 +1,23 @@
-"""What is Qwen2-Audio's own about the model: its parts."""
+"""All that is Qwen2-Audio's own: its processor, parts, end tokens, and how a clip becomes embeddings.
 
-from collections.abc import Sequence
+Another model behind the same trainers gets a file like this one. Leaves out how clips and questions are encoded
+(`dataset/encode.py`).
+
+Shapes: N questions, P prompt tokens, M mel bins, F mel frames, A audio tokens, H hidden size of the language model.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
+from transformers import AutoProcessor, Qwen2AudioModel, Qwen2AudioProcessor
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.masking_utils import create_bidirectional_mask
+
+from dataset.encode import needed_frames
 
 # part -> the modules it is made of, by their names in transformers
 PARTS = {
@@ -11,6 +25,37 @@ PARTS = {
     "projector": ("multi_modal_projector",),
     "language_model": ("language_model", "lm_head"),
 }
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+def load_processor(model: str | Path) -> Qwen2AudioProcessor:
+    """A model's processor, padding on the left as prompts need it.
+
+    Raises:
+        ValueError: it is not Qwen2-Audio's.
+    """
+    return as_qwen2_audio(AutoProcessor.from_pretrained(model), str(model))
+
+
+def as_qwen2_audio(processor, name: str) -> Qwen2AudioProcessor:
+    """`processor` itself, padding on the left; a `ValueError` that names its model where it is not Qwen2-Audio's."""
+    if not isinstance(processor, Qwen2AudioProcessor):
+        raise ValueError(f"{name}: its processor is a {type(processor).__name__}, not Qwen2-Audio's")
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def end_ids(processor: Qwen2AudioProcessor) -> list[int]:
+    """Ids that end an answer: both of Qwen2-Audio's, and the tokenizer's own."""
+    vocabulary = processor.tokenizer.get_vocab()
+    return sorted(
+        {vocabulary[token] for token in END_TOKENS if token in vocabulary} | {processor.tokenizer.eos_token_id}
+    )
+
+
+def audio_token_id(model) -> int:
+    """Id of `<|AUDIO|>`, which stands for sound: no completion may hold it."""
+    return model.config.audio_token_id
 
 
 def base_model(model):
@@ -37,3 +82,111 @@ def freeze_parts(model: torch.nn.Module, parts: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"--freeze {' '.join(parts)} leaves nothing to train")
+
+
+# Clips and prompts -> embeddings
+
+
+@contextmanager
+def needed_frames_only(model: nn.Module) -> Iterator[None]:
+    """Within this context, forward passes of a Qwen2-Audio take mel frames of any number that `encode` makes.
+
+    The model's own forward insists on the whole window of 30 s. Here its backbone gets the embeddings instead of tokens
+    and features, made as evaluation makes them. That happens inside the forward pass, so that engines (DDP, ZeRO),
+    adapters and gradient checkpointing see nothing unusual.
+
+    Args:
+        model: the `Qwen2AudioForConditionalGeneration`, below adapters and engines.
+    """
+
+    def embed(backbone, args, kwargs):
+        if kwargs.get("input_features") is None:
+            return None
+        frames = kwargs.pop("feature_attention_mask").sum(dim=1)
+        kwargs["inputs_embeds"] = embed_prompts(backbone, kwargs.pop("input_ids"), kwargs.pop("input_features"), frames)
+        return args, kwargs
+
+    handle = model.model.register_forward_pre_hook(embed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def embed_prompts(
+    backbone: Qwen2AudioModel, input_ids: torch.Tensor, features: torch.Tensor, frames: torch.Tensor
+) -> torch.Tensor:
+    """Token embeddings (N, T, H) of N rows, with the clips' in the places of their `<|AUDIO|>` tokens.
+
+    Args:
+        backbone: the model without its head.
+        input_ids: (N, T).
+        features, frames: as for `embed_audio`.
+    """
+    embeddings = backbone.get_input_embeddings()(input_ids)
+    audio = embed_audio(backbone, features, frames).to(embeddings.dtype)
+    places = input_ids == audio_token_id(backbone)
+    if int(places.sum()) != len(audio):
+        raise ValueError(f"the prompts hold {int(places.sum())} audio tokens, their clips make {len(audio)}")
+    return embeddings.masked_scatter(places[..., None], audio)
+
+
+def embed_audio(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """The clips as the language model sees them; the encoder sees groups of clips of like length.
+
+    Args:
+        features: (N, M, F), F at least `needed_frames`.
+        frames: (N,), how many of the F hold audio.
+
+    Returns:
+        (sum of the clips' audio tokens, H), clip after clip.
+    """
+    lengths = frames.tolist()
+    embedded: list[torch.Tensor | None] = [None] * len(lengths)
+    for group in group_by_length(lengths):
+        longest = needed_frames(max(lengths[clip] for clip in group), features.shape[2])
+        tokens = _encode_clips(backbone, features[group, :, :longest], frames[group])
+        for clip, kept in zip(group, tokens, strict=True):
+            embedded[clip] = kept
+    return torch.cat(embedded)
+
+
+def group_by_length(lengths: list[int]) -> list[list[int]]:
+    """Indices in groups in which no length is under 9/10 of the longest.
+
+    Under ZeRO-3 there is one group: each pass gathers weights with the other processes, which may have other lengths.
+    """
+    if is_deepspeed_zero3_enabled():
+        return [list(range(len(lengths)))]
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not groups or 10 * lengths[index] < 9 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def _encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch.Tensor) -> list[torch.Tensor]:
+    """Encoder and projector on `needed_frames` of N clips: for each clip (its audio tokens, H).
+
+    The steps of `Qwen2AudioEncoder.forward`, which itself takes whole windows only; without LayerDrop, which no
+    Qwen2-Audio has.
+    """
+    encoder = backbone.audio_tower
+    positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # (N,), (N,)
+    hidden = nn.functional.gelu(encoder.conv1(features.to(encoder.conv1.weight.dtype)))
+    hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)[:, : int(positions.max())]
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    mask = places < positions[:, None]  # (N, positions)
+    if encoder.config._attn_implementation == "sdpa":
+        mask = None if bool(mask.all()) else mask[:, None, None]  # not spread to (N, 1, T, T): a cost on CPUs
+    else:
+        mask = create_bidirectional_mask(encoder.config, hidden, mask.long())
+    # Called, not read: under ZeRO-3 a weight is there while its module runs.
+    hidden = hidden + encoder.embed_positions(places)
+    hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=encoder.training)
+    for layer in encoder.layers:
+        hidden = layer(hidden, mask)
+    hidden = encoder.layer_norm(encoder.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # (N, A, encoder's width)
+    hidden = backbone.multi_modal_projector(hidden)
+    return [clip[:kept] for clip, kept in zip(hidden, tokens.tolist(), strict=True)]

@@ -28,15 +28,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoProcessor, BatchFeature, PreTrainedModel, Qwen2AudioProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from dataset.audio import load_audio
-from dataset.encode import MAX_PROMPT_LENGTH, check_clip_length, check_prompts, encode
+from dataset.encode import Batch, check_clip_length, encode
 from dataset.prompt import DEFAULT_STYLE
 from dataset.questions import Benchmark
-from model.qwen2_audio import base_model, freeze_parts
+from model.generation import prefill
+from model.qwen2_audio import (
+    as_qwen2_audio,
+    audio_token_id,
+    base_model,
+    freeze_parts,
+    load_processor,
+    needed_frames_only,
+)
 
 from .accuracy import GreedyAccuracy, as_eval_dataset
 from .resample import find_uniform_groups, replace_groups
@@ -55,15 +63,13 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
     """GRPO on questions about audio, for Qwen2-Audio and models with its interface.
 
     Args:
-        model: path, hub name, or a `Qwen2AudioForConditionalGeneration`.
+        model: path, hub name, or the loaded model.
         reward_funcs: as for `trl.GRPOTrainer`; they get the data set's columns as keyword arguments.
         args: `trl.GRPOConfig`. Micro-batches count completions and must hold whole groups.
         train_dataset: with the columns `prompt` (the user's text), `audio_path` and what the rewards ask for; a column
             `style` is recorded in the checkpoints. `dataset.dataset.load_train_dataset` makes it.
         eval_dataset: likewise, or None.
-        processing_class: a `Qwen2AudioProcessor`; by default the model's own.
-        max_prompt_length: in tokens, the audio's included. Longer prompts are refused, never cut. None where the data
-            set has been examined already: its clips' headers are not read again.
+        processing_class: the model's processor; by default it is loaded.
         audio_channels: `first` or `mean`, see `load_audio`.
         eval_questions: asked greedily by `evaluate`, instead of what TRL does with an `eval_dataset` (`accuracy.py`).
         freeze: parts of the model that are not trained, of `PARTS`.
@@ -71,7 +77,8 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         **kwargs: passed on to `trl.GRPOTrainer` (`callbacks`, `optimizers`, `peft_config`, ...).
 
     Raises:
-        ValueError: a setting that audio does not work with, or a row that cannot be trained on, with its remedy.
+        ValueError: a setting that audio does not work with, with its remedy. (Rows are examined before, by
+            `dataset.check`; one with a special token or a clip of a wrong length is refused when its turn comes, too.)
     """
 
     def __init__(
@@ -81,8 +88,7 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         args: GRPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
-        processing_class: Qwen2AudioProcessor | None = None,
-        max_prompt_length: int | None = MAX_PROMPT_LENGTH,
+        processing_class: ProcessorMixin | None = None,
         audio_channels: str = "first",
         eval_questions: Benchmark | None = None,
         freeze: Sequence[str] = (),
@@ -91,18 +97,8 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args if args is not None else GRPOConfig(f"{Path(name).name}-GRPO")
-        processor = processing_class or AutoProcessor.from_pretrained(name)
-        if not isinstance(processor, Qwen2AudioProcessor):
-            raise ValueError(
-                f"{name}: its processor is a {type(processor).__name__}, not a Qwen2AudioProcessor; "
-                "this trainer is for Qwen2-Audio"
-            )
+        processor = as_qwen2_audio(processing_class, name) if processing_class else load_processor(name)
         _check_config(args)
-        processor.tokenizer.padding_side = "left"
-        for dataset in (train_dataset, eval_dataset):
-            if dataset is not None and max_prompt_length is not None:
-                check_prompts(dataset, processor, max_prompt_length)
-
         style = _one_style(train_dataset)
         if eval_questions is not None:
             eval_dataset = as_eval_dataset(eval_questions, style or DEFAULT_STYLE)
@@ -121,7 +117,7 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         self.max_resample_rounds = max_resample_rounds
         self.prompt_style = style
         self.eval_questions, self.eval_max_new_tokens = eval_questions, args.max_completion_length
-        self._questions: BatchFeature | None = None  # of the generation batch: encoded prompts, (N, ...)
+        self._questions: Batch | None = None  # the generation batch's, encoded
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
 
         base = base_model(self.model)
@@ -132,7 +128,7 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
             )
         freeze_parts(self.model, freeze)
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
-        suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), base.config.audio_token_id}
+        suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base)}
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
 
     # Rollouts
@@ -156,7 +152,7 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         questions, clips = self._load_clips(questions)
         encoded = encode(self.processing_class, [row["prompt"] for row in questions], clips)
         self._questions = encoded.to(self.accelerator.device)
-        self._clips = {key: self._questions[key] for key in AUDIO_INPUTS}
+        self._clips = self._questions.audio_inputs
 
         output = super()._generate_and_score_completions([row for row in questions for _ in range(generations)])
         grouped = {
@@ -230,8 +226,8 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list):
         """Token ids of the B prompts, as TRL wants them: lists without padding."""
-        generations = len(prompts) // len(self._questions["input_ids"])
-        encoded = zip(self._questions["input_ids"], self._questions["attention_mask"], strict=True)
+        generations = len(prompts) // len(self._questions)
+        encoded = zip(self._questions.input_ids, self._questions.attention_mask, strict=True)
         prompt_ids = [ids[mask.bool()].tolist() for ids, mask in encoded]
         return [ids for ids in prompt_ids for _ in range(generations)], None, {}
 
@@ -239,9 +235,10 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         """Sample G completions of each question from one prefill: lists of B token-id lists, and no log-probs.
 
         The encoder and the prompt run once per question; the cache of all but the prompt's last token is then repeated
-        for the G completions, which start from that token.
+        for the G completions, which start from that token. Evaluation starts from the same `prefill`, but decodes in a
+        loop of its own: greedy and the same for any batch, where this one samples as TRL's settings say.
         """
-        input_ids, attention_mask = self._questions["input_ids"], self._questions["attention_mask"]  # (N, P)
+        input_ids, attention_mask = self._questions.input_ids, self._questions.attention_mask  # (N, P)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -254,19 +251,13 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),  # one dtype for the cache, whether its entries come from here or from generate
         ):
-            # The inner model, without the head: the prefill's logits would be (N, P, vocabulary), and unused.
-            prefill = base_model(model).model(
-                input_ids=input_ids[:, :-1],
-                attention_mask=attention_mask[:, :-1],
-                position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
-                use_cache=True,
-                **self._clips,
-            )
-            prefill.past_key_values.batch_repeat_interleave(num_generations)
+            _, cache = prefill(base_model(model), self._questions)
+            cache.crop(-1)
+            cache.batch_repeat_interleave(num_generations)
             sequences = model.generate(
                 input_ids=input_ids.repeat_interleave(num_generations, dim=0),
                 attention_mask=attention_mask.repeat_interleave(num_generations, dim=0),
-                past_key_values=prefill.past_key_values,
+                past_key_values=cache,
                 generation_config=self.generation_config,
             )
         completions = sequences[:, input_ids.shape[1] :]  # (B, C)
@@ -321,14 +312,14 @@ def score_packed(model, base, packed: PackedGroups, clips: dict[str, torch.Tenso
 
     Args:
         model: with TRL's fused head, wrapped by an engine or not.
-        base: the `Qwen2AudioForConditionalGeneration` in it.
+        base: the model itself, below engines and adapters.
         packed: N rows.
-        clips: AUDIO_INPUTS of the N questions.
+        clips: AUDIO_INPUTS of the N questions, with the frames that hold audio or more.
 
     Returns:
         The fused head's output: `log_probs`, and `entropy` where the head was asked for it, (N, K).
     """
-    with keep_last_positions(base.model, packed.labels.shape[1]):
+    with needed_frames_only(base), keep_last_positions(base.model, packed.labels.shape[1]):
         return model(
             input_ids=packed.input_ids,
             attention_mask=as_model_mask(packed.attention_mask, base.config._attn_implementation),

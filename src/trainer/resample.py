@@ -3,7 +3,7 @@ their place. Which questions are tried, and when, is the trainer's business.
 
 Dynamic sampling, as in DAPO (arXiv 2503.14476, section 3.2), on batches of whole groups.
 
-Shapes: N questions, G generations, P prompt, C completion; a batch holds tensors (N, ...) and (N, G, ...).
+Shapes: N questions, G generations, P prompt, C completion, F mel frames; a batch has tensors (N, ...) and (N, G, ...).
 """
 
 import torch
@@ -17,6 +17,8 @@ PADDED_SIDE = {
     "completion_mask": RIGHT,
     "old_per_token_logps": RIGHT,
     "ref_per_token_logps": RIGHT,
+    "input_features": RIGHT,
+    "feature_attention_mask": RIGHT,
 }
 
 
@@ -44,7 +46,7 @@ def replace_groups(
         pad_id: token id of padding.
 
     Returns:
-        A new batch; its prompts and completions are padded to the longer of the two.
+        A new batch; its prompts, completions and mel frames are padded to the longer of the two.
     """
     merged = {}
     for key, value in batch.items():

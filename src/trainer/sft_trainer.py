@@ -8,14 +8,14 @@ Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 
 import torch
 from datasets import Dataset
-from transformers import Qwen2AudioProcessor, Trainer, TrainingArguments
+from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from dataset.audio import load_audio
 from dataset.encode import encode
 from dataset.prompt import extract_answer
 from dataset.questions import Benchmark
-from model.qwen2_audio import base_model, freeze_parts
+from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
 from .accuracy import GreedyAccuracy, as_eval_dataset
 from .saving import SelfContainedCheckpoints
@@ -30,7 +30,7 @@ class AnswerCollator:
         audio_channels: `first` or `mean`, see `load_audio`.
     """
 
-    def __init__(self, processor: Qwen2AudioProcessor, audio_channels: str = "first"):
+    def __init__(self, processor: ProcessorMixin, audio_channels: str = "first"):
         self.processor, self.audio_channels = processor, audio_channels
 
     def target(self, row: dict) -> str:
@@ -56,23 +56,21 @@ class AnswerCollator:
         answers = self.processor.tokenizer(
             [self.target(row) for row in rows], padding=True, padding_side="right", return_tensors="pt"
         )
-        mask = torch.cat([batch["attention_mask"], answers["attention_mask"]], dim=1)
+        mask = torch.cat([batch.attention_mask, answers["attention_mask"]], dim=1)
         labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, IGNORE)
         return {
-            "input_ids": torch.cat([batch["input_ids"], answers["input_ids"]], dim=1),
+            "input_ids": torch.cat([batch.input_ids, answers["input_ids"]], dim=1),
             "attention_mask": mask,
             "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-            "labels": torch.cat([torch.full_like(batch["input_ids"], IGNORE), labels], dim=1),
-            "input_features": batch["input_features"],
-            "feature_attention_mask": batch["feature_attention_mask"],
-        }
+            "labels": torch.cat([torch.full_like(batch.input_ids, IGNORE), labels], dim=1),
+        } | batch.audio_inputs
 
 
 class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
     """Supervised fine-tuning of a Qwen2-Audio, all of it or its adapters.
 
     Args:
-        model: a `Qwen2AudioForConditionalGeneration`, or one with adapters.
+        model: the loaded model, with adapters or not.
         args: `transformers.TrainingArguments`; `remove_unused_columns` is turned off.
         train_dataset: as `load_train_dataset` makes it, of one prompt style: `choice` or `answer`.
         processor: the model's.
@@ -86,7 +84,7 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
         model,
         args: TrainingArguments,
         train_dataset: Dataset,
-        processor: Qwen2AudioProcessor,
+        processor: ProcessorMixin,
         audio_channels: str = "first",
         freeze: tuple[str, ...] = (),
         eval_questions: Benchmark | None = None,
@@ -112,4 +110,5 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy of the answers, in nats per token; the mean is over the tokens of the whole optimizer step."""
-        return super().compute_loss(model, inputs | {"fused_lm_head": True}, return_outputs, num_items_in_batch)
+        with needed_frames_only(base_model(self.accelerator.unwrap_model(model))):
+            return super().compute_loss(model, inputs | {"fused_lm_head": True}, return_outputs, num_items_in_batch)
