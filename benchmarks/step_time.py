@@ -21,8 +21,8 @@ import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
-from trainer.grpo_trainer import AUDIO_INPUTS, score_packed
-from trainer.shared_prompt import pack, unpack
+from trainer.grpo_trainer import AUDIO_INPUTS
+from trainer.shared_prompt import pack, score, unpack
 
 AUDIO_TOKENS, FRAMES, TEXT_TOKENS = 250, 1000, 60
 
@@ -63,7 +63,7 @@ def make_question(model, generations: int, length: int) -> tuple[dict, torch.Ten
 def shared_log_probs(model, prompts: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(1, G, C) log-probs as the trainer computes them."""
     packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
-    outputs = score_packed(model, model, packed, {key: prompts[key] for key in AUDIO_INPUTS})
+    outputs = score(model, model, packed, {key: prompts[key] for key in AUDIO_INPUTS})
     return unpack(outputs.log_probs, packed, ids.shape[1], ids.shape[2]).view(ids.shape)
 
 

@@ -7,8 +7,8 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 from dataset.encode import count_audio_tokens
-from trainer.grpo_trainer import AUDIO_INPUTS, score_packed
-from trainer.shared_prompt import IGNORE, pack, unpack
+from trainer.grpo_trainer import AUDIO_INPUTS
+from trainer.shared_prompt import IGNORE, pack, score, unpack
 
 AUDIO, PAD, VOCABULARY = 290, 0, 300
 
@@ -64,7 +64,7 @@ def make_batch(questions: int, generations: int, length: int, seed: int) -> tupl
 
 def log_probs_shared(model, prompts: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
-    outputs = score_packed(model, model, packed, {key: prompts[key] for key in AUDIO_INPUTS})
+    outputs = score(model, model, packed, {key: prompts[key] for key in AUDIO_INPUTS})
     return unpack(outputs.log_probs, packed, ids.shape[1], ids.shape[2]).view(ids.shape)
 
 

@@ -21,7 +21,6 @@ Shapes: N questions, G generations, B = N * G completions, P prompt, C completio
 
 import logging
 from collections.abc import Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -43,20 +42,17 @@ from model.qwen2_audio import (
     base_model,
     freeze_parts,
     load_processor,
-    needed_frames_only,
 )
 
 from .accuracy import GreedyAccuracy, as_eval_dataset
 from .resample import find_uniform_groups, replace_groups
 from .saving import SelfContainedCheckpoints
-from .shared_prompt import PackedGroups, pack, unpack
+from .shared_prompt import ATTENTION, pack, score, unpack
 
 logger = logging.getLogger(__name__)
 
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
 MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to blame and the run stops
-# Attention implementations that take an arbitrary mask, which the packed rows need.
-ATTENTION = ("sdpa", "eager")
 
 
 class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
@@ -300,60 +296,11 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
             )
             base = base_model(self.accelerator.unwrap_model(model))
             with self.accelerator.autocast():
-                outputs = score_packed(model, base, packed, {key: value[chunk] for key, value in self._clips.items()})
+                outputs = score(model, base, packed, {key: value[chunk] for key, value in self._clips.items()})
             logps.append(unpack(outputs.log_probs, packed, generations, logits_to_keep))
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
-
-
-def score_packed(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
-    """Forward pass of packed rows.
-
-    Args:
-        model: with TRL's fused head, wrapped by an engine or not.
-        base: the model itself, below engines and adapters.
-        packed: N rows.
-        clips: AUDIO_INPUTS of the N questions, with the frames that hold audio or more.
-
-    Returns:
-        The fused head's output: `log_probs`, and `entropy` where the head was asked for it, (N, K).
-    """
-    with needed_frames_only(base), keep_last_positions(base.model, packed.labels.shape[1]):
-        return model(
-            input_ids=packed.input_ids,
-            attention_mask=as_model_mask(packed.attention_mask, base.config._attn_implementation),
-            position_ids=packed.position_ids,
-            shift_labels=packed.labels,
-            fused_lm_head=True,
-            **clips,
-        )
-
-
-def as_model_mask(may_attend: torch.Tensor, attn_implementation: str) -> torch.Tensor:
-    """The boolean mask (N, 1, T, T) in the form that the model's attention takes."""
-    if attn_implementation == "sdpa":
-        return may_attend
-    scores = torch.zeros(may_attend.shape, device=may_attend.device)  # eager attention adds the mask to its scores
-    return scores.masked_fill(~may_attend, torch.finfo(scores.dtype).min)
-
-
-@contextmanager
-def keep_last_positions(backbone: torch.nn.Module, kept: int):
-    """Let `backbone` hand only its last `kept` positions to the head, within this context.
-
-    On a CPU, TRL's fused head scores every position it gets: without this, the prompt's too, which nobody reads.
-    """
-
-    def cut(module, args, output):
-        output.last_hidden_state = output.last_hidden_state[:, -kept:]
-        return output
-
-    handle = backbone.register_forward_hook(cut)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _check_config(args: GRPOConfig) -> None:

@@ -1,4 +1,5 @@
-"""Log-probs of a group's G completions with their prompt computed once: pure tensor functions, no model, no trainer.
+"""Log-probs of a group's G completions with their prompt computed once: `pack` the group into one row, `score` it with
+the model, `unpack` the log-probs. No trainer: who the policy is, and what the log-probs are for, is not known here.
 
 One row holds a question's prompt and all its completions as branches:
 
@@ -23,10 +24,16 @@ Assumes that prompts are left-padded and completions right-padded, as TRL has th
 Shapes: N questions, G generations, P prompt, C completion, K branch tokens, T = P - 1 + K packed tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from model.qwen2_audio import needed_frames_only
+
+# Attention implementations that take an arbitrary mask, which the packed rows need.
+ATTENTION = ("sdpa", "eager")
 IGNORE = -100  # a label that is not scored
 
 
@@ -93,6 +100,55 @@ def pack(
         labels=labels.gather(1, source),
         source=source,
     )
+
+
+def score(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
+    """Forward pass of packed rows.
+
+    Args:
+        model: with TRL's fused head, wrapped by an engine or not.
+        base: the model itself, below engines and adapters.
+        packed: N rows.
+        clips: AUDIO_INPUTS of the N questions, with the frames that hold audio or more.
+
+    Returns:
+        The fused head's output: `log_probs`, and `entropy` where the head was asked for it, (N, K).
+    """
+    with needed_frames_only(base), _keep_last_positions(base.model, packed.labels.shape[1]):
+        return model(
+            input_ids=packed.input_ids,
+            attention_mask=_as_model_mask(packed.attention_mask, base.config._attn_implementation),
+            position_ids=packed.position_ids,
+            shift_labels=packed.labels,
+            fused_lm_head=True,
+            **clips,
+        )
+
+
+def _as_model_mask(may_attend: torch.Tensor, attn_implementation: str) -> torch.Tensor:
+    """The boolean mask (N, 1, T, T) in the form that the model's attention takes."""
+    if attn_implementation == "sdpa":
+        return may_attend
+    scores = torch.zeros(may_attend.shape, device=may_attend.device)  # eager attention adds the mask to its scores
+    return scores.masked_fill(~may_attend, torch.finfo(scores.dtype).min)
+
+
+@contextmanager
+def _keep_last_positions(backbone: torch.nn.Module, kept: int) -> Iterator[None]:
+    """Let `backbone` hand only its last `kept` positions to the head, within this context.
+
+    On a CPU, TRL's fused head scores every position it gets: without this, the prompt's too, which nobody reads.
+    """
+
+    def cut(module, args, output):
+        output.last_hidden_state = output.last_hidden_state[:, -kept:]
+        return output
+
+    handle = backbone.register_forward_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def unpack(values: torch.Tensor, packed: PackedGroups, generations: int, length: int) -> torch.Tensor:
