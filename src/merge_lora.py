@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 from transformers import AutoProcessor
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dataset.prompt import load_style, save_style
-from model.checkpoints import load_merged
+from model.checkpoints import complete_checkpoint, keep_base_names, load_merged
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
@@ -24,11 +23,11 @@ def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: 
     if Path(out).exists():
         raise ValueError(f"{out}: is there already; choose another --out")
     model = load_merged(adapter, base, dtype=dtype)
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    keep_base_names(model)
     model.save_pretrained(out)
-    AutoProcessor.from_pretrained(adapter).save_pretrained(out)
     if style := load_style(adapter):
         save_style(out, style)
+    complete_checkpoint(out, AutoProcessor.from_pretrained(adapter))
 
 
 def main() -> None:

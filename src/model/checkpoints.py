@@ -1,20 +1,31 @@
-"""The folders that are evaluated: which one a path or hub name means, whether it is whole, and what tells it apart.
+"""Checkpoint folders: which one a path or hub name means, whether it is whole, what tells it apart; and what a folder
+gets beside its weights, so that everybody reads it, with transformers 4 too.
 
-Files are judged by sizes, headers and samples; `load_model` reads them whole.
+Files are judged by sizes, headers and samples; `load_model` reads them whole. When weights are written is the trainers'
+and `merge_lora.py`'s business.
 """
 
 import hashlib
 import json
-import struct
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
-from transformers import Qwen2AudioForConditionalGeneration
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, ProcessorMixin, Qwen2AudioForConditionalGeneration
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils.hub import cached_files
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
+# All that a processor may consist of, copied in this order: `check_whole` finds a folder incomplete until the last.
+PROCESSOR_FILES = (
+    "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "merges.txt",
+    "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "vocab.json", "tokenizer.json",
+)  # fmt: skip
 PROCESSOR = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
 SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weight file for its fingerprint
 
@@ -86,20 +97,11 @@ def weight_files(folder: Path) -> list[Path]:
 def _check_weights(path: Path) -> None:
     if not path.is_file():
         raise IncompleteCheckpoint(f"{path.parent}: incomplete, {path.name} is missing")
-    size = path.stat().st_size
-    if path.suffix == ".bin":
-        whole = zipfile.is_zipfile(path)
-    else:  # safetensors: 8 bytes with the header's length, the header, the tensors
-        try:
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, size)))
-            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            whole = size == 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
-        except (struct.error, ValueError, KeyError, TypeError):
-            whole = False
-    if not whole:
-        raise IncompleteCheckpoint(f"{path.parent}: incomplete, {path.name} is cut off")
+    try:
+        with zipfile.ZipFile(path) if path.suffix == ".bin" else safe_open(path, "pt"):
+            pass  # both hold the file's size against what its headers say
+    except (zipfile.BadZipFile, SafetensorError) as error:
+        raise IncompleteCheckpoint(f"{path.parent}: incomplete, {path.name} is cut off") from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -133,13 +135,13 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
     return model.to(device).eval()
 
 
-def load_merged(adapter: str | Path, base: str | None = None, **kwargs) -> Qwen2AudioForConditionalGeneration:
+def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A model with an adapter checkpoint merged into its weights.
 
     Args:
         adapter: folder with an `adapter_config.json`.
         base: folder or hub name of the base model; by default the one that the adapter names.
-        **kwargs: for the base model's `from_pretrained`, e.g. `dtype`.
+        dtype: of the merged model; `auto` is the base model's.
 
     Raises:
         ValueError: `adapter` is no adapter's folder, or its base model is not where it says.
@@ -148,8 +150,54 @@ def load_merged(adapter: str | Path, base: str | None = None, **kwargs) -> Qwen2
         raise ValueError(f"{adapter}: has no adapter_config.json, so it is no adapter checkpoint")
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     try:
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(base, **kwargs)
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(base, dtype=dtype)
     except OSError as error:
-        message = f"{adapter}: its base model {base} cannot be loaded ({error}); name another with --base"
-        raise ValueError(message) from error
+        raise ValueError(
+            f"{adapter}: its base model {base} cannot be loaded ({error}); merge_lora.py takes another as --base"
+        ) from error
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def keep_base_names(model: PreTrainedModel) -> None:
+    """Have `save_pretrained` write the tensors under the base checkpoint's names, whatever engine loaded the model."""
+    # from_pretrained records how it renamed the tensors, and save_pretrained undoes that record; but loading under
+    # ZeRO-3 records the legacy renamings too, used or not. Without them the names are the base checkpoint's.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+
+
+def complete_checkpoint(folder: str | Path, processor: ProcessorMixin) -> None:
+    """Give a folder with a saved model or adapter what it lacks to be read by everybody; `processor` is the model's."""
+    folder = Path(folder)
+    if (path := folder / "config.json").is_file():  # transformers 4 takes these by other names, or defaults
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["torch_dtype"] = config["dtype"]
+        config["text_config"]["rope_theta"] = config["text_config"]["rope_parameters"]["rope_theta"]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.glob("*.safetensors"):  # written for their owner only, whatever the umask
+        os.umask(umask := os.umask(0o077))
+        path.chmod(0o666 & ~umask)
+    _save_processor(processor, folder)
+
+
+def _save_processor(processor: ProcessorMixin, folder: Path) -> None:
+    """Copy the files that the processor was loaded from, byte for byte, from their folder or the hub's cache.
+
+    Training never changes them, and `save_pretrained` of transformers 5 writes what transformers 4 cannot read. It is
+    left to processors that were built in memory or whose files are gone.
+    """
+    source = processor.tokenizer.name_or_path
+    try:
+        found = cached_files(
+            source, PROCESSOR_FILES, local_files_only=True, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError:  # neither a folder nor a name that the hub could have
+        found = None
+    if not found:
+        processor.save_pretrained(folder)
+        return
+    files = {Path(path).name: Path(path) for path in found}
+    for name in PROCESSOR_FILES:
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)  # an earlier run's
+        elif files[name].resolve() != (folder / name).resolve():
+            shutil.copyfile(files[name], folder / name)

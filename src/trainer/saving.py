@@ -1,13 +1,14 @@
 """Checkpoints that load by themselves, for both trainers.
 
-Saved are the weights under the base checkpoint's tensor names whatever engine trained them, processor and prompt
-style; loaded to resume is the same. Optimizer state and engines are left to transformers' `Trainer`.
+Saved are the weights under the base checkpoint's tensor names whatever engine trained them, the processor's files as
+they came, and the prompt style; loaded to resume is the same. Optimizer state and engines are left to transformers'
+`Trainer`.
 """
 
 from peft import PeftModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from dataset.prompt import save_style
+from model.checkpoints import complete_checkpoint, keep_base_names
 from model.qwen2_audio import base_model
 
 
@@ -18,13 +19,18 @@ class SelfContainedCheckpoints:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights, processor and prompt style: what AutoProcessor and the model class load by themselves."""
-        # from_pretrained records how it renamed the tensors, and save_pretrained undoes that record; but loading under
-        # ZeRO-3 records the legacy renamings too, used or not. Without them the names are the base checkpoint's.
-        base = base_model(self.model)
-        base._weight_conversions = get_model_conversion_mapping(base, add_legacy=False)
-        super()._save(output_dir, state_dict=state_dict)
-        if self.prompt_style is not None and self.args.should_save:
-            save_style(output_dir or self.args.output_dir, self.prompt_style)
+        keep_base_names(base_model(self.model))
+        # Set aside, the processor is not saved by `Trainer`, which would write it anew.
+        processor, self.processing_class = self.processing_class, None
+        try:
+            super()._save(output_dir, state_dict=state_dict)
+        finally:
+            self.processing_class = processor
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            if self.prompt_style is not None:
+                save_style(folder, self.prompt_style)
+            complete_checkpoint(folder, processor)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load weights to resume from. The checkpoint's names are the base model's, which `Trainer` would not find in

@@ -1,0 +1,192 @@
+"""Checkpoints of every kind: the processor's files as they came, readable for the group, and with transformers 4, too."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from peft import LoraConfig
+from running import free_port, run
+from test_grpo_trainer import length_reward
+from test_sft import make_trainer
+from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from trl import GRPOConfig
+
+from arguments import AudioModelConfig
+from dataset.dataset import load_train_dataset
+from merge_lora import merge
+from model.checkpoints import PROCESSOR_FILES, check_whole, complete_checkpoint
+from model.tiny import build_processor
+from trainer.grpo_trainer import AudioGRPOTrainer
+
+OLDER = ("transformers==4.49.0", "tokenizers==0.21.4", "huggingface_hub==0.36.2")
+
+
+@contextlib.contextmanager
+def umask(mask: int):
+    """Files are made with this umask, those of subprocesses too."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def processor_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in PROCESSOR_FILES if (folder / name).exists()}
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    return sorted({path.parent for path in folder.rglob("*model.safetensors")})
+
+
+def assert_everybody_reads(out: Path, base: Path, count: int) -> None:
+    """`out` holds `count` checkpoints, all with the processor's files of `base`, and the modes of umask 027."""
+    assert len(checkpoints_in(out)) == count
+    for folder in checkpoints_in(out):
+        assert processor_files(folder) == processor_files(base), folder
+        check_whole(folder)
+    modes = {path: oct(path.stat().st_mode & 0o666) for path in out.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {oct(0o640)}, modes
+
+
+def train_one_step(kind: str, model: Path, data: Path, out: Path) -> Path:
+    """Train a step in this process, with optimizer state in the checkpoint; returns the folder of a full model."""
+    if kind == "sft":
+        settings = dict(save_strategy="steps", save_steps=1, save_only_model=False, questions_per_step=2)
+        make_trainer(model, data, out, **settings).train()
+        return out / "checkpoint-1"
+    args = GRPOConfig(
+        str(out), num_generations=2, per_device_train_batch_size=2, max_completion_length=4, max_steps=1, save_steps=1,
+        learning_rate=1e-2, bf16=False, use_cpu=True, report_to="none",
+    )  # fmt: skip
+    adapters = LoraConfig(r=4, target_modules=AudioModelConfig().lora_target_modules, task_type="CAUSAL_LM")
+    AudioGRPOTrainer(
+        str(model), [length_reward], args, load_train_dataset(data), peft_config=adapters if kind == "lora" else None
+    ).train()
+    if kind == "lora":
+        merge(out / "checkpoint-1", out / "merged")
+        return out / "merged"
+    return out / "checkpoint-1"
+
+
+@pytest.fixture(scope="module", params=["grpo", "sft", "lora"])
+def trained(request, tiny_model, questions, tmp_path_factory) -> Path:
+    """A full model's folder, written with umask 027; what belongs to its run lies beside it."""
+    with umask(0o027):
+        out = tmp_path_factory.mktemp(request.param) / "run"
+        return train_one_step(request.param, tiny_model, questions, out)
+
+
+def test_a_checkpoint_has_the_bases_processor_and_is_readable_for_the_group(shared, trained):
+    base = shared / "models" / "qwen2-audio-7b-no-weights"
+    assert len(processor_files(base)) == 8
+    assert_everybody_reads(trained.parent, base, count=2 if trained.name == "merged" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ds_zero2", "ds_zero3"])
+@pytest.mark.parametrize("kind", ["grpo", "sft", "lora"])
+def test_so_it_has_under_deepspeed(shared, tiny_model, questions, tmp_path, engine, kind):
+    if not shutil.which("g++"):
+        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    flags = [] if kind == "sft" else ["--num_generations", "2", "--max_completion_length", "4"]
+    out = tmp_path / "run"
+    with umask(0o027):
+        run(
+            "sh", "run_sft.sh" if kind == "sft" else "run_grpo.sh", "--use_cpu", "true", "--max_steps", "1", "--save_steps", "1",
+            "--questions_per_step", "2", "--use_peft", kind == "lora", "--save_only_model", "false", *flags,
+            MODEL_NP=tiny_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2, MASTER_PORT=free_port(),
+            CONFIG=f"conf/{engine}.json",
+        )  # fmt: skip
+        if kind == "lora":
+            merge(out / "checkpoint-1", out / "merged")
+    assert list(out.rglob("*optim_states.pt"))
+    base = shared / "models" / "qwen2-audio-7b-no-weights"
+    assert_everybody_reads(out, base, count=3 if kind == "lora" else 2)  # the run's end saves into its folder, too
+
+
+def test_a_checkpoint_of_a_checkpoint_replaces_what_an_earlier_run_left(small_model, tmp_path):
+    processor = AutoProcessor.from_pretrained(small_model)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        (folder / "merges.txt").write_text("another tokenizer's\n")
+        complete_checkpoint(folder, processor)
+        complete_checkpoint(folder, AutoProcessor.from_pretrained(folder))  # a run that goes on in its model's folder
+        assert processor_files(folder) == processor_files(small_model)
+        processor = AutoProcessor.from_pretrained(folder)
+
+
+def test_the_hubs_files_are_its_cached_ones(shared, tmp_path, monkeypatch):
+    source = shared / "models" / "qwen2-audio-7b-no-weights"
+    repository = tmp_path / "models--who--audio"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (snapshot, repository / "refs", repository / "blobs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    for path in source.iterdir():  # as the hub's client lays them out
+        shutil.copyfile(path, repository / "blobs" / f"hash of {path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/hash of {path.name}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "out").mkdir()
+    complete_checkpoint(tmp_path / "out", AutoProcessor.from_pretrained("who/audio"))
+    assert processor_files(tmp_path / "out") == processor_files(source)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_processor_without_files_is_saved_all_the_same(small_model, tmp_path):
+    made = build_processor(["What is it?"])
+    lost = AutoProcessor.from_pretrained(shutil.copytree(small_model, tmp_path / "moved"))
+    shutil.rmtree(tmp_path / "moved")
+    for name, processor in (("made", made), ("lost", lost)):
+        (tmp_path / name).mkdir()
+        complete_checkpoint(tmp_path / name, processor)
+        found = AutoProcessor.from_pretrained(tmp_path / name)
+        assert found.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+        assert found.chat_template == processor.chat_template
+
+
+def test_the_config_has_the_names_of_both_versions(small_model, tmp_path):
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model, dtype="bfloat16")
+    model.config.text_config.rope_parameters["rope_theta"] = 12345.0
+    model.save_pretrained(tmp_path)
+    complete_checkpoint(tmp_path, AutoProcessor.from_pretrained(small_model))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert config["text_config"]["rope_theta"] == config["text_config"]["rope_parameters"]["rope_theta"] == 12345.0
+    assert Qwen2AudioConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
+
+
+@pytest.fixture(scope="session")
+def older_transformers() -> Path:
+    """A folder with transformers 4.49 and what it needs in other versions than ours; made once per environment."""
+    folder = Path(sys.executable).parents[1] / OLDER[0].replace("==", "-")
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(unfinished), *OLDER]
+        done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+        if done.returncode:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            pytest.skip(f"{OLDER[0]} cannot be installed here: {done.stdout[-500:]}")
+        unfinished.rename(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_transformers_4_reads_it_as_ours_does(trained, older_transformers, questions, tmp_path):
+    read = (sys.executable, ROOT / "tests" / "read_checkpoint.py", trained, questions.parent / "3.wav")
+    run(*read, tmp_path / "ours.npz")
+    run(*read, tmp_path / "older.npz", PYTHONPATH=older_transformers)
+    ours, older = np.load(tmp_path / "ours.npz"), np.load(tmp_path / "older.npz")
+    assert str(older["version"]) == "4.49.0" and str(ours["version"]).startswith("5.")
+    assert str(ours["dtype"]) == str(older["dtype"])
+    for key in ("input_ids", "attention_mask", "feature_attention_mask", "answer"):
+        np.testing.assert_array_equal(ours[key], older[key], err_msg=key)
+    np.testing.assert_allclose(ours["input_features"], older["input_features"], atol=1e-6)
+    np.testing.assert_allclose(ours["logits"], older["logits"], atol=1e-5)
