@@ -20,15 +20,15 @@ def main(checkpoint: str, clip: str, out: str) -> None:
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
     )
     samples, rate = soundfile.read(clip, dtype="float32")
-    # By position: the clips are `audios` in transformers 4, `audio` in 5.
-    inputs = processor([text], [samples], sampling_rate=rate, padding=True, return_tensors="pt")
+    clips = {"audios" if transformers.__version__.startswith("4.") else "audio": [samples]}
+    inputs = processor(text=[text], sampling_rate=rate, padding=True, return_tensors="pt", **clips)
     model.eval()
     with torch.no_grad():
         logits = model(**inputs).logits
         answer = model.generate(**inputs, do_sample=False, max_new_tokens=8)
     np.savez(
         out, logits=logits.float().numpy(), answer=answer.numpy(), version=transformers.__version__,
-        dtype=str(model.config.torch_dtype), **{key: value.numpy() for key, value in inputs.items()},
+        dtype=str(model.config.torch_dtype).removeprefix("torch."), **{key: value.numpy() for key, value in inputs.items()},
     )  # fmt: skip
 
 

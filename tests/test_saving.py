@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from peft import LoraConfig
 from running import free_port, run
@@ -21,7 +22,7 @@ from trl import GRPOConfig
 from arguments import AudioModelConfig
 from dataset.dataset import load_train_dataset
 from merge_lora import merge
-from model.checkpoints import PROCESSOR_FILES, check_whole, complete_checkpoint
+from model.checkpoints import PROCESSOR_FILES, IncompleteCheckpoint, check_whole, complete_checkpoint
 from model.tiny import build_processor
 from trainer.grpo_trainer import AudioGRPOTrainer
 
@@ -40,6 +41,13 @@ def umask(mask: int):
 
 def processor_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in PROCESSOR_FILES if (folder / name).exists()}
+
+
+def make_folder(folder: Path, model: Path) -> Path:
+    """A folder with a model's config, as if its weights had been saved there."""
+    folder.mkdir()
+    shutil.copy(model / "config.json", folder)
+    return folder
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -114,8 +122,8 @@ def test_so_it_has_under_deepspeed(shared, tiny_model, questions, tmp_path, engi
 
 def test_a_checkpoint_of_a_checkpoint_replaces_what_an_earlier_run_left(small_model, tmp_path):
     processor = AutoProcessor.from_pretrained(small_model)
-    for folder in (tmp_path / "first", tmp_path / "second"):
-        folder.mkdir()
+    for name in ("first", "second"):
+        folder = make_folder(tmp_path / name, small_model)
         (folder / "merges.txt").write_text("another tokenizer's\n")
         complete_checkpoint(folder, processor)
         complete_checkpoint(folder, AutoProcessor.from_pretrained(folder))  # a run that goes on in its model's folder
@@ -123,7 +131,7 @@ def test_a_checkpoint_of_a_checkpoint_replaces_what_an_earlier_run_left(small_mo
         processor = AutoProcessor.from_pretrained(folder)
 
 
-def test_the_hubs_files_are_its_cached_ones(shared, tmp_path, monkeypatch):
+def test_the_hubs_files_are_its_cached_ones(shared, small_model, tmp_path, monkeypatch):
     source = shared / "models" / "qwen2-audio-7b-no-weights"
     repository = tmp_path / "models--who--audio"
     snapshot = repository / "snapshots" / ("0" * 40)
@@ -134,10 +142,10 @@ def test_the_hubs_files_are_its_cached_ones(shared, tmp_path, monkeypatch):
         shutil.copyfile(path, repository / "blobs" / f"hash of {path.name}")
         (snapshot / path.name).symlink_to(f"../../blobs/hash of {path.name}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    (tmp_path / "out").mkdir()
-    complete_checkpoint(tmp_path / "out", AutoProcessor.from_pretrained("who/audio"))
-    assert processor_files(tmp_path / "out") == processor_files(source)
-    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    out = make_folder(tmp_path / "out", small_model)
+    complete_checkpoint(out, AutoProcessor.from_pretrained("who/audio"))
+    assert processor_files(out) == processor_files(source)
+    assert not any(path.is_symlink() for path in out.iterdir())
 
 
 def test_a_processor_without_files_is_saved_all_the_same(small_model, tmp_path):
@@ -145,8 +153,7 @@ def test_a_processor_without_files_is_saved_all_the_same(small_model, tmp_path):
     lost = AutoProcessor.from_pretrained(shutil.copytree(small_model, tmp_path / "moved"))
     shutil.rmtree(tmp_path / "moved")
     for name, processor in (("made", made), ("lost", lost)):
-        (tmp_path / name).mkdir()
-        complete_checkpoint(tmp_path / name, processor)
+        complete_checkpoint(make_folder(tmp_path / name, small_model), processor)
         found = AutoProcessor.from_pretrained(tmp_path / name)
         assert found.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
         assert found.chat_template == processor.chat_template
@@ -161,6 +168,26 @@ def test_the_config_has_the_names_of_both_versions(small_model, tmp_path):
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     assert config["text_config"]["rope_theta"] == config["text_config"]["rope_parameters"]["rope_theta"] == 12345.0
     assert Qwen2AudioConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
+
+
+def test_weights_that_are_cut_off_or_missing_are_named(small_model, tmp_path):
+    folder = shutil.copytree(small_model, tmp_path / "checkpoint")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    check_whole(folder)
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(IncompleteCheckpoint, match=r"incomplete, model\.safetensors is cut off"):
+            check_whole(folder)
+    weights.unlink()
+    torch.save({"weight": torch.zeros(1000)}, folder / "pytorch_model.bin")
+    check_whole(folder)
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-100])
+    with pytest.raises(IncompleteCheckpoint, match=r"incomplete, pytorch_model\.bin is cut off"):
+        check_whole(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(IncompleteCheckpoint, match=r"incomplete, model-1\.safetensors is missing"):
+        check_whole(folder)
 
 
 @pytest.fixture(scope="session")

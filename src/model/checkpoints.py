@@ -1,8 +1,5 @@
-"""Checkpoint folders: which one a path or hub name means, whether it is whole, what tells it apart; and what a folder
-gets beside its weights, so that everybody reads it, with transformers 4 too.
-
-Files are judged by sizes, headers and samples; `load_model` reads them whole. When weights are written is the trainers'
-and `merge_lora.py`'s business.
+"""Checkpoints: which folder a path or hub name means, whether it is whole and what tells it apart (by sizes, headers
+and samples), how it is loaded, and what it gets beside its weights so that everybody reads it. Leaves out when to save.
 """
 
 import hashlib
@@ -56,10 +53,8 @@ def locate(model: str) -> Path:
     try:
         return Path(snapshot_download(model, ignore_patterns=["*.md", "*.png", "*.mp3", "*.wav"]))
     except Exception as error:  # whatever the hub's client raises, the model is not to be had
-        reason = type(error).__name__
-        raise IncompleteCheckpoint(
-            f"{model}: neither a folder nor a model on the hub within reach ({reason})"
-        ) from error
+        message = f"{model}: neither a folder nor a model on the hub within reach ({type(error).__name__})"
+        raise IncompleteCheckpoint(message) from error
 
 
 def check_whole(folder: Path) -> None:
@@ -70,18 +65,19 @@ def check_whole(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise IncompleteCheckpoint(f"{folder}: incomplete, {config} is missing or cut off") from error
     for path in weight_files(folder):
-        _check_weights(path)
+        try:
+            with zipfile.ZipFile(path) if path.suffix == ".bin" else safe_open(path, "pt"):
+                pass  # the headers agree with the file's size
+        except (FileNotFoundError, zipfile.BadZipFile, SafetensorError) as error:
+            state = "cut off" if path.is_file() else "missing"
+            raise IncompleteCheckpoint(f"{folder}: incomplete, {path.name} is {state}") from error
     for names in PROCESSOR:
         if not any((folder / name).is_file() for name in names):
             raise IncompleteCheckpoint(f"{folder}: incomplete, the processor's {' or '.join(names)} is missing")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, those listed in its index.
-
-    Raises:
-        IncompleteCheckpoint: there is none, or the index is cut off.
-    """
+    """A checkpoint's files of weights, those listed in its index; `IncompleteCheckpoint` if none, or it is cut off."""
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -92,16 +88,6 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
     raise IncompleteCheckpoint(f"{folder}: incomplete, it holds no weights")
-
-
-def _check_weights(path: Path) -> None:
-    if not path.is_file():
-        raise IncompleteCheckpoint(f"{path.parent}: incomplete, {path.name} is missing")
-    try:
-        with zipfile.ZipFile(path) if path.suffix == ".bin" else safe_open(path, "pt"):
-            pass  # both hold the file's size against what its headers say
-    except (zipfile.BadZipFile, SafetensorError) as error:
-        raise IncompleteCheckpoint(f"{path.parent}: incomplete, {path.name} is cut off") from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -129,9 +115,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
         return load_merged(folder, dtype=dtype).to(device).eval()
     model, info = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
-        raise IncompleteCheckpoint(
-            f"{folder}: the checkpoint lacks {len(missing)} tensors, e.g. {missing[0]}; save it again"
-        )
+        raise IncompleteCheckpoint(f"{folder}: lacks {len(missing)} tensors, e.g. {missing[0]}; save it again")
     return model.to(device).eval()
 
 
@@ -152,27 +136,26 @@ def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch
     try:
         model = Qwen2AudioForConditionalGeneration.from_pretrained(base, dtype=dtype)
     except OSError as error:
-        raise ValueError(
-            f"{adapter}: its base model {base} cannot be loaded ({error}); merge_lora.py takes another as --base"
-        ) from error
+        message = f"{adapter}: its base model {base} cannot be loaded ({error}); merge_lora.py takes another as --base"
+        raise ValueError(message) from error
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def keep_base_names(model: PreTrainedModel) -> None:
     """Have `save_pretrained` write the tensors under the base checkpoint's names, whatever engine loaded the model."""
-    # from_pretrained records how it renamed the tensors, and save_pretrained undoes that record; but loading under
-    # ZeRO-3 records the legacy renamings too, used or not. Without them the names are the base checkpoint's.
+    # It undoes the renamings that from_pretrained records, which under ZeRO-3 are the legacy ones too, used or not.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
 
 def complete_checkpoint(folder: str | Path, processor: ProcessorMixin) -> None:
     """Give a folder with a saved model or adapter what it lacks to be read by everybody; `processor` is the model's."""
     folder = Path(folder)
-    if (path := folder / "config.json").is_file():  # transformers 4 takes these by other names, or defaults
-        config = json.loads(path.read_text(encoding="utf-8"))
+    if not (folder / "adapter_config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # transformers 4 looks for these elsewhere, and else takes its own defaults.
         config["torch_dtype"] = config["dtype"]
         config["text_config"]["rope_theta"] = config["text_config"]["rope_parameters"]["rope_theta"]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in folder.glob("*.safetensors"):  # written for their owner only, whatever the umask
         os.umask(umask := os.umask(0o077))
         path.chmod(0o666 & ~umask)
@@ -185,19 +168,16 @@ def _save_processor(processor: ProcessorMixin, folder: Path) -> None:
     Training never changes them, and `save_pretrained` of transformers 5 writes what transformers 4 cannot read. It is
     left to processors that were built in memory or whose files are gone.
     """
-    source = processor.tokenizer.name_or_path
+    name = processor.tokenizer.name_or_path
     try:
-        found = cached_files(
-            source, PROCESSOR_FILES, local_files_only=True, _raise_exceptions_for_missing_entries=False
-        )
+        found = cached_files(name, PROCESSOR_FILES, local_files_only=True, _raise_exceptions_for_missing_entries=False)
     except OSError:  # neither a folder nor a name that the hub could have
         found = None
-    if not found:
-        processor.save_pretrained(folder)
-        return
-    files = {Path(path).name: Path(path) for path in found}
+    sources = {Path(path).name: Path(path) for path in found or ()}
     for name in PROCESSOR_FILES:
-        if name not in files:
+        if name not in sources:
             (folder / name).unlink(missing_ok=True)  # an earlier run's
-        elif files[name].resolve() != (folder / name).resolve():
-            shutil.copyfile(files[name], folder / name)
+        elif sources[name].resolve() != (folder / name).resolve():
+            shutil.copyfile(sources[name], folder / name)
+    if not sources:
+        processor.save_pretrained(folder)

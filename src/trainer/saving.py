@@ -1,8 +1,7 @@
 """Checkpoints that load by themselves, for both trainers.
 
 Saved are the weights under the base checkpoint's tensor names whatever engine trained them, the processor's files as
-they came, and the prompt style; loaded to resume is the same. Optimizer state and engines are left to transformers'
-`Trainer`.
+they came, and the prompt style; so loaded to resume. Optimizer state and engines are left to transformers' `Trainer`.
 """
 
 from peft import PeftModel
