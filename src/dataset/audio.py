@@ -18,19 +18,13 @@ import librosa
 import numpy as np
 import soundfile
 
+from .rows import DataError
+
 SAMPLE_RATE = 16_000  # Hz, what Qwen2-Audio's feature extractor takes
 CHANNELS = ("first", "mean")
 CUT_SECONDS = 0.1  # a header may promise this much more than the file holds: sloppy writers do
 FULL_SCALE = 1 - 2**-15  # the largest 16-bit sample
 MAX_CHUNKS = 1000  # of a RIFF file, before its samples
-
-
-class DataError(ValueError):
-    """A row or clip that cannot be used: the message says why and what to do, `reason` why in a few fixed words."""
-
-    def __init__(self, message: str, reason: str = "unusable"):
-        super().__init__(message)
-        self.reason = reason
 
 
 class MissingAudio(DataError, FileNotFoundError):

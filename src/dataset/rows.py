@@ -1,0 +1,187 @@
+"""Rows in files: JSONL and JSON lists are read here, and files written that are there whole or not at all. What the
+keys of a row mean is the business of `dataset.py` and `questions.py`.
+
+Text is UTF-8; a byte-order mark, as some editors write it, does no harm.
+"""
+
+import codecs
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+MAX_LINE = 2**24  # bytes
+SHOWN = 20  # problems listed in one message
+
+
+class DataError(ValueError):
+    """A row or clip that cannot be used: the message says why and what to do, `reason` why in a few fixed words."""
+
+    def __init__(self, message: str, reason: str = "unusable"):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Row(NamedTuple):
+    """One row of a file, not parsed yet."""
+
+    number: int  # from 1
+    text: bytes
+    unit: str = "line"  # what is counted: `line` in JSONL, `row` in a JSON list
+
+    @property
+    def where(self) -> str:
+        return f"{self.unit} {self.number}"
+
+    def parse(self) -> dict:
+        """The row as an object; a `DataError` says why it is none."""
+        if not self.text.strip():
+            raise DataError("blank line; remove it", "blank line")
+        if len(self.text) > MAX_LINE:
+            message = f"a line of more than {MAX_LINE >> 20} MiB; one JSON object per line is needed"
+            raise DataError(message + ", as data/prepare_avqa.py makes of AVQA's own file", "line too long")
+        record = _parse(self.text, "one whole JSON object per line is needed")
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise DataError(f"a JSON {kind}, not an object with the keys of the format", "not a JSON object")
+        return record
+
+
+def read_lines(path: str | Path) -> Iterator[Row]:
+    """The lines of a JSONL file, one at a time; of one over `MAX_LINE` bytes, only as much as shows that it is."""
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            yield Row(number, line)
+            while len(line) > MAX_LINE and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE + 1)
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a file that is a JSON list, read as a whole, or JSONL.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it starts as a list but is not JSON; names file, line and remedy.
+    """
+    if not starts_a_list(path):
+        yield from read_lines(path)
+        return
+    for number, value in enumerate(read_json(path, "a list or one object per line is needed"), start=1):
+        yield Row(number, json.dumps(value).encode(), "row")
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """All rows of a JSON list or of a JSONL file, whose blank lines are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither, or a row is not an object; names the file and the row.
+    """
+    records = []
+    for row in read_rows(path):
+        try:
+            if row.text.strip():
+                records.append(row.parse())
+        except DataError as error:
+            raise ValueError(f"{path}, {row.where}: {error}") from error
+    return records
+
+
+def starts_a_list(path: str | Path) -> bool:
+    """Whether the first character of a file is `[`."""
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def read_json(path: str | Path, remedy: str):
+    """The value of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON in UTF-8; names file and line, and says `remedy`.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return _parse(data, remedy)
+    except DataError as error:
+        where = str(path)
+        if isinstance(cause := error.__cause__, json.JSONDecodeError):
+            where += f", line {cause.lineno}"
+        elif isinstance(cause, UnicodeDecodeError):
+            line = data.count(b"\n", 0, cause.start) + 1
+            where += f", line {line}"
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _parse(text: bytes, remedy: str):
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 ({error.reason}); save the file as UTF-8", "not UTF-8") from error
+    except (ValueError, RecursionError) as error:  # among the ValueErrors: a number of more digits than Python takes
+        raise DataError(f"not JSON ({error}); {remedy}", "not JSON") from error
+
+
+def get_field(record: dict, key: str, kind: type, filled: bool = False):
+    """`record[key]`, which must be there and of this JSON type (true and false are no numbers); not empty if `filled`.
+
+    Raises:
+        DataError: it is not, or holds a text that cannot be written down.
+    """
+    value = record.get(key)
+    if value is None or (filled and value == kind()):
+        what = "empty" if value is not None else "null" if key in record else "missing"
+        raise DataError(f"`{key}` is {what}; data/README.md shows the format", f"`{key}` {what}")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = f"`{key}` is {value!r:.80}, of type {type(value).__name__}"
+        message = f"{found}; it must be of type {kind.__name__}; data/README.md shows the format"
+        raise DataError(message, f"`{key}` of the wrong type")
+    for text in value if isinstance(value, list) else (value,):
+        try:
+            if isinstance(text, str):
+                text.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON's \ud800 is half a character
+            message = f"`{key}` holds half a surrogate pair, {text!r:.80}; mend the text"
+            raise DataError(message, "broken text") from error
+    return value
+
+
+def first_problems(problems: Iterable[str], shown: int = SHOWN) -> str:
+    """The first of many problems, a line each, and how many more there are.
+
+    >>> print("2 rows:\\n  " + first_problems(["row 1: no clip", "row 7: no question"], shown=1))
+    2 rows:
+      row 1: no clip
+      ... and 1 more
+    """
+    problems = iter(problems)
+    lines = list(islice(problems, shown))
+    if more := sum(1 for _ in problems):
+        lines.append(f"... and {more} more")
+    return "\n  ".join(lines)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    with open_whole(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[TextIO]:
+    """A file to write into, which gets its name when all is written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
