@@ -15,10 +15,11 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from dataset.audio import SAMPLE_RATE, count_samples, load_audio
 from dataset.check import examine_training_file
-from dataset.dataset import load_train_dataset, read_rows
+from dataset.dataset import load_train_dataset
 from dataset.encode import build_chat, count_audio_tokens
 from dataset.prompt import build_question, extract_answer, load_style
 from dataset.questions import load_benchmark
+from dataset.rows import read_records
 from demo import (
     UNTRAINED,
     WARM_START,
@@ -57,7 +58,7 @@ def built(rows, tmp_path_factory):
 def test_training_files_are_avqa_rows_that_the_loader_takes(data, name, count):
     dataset = load_train_dataset(data / name)
     assert len(dataset) == count
-    for (_, record), row in zip(read_rows(data / name), dataset, strict=True):
+    for record, row in zip(read_records(data / name), dataset, strict=True):
         answer = record["multi_choice"][record["answer"]]
         assert extract_answer(row["solution"]) == answer and answer in SOUNDS
         assert len(set(record["multi_choice"])) == 4
@@ -84,7 +85,7 @@ def test_held_out_file_is_a_benchmark_in_mmau_format(data):
 
 
 def test_training_and_held_out_questions_read_alike_and_share_no_clip(data):
-    trained = {row["question_text"].replace("video", "audio") for _, row in read_rows(data / TRAIN_FILE)}
+    trained = {row["question_text"].replace("video", "audio") for row in read_records(data / TRAIN_FILE)}
     asked = {record["question"] for record in json.loads((data / MMAU_FILE).read_text())}
     assert asked <= trained
     clips = [path.read_bytes() for path in data.rglob("*.wav")]

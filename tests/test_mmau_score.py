@@ -103,7 +103,7 @@ def test_read_records_takes_a_list_or_lines_and_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="row 1: a JSON int"):
         read_records(path)
     path.write_text('{"id": 1')
-    with pytest.raises(ValueError, match="neither a JSON list nor"):
+    with pytest.raises(ValueError, match="line 1: not JSON"):
         read_records(path)
     with pytest.raises(FileNotFoundError):
         read_records(tmp_path / "none")

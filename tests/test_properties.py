@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dataset.audio import ClipReport, DataError, examine_clip
 from dataset.check import examine_training_file
-from dataset.dataset import load_train_dataset, parse_line, read_rows
+from dataset.dataset import load_train_dataset
 from dataset.prompt import STYLES, extract_answer, matches_format
+from dataset.rows import Row, read_records
 from evaluation.mmau import string_match
 
 TAGS = ["<answer>", "</answer>", "<think>", "</think>", "<", ">", "/", " ", "\n", "\r", "\t", "a", "狗", "\u2028", "\0"]
@@ -60,7 +61,7 @@ LINE = st.binary() | JSON.map(json.dumps).map(str.encode) | RECORD.map(json.dump
 @given(LINE)
 def test_a_line_is_an_object_or_a_reason(line):
     try:
-        assert isinstance(parse_line(line), dict)
+        assert isinstance(Row(1, line).parse(), dict)
     except DataError as error:
         assert error.reason != "unusable" and str(error)
 
@@ -70,7 +71,7 @@ def test_a_line_is_an_object_or_a_reason(line):
 def test_a_file_is_rows_or_an_error_with_its_line(tmp_path_factory, lines, end):
     path = tmp_path_factory.getbasetemp() / "property.jsonl"
     path.write_bytes(end.join(lines))
-    for read in (lambda: list(read_rows(path)), lambda: load_train_dataset(path)):
+    for read in (lambda: read_records(path), lambda: load_train_dataset(path)):
         try:
             read()
         except ValueError as error:

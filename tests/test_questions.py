@@ -1,10 +1,10 @@
-"""benchmark.py: question files, and which release they are of."""
+"""questions.py: question files, and which release they are of."""
 
 import json
 
 import pytest
 
-from dataset.questions import REVISED_QUESTIONS, load_benchmark, recognise_release, release_line
+from dataset.questions import REVISED_QUESTIONS, load_questions, recognise_release, release_line
 
 
 def row(number=1, **changes):
@@ -16,7 +16,7 @@ def row(number=1, **changes):
 
 def load(tmp_path, rows):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    return load_benchmark(tmp_path / "rows.json")
+    return load_questions(tmp_path / "rows.json")
 
 
 def test_releases_are_recognised_from_the_questions(shared):

@@ -47,7 +47,7 @@ def test_blank_lines_are_passed_over_by_who_wants_records_only(tmp_path):
         (b'[{"id": 1}\n{"id": 2}]', "line 2: not JSON"),
         (b"[]\n x", "line 2: not JSON"),
         (b'[\n\n"caf\xe9"]', "line 3: not UTF-8 .*; save the file as UTF-8"),
-        (b"[" * 100_000, "rows: not JSON"),
+        (b"[" * 100_000, ": not JSON"),
         (b'[{"id": 1}, 5]', "row 2: a JSON int, not an object"),
         (b'{"id": 1}\n{"id"', "line 2: not JSON"),
         (b'{"id": 1}\n\n\xe9', "line 3: not UTF-8"),

@@ -3,9 +3,10 @@
     python src/dataset/check.py data/AVQA/train_qa.data
     python src/dataset/check.py data/MMAU/mmau-test-mini.json --deep
 
-Rows are held against the rules of `dataset.py`, clips against those of `audio.py` (headers; with --deep all samples),
-prompts against those of `encode.py`. Each bad row is reported by file and line, then all by reason. Exit status: 0 if
-every row is usable, 1 if not, 2 if the file as a whole cannot be examined.
+Rows are held against the rules of `dataset.py` and `questions.py`, clips against those of `audio.py` (headers; with
+--deep all samples), prompts against those of `encode.py`. Each bad row is reported by file and line (in a JSON list by
+its number), then all by reason. Exit status: 0 if every row is usable, 1 if not, 2 if the file as a whole cannot be
+examined.
 
 Rows are read, examined and forgotten a thousand at a time, so memory does not grow with the file. Nothing is changed:
 --keep_file writes the usable rows elsewhere. `train.py` calls `examine_training_file` before it loads a model.
@@ -14,10 +15,8 @@ Rows are read, examined and forgotten a thousand at a time, so memory does not g
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
 import multiprocessing
-import os
 import sys
 from array import array
 from collections import Counter
@@ -26,7 +25,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,10 +37,11 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from dataset.audio import CHANNELS, SAMPLE_RATE, ClipReport, DataError, examine_clip
-from dataset.dataset import check_is_there, check_question, check_row, parse_line, read_lines, to_dataset, to_row
+from dataset.dataset import check_is_there, check_row, to_dataset, to_row
 from dataset.encode import MAX_PROMPT_LENGTH, WINDOW_SECONDS, check_clip_length, check_prompt, count_text_tokens
-from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, check_style
-from dataset.questions import UNKNOWN, recognise_release, to_benchmark
+from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, get_style
+from dataset.questions import UNKNOWN, check_question, recognise_release, to_question
+from dataset.rows import SHOWN, Row, open_whole, read_lines, read_rows, starts_a_list
 
 if TYPE_CHECKING:
     from transformers import Qwen2AudioProcessor
@@ -50,7 +50,6 @@ MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 ROWS_AT_ONCE = 1000
 PATHS_PER_TASK = 16
 THREADS = 8  # that read headers: on a network disk it is waiting that takes the time
-SHOWN = 20  # bad rows listed
 CLIPPED = 0.01  # share of samples at full scale from which a clip is noted
 
 
@@ -71,20 +70,17 @@ class Rules:
 
 
 @dataclass
-class Row:
+class Examined:
     """One row on its way through the examination."""
 
-    number: int  # of the row, from 1
-    line: int  # where it starts in the file, from 1
-    source: str | bytes  # as it is in the file
+    row: Row
     id: object = None
-    data: dict | None = None  # `prompt`, `audio_path` and what else a data set of it needs
+    data: dict = field(default_factory=dict)  # `prompt`, `audio_path` and what else is wanted of a usable row
     error: DataError | None = None
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def where(self) -> str:
-        return f"line {self.line}" + (f", row {self.number}" if self.number != self.line else "")
+
+Rule = Callable[[dict, int], tuple[dict, list[str]]]  # parsed row, its number -> `data`, `notes`; or a `DataError`
 
 
 @dataclass
@@ -108,6 +104,25 @@ class Examination:
     @property
     def usable(self) -> int:
         return self.rows - len(self.dropped)
+
+    def drop(self, examined: Examined) -> None:
+        """Enter an unusable row."""
+        reason, message = examined.error.reason, f"{examined.row.where}: {examined.error}"
+        self.dropped.append(examined.row.number)
+        self.reasons[reason] += 1
+        self.examples.setdefault(reason, message)
+        if len(self.shown) < SHOWN:
+            self.shown.append(f"{self.file}, {message}")
+
+    def note(self, note: str, where: str, count: int = 1) -> None:
+        """Enter what is only worth knowing."""
+        self.notes[note] += count
+        self.examples.setdefault(note, where)
+
+    def hear(self, seconds: float) -> None:
+        """Enter a usable clip."""
+        self.seconds += seconds
+        self.shortest, self.longest = min(self.shortest, seconds), max(self.longest, seconds)
 
     def table(self) -> str:
         """What was found, a line for each reason: how many rows, and the first of them."""
@@ -166,18 +181,18 @@ def examine_training_file(
         FileNotFoundError: there is no such file.
         ValueError: it holds no rows.
     """
-    check_style(style)
+    get_style(style)
     data_file = check_is_there(data_file)
     examination = Examination(data_file)
+
+    def rule(record: dict, number: int) -> tuple[dict, list[str]]:
+        return to_row(record, number, style, data_file.parent), check_row(record)
+
+    total = _count_lines(data_file) if progress else None
+    rows = tqdm(read_lines(data_file), total=total, disable=not progress, unit=" rows")
     rules = Rules(processor, max_prompt_length, deep, channels)
-    rows = tqdm(
-        (_training_row(number, line, style, data_file.parent) for number, line in read_lines(data_file)),
-        total=_count_lines(data_file) if progress else None,
-        disable=not progress,
-        unit=" rows",
-    )
-    good = _examine(rows, examination, rules, workers, dropped_file, repeated_ids_are_bad=False)
-    examination.dataset = to_dataset(row.data for row in good)
+    good = _examine(rows, rule, examination, rules, workers, dropped_file)
+    examination.dataset = to_dataset(examined.data for examined in good)
     if not examination.rows:
         raise ValueError(f"{data_file}: holds no rows; data/README.md shows the format")
     return examination
@@ -206,18 +221,23 @@ def examine_evaluation_file(
         FileNotFoundError: there is no such file.
         ValueError: it is no JSON, or holds no rows.
     """
-    check_style(style)
+    get_style(style)
     data_file = check_is_there(data_file)
     examination = Examination(data_file)
+    audio_dir, ids = Path(audio_dir or data_file.parent), {}
+
+    def rule(record: dict, number: int) -> tuple[dict, list[str]]:
+        question = to_question(record, number, audio_dir, ids)
+        notes = check_question(question, audio_dir)
+        text = build_question(question.record["question"], question.record["choices"], style)
+        return {"prompt": text, "audio_path": question.audio_path, "record": question.record}, notes
+
+    rows = tqdm(list(read_rows(data_file)), disable=not progress, unit=" rows")
     rules = Rules(processor, None, deep, channels, cut_long_clips=True)
-    audio_dir = Path(audio_dir or data_file.parent)
-    rows = [_evaluation_row(row, style, audio_dir) for row in _read_evaluation_rows(data_file)]
-    bar = tqdm(rows, disable=not progress, unit=" rows")
-    good = _examine(bar, examination, rules, workers, dropped_file, repeated_ids_are_bad=True)
-    records = [row.data["record"] for row in good]
-    if not rows:
+    good = list(_examine(rows, rule, examination, rules, workers, dropped_file))
+    if not examination.rows:
         raise ValueError(f"{data_file}: holds no questions")
-    release = recognise_release(records)
+    release = recognise_release([examined.data["record"] for examined in good])
     examination.kind = "evaluation file" if release == UNKNOWN else f"evaluation file, MMAU release {release}"
     return examination
 
@@ -228,129 +248,18 @@ def is_training_file(data_file: str | Path) -> bool:
     Raises:
         ValueError: it is AVQA's own annotation file, which has to be converted first.
     """
-    with open(data_file, "rb") as file:
-        head = file.read(2**16).removeprefix(codecs.BOM_UTF8).lstrip()
-    if head.startswith(b"["):
-        if b'"multi_choice"' in head:
-            raise ValueError(f"{data_file}: AVQA's own annotations; data/prepare_avqa.py makes a training file of them")
+    if starts_a_list(data_file):
+        with open(data_file, "rb") as file:
+            if b'"multi_choice"' in file.read(2**16):
+                remedy = "data/prepare_avqa.py makes a training file of them"
+                raise ValueError(f"{data_file}: AVQA's own annotations; {remedy}")
         return False
-    for _, line in islice(read_lines(data_file), 100):
+    for row in islice(read_lines(data_file), 100):
         try:
-            return "choices" not in parse_line(line)
+            return "choices" not in row.parse()
         except DataError:
             continue
     return True
-
-
-# Reading
-
-
-def _training_row(number: int, line: bytes, style: str, folder: Path) -> Row:
-    row = Row(number, number, line)
-    try:
-        record = parse_line(line)
-        row.id = record.get("id")
-        row.data = to_row(record, number, style, folder)
-        row.notes = check_row(record)
-    except DataError as error:
-        row.error = error
-    return row
-
-
-def _read_evaluation_rows(path: Path) -> Iterator[tuple[int, int, str | bytes, object]]:
-    """Yield (row number, line it starts on, text, JSON value or `DataError`) of a JSON list or of JSONL."""
-    data = path.read_bytes()
-    if data.startswith(codecs.BOM_UTF8):
-        raise ValueError(f"{path}: starts with a byte-order mark; save the file as UTF-8 without one")
-    if not data.lstrip().startswith(b"["):
-        for number, line in read_lines(path):
-            try:
-                yield number, number, line, parse_line(line)
-            except DataError as error:
-                yield number, number, line, error
-        return
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    yield from _read_json_list(path, text)
-
-
-def _read_json_list(path: Path, text: str) -> Iterator[tuple[int, int, str, object]]:
-    """As `_read_evaluation_rows`; `json` alone would not say on which line a row starts."""
-    decoder = json.JSONDecoder()
-    number, line, counted = 0, 1, 0
-
-    def skip(index: int, characters: str = " \t\r\n") -> int:
-        while index < len(text) and text[index] in characters:
-            index += 1
-        return index
-
-    try:
-        index = skip(skip(0) + 1)
-        more = text[index : index + 1] != "]"
-        while more:
-            value, end = decoder.raw_decode(text, index)
-            number += 1
-            line, counted = line + text.count("\n", counted, index), index
-            yield number, line, text[index:end], value
-            index = skip(end)
-            more = text[index : index + 1] == ","
-            if not more and text[index : index + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, index)
-            index = skip(index + 1) if more else index
-        if (index := skip(index + 1)) < len(text):
-            raise json.JSONDecodeError("Extra data", text, index)
-    except (ValueError, RecursionError) as error:
-        where = f"line {getattr(error, 'lineno', line)}"
-        raise ValueError(f"{path}, {where}: not JSON ({error}); a list or one object per line is needed") from error
-
-
-def _evaluation_row(read: tuple[int, int, str | bytes, object], style: str, audio_dir: Path) -> Row:
-    number, line, source, record = read
-    row = Row(number, line, source)
-    try:
-        if isinstance(record, DataError):
-            raise record
-        if not isinstance(record, dict):
-            message = f"a JSON {type(record).__name__}, not an object with the keys of the format"
-            raise DataError(message, "not a JSON object")
-        row.id = record.get("id")
-        row.notes = _check_evaluation_record(record, audio_dir)
-        text = build_question(record["question"], record["choices"], style)
-        row.data = {"prompt": text, "audio_path": _clip_of(record, audio_dir), "record": record}
-    except DataError as error:
-        row.error = error
-    return row
-
-
-def _check_evaluation_record(record: dict, audio_dir: Path) -> list[str]:
-    """Raise a `DataError` for what keeps a question from being asked or scored; return notes."""
-    clip_key = "audio_path" if "audio_path" in record and not record.get("audio_id") else "audio_id"
-    for key, kind in (("question", str), ("choices", list), (clip_key, str)):
-        value = record.get(key)
-        if not isinstance(value, kind) or not value:
-            what = "empty" if isinstance(value, kind) else "missing" if value is None else "of the wrong type"
-            raise DataError(f"`{key}` is {what}; data/README.md shows the format", f"`{key}` {what}")
-    notes = check_question(record["question"], record["choices"], "choices")
-    answer = record.get("answer")
-    if answer not in record["choices"] and not (answer in (None, "") and record.get("split") == "test"):
-        message = f"`answer` is {answer!r:.80}, which is none of the choices; mend the row"
-        raise DataError(message, "`answer` not among the choices")
-    folder = os.path.abspath(audio_dir)
-    if os.path.commonpath([folder, os.path.normpath(os.path.join(folder, record[clip_key]))]) != folder:
-        message = f"`{clip_key}` {record[clip_key]!r:.200} leads out of the data folder {folder}; move the clip into it"
-        raise DataError(message, "clip outside the data folder")
-    return notes
-
-
-def _clip_of(record: dict, audio_dir: Path) -> str:
-    """The clip's path as evaluation resolves it."""
-    try:
-        return to_benchmark([record], Path(), audio_dir).questions[0].audio_path
-    except (ValueError, OSError) as error:
-        raise DataError(f"evaluation refuses the row: {error}", "refused by evaluation") from error
 
 
 def _count_lines(path: Path) -> int:
@@ -363,76 +272,73 @@ def _count_lines(path: Path) -> int:
 
 def _examine(
     rows: Iterable[Row],
+    rule: Rule,
     examination: Examination,
     rules: Rules,
     workers: int | None,
     dropped_file: str | Path | None,
-    repeated_ids_are_bad: bool,
-) -> Iterator[Row]:
+) -> Iterator[Examined]:
     """Yield the usable rows, in order; enter all others into the examination and into `dropped_file`."""
-    ids = _Ids()
+    hashes = array("q")  # of the ids, to count those that repeat in however long a file
     rows = iter(rows)
     with _clip_examiner(rules, workers) as examine_clips, _dropped_rows(dropped_file) as write:
-
-        def drop(row: Row) -> None:
-            reason, message = row.error.reason, f"{row.where}: {row.error}"
-            examination.dropped.append(row.number)
-            examination.reasons[reason] += 1
-            examination.examples.setdefault(reason, message)
-            if len(examination.shown) < SHOWN:
-                examination.shown.append(f"{examination.file}, {message}")
-            write(row)
-
-        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+        while chunk := [_read(row, rule) for row in islice(rows, ROWS_AT_ONCE)]:
             _examine_chunk(chunk, examination, rules, examine_clips)
-            for row in chunk:
-                examination.rows += 1
-                if row.error is None and row.id is not None and (first := ids.add(row, exact=repeated_ids_are_bad)):
-                    row.error = DataError(f"the id {row.id!r} is that of {first} too; make it unique", "id repeated")
-                if row.error is not None:
-                    drop(row)
+            examination.rows += len(chunk)
+            for examined in chunk:
+                if examined.error is not None:
+                    examination.drop(examined)
+                    write(examined)
                     continue
-                for note in row.notes:
-                    examination.notes[note] += 1
-                    examination.examples.setdefault(note, row.where)
-                yield row
-    if repeated := ids.count_repeated():
-        examination.notes["id repeated"] = repeated
-        examination.examples.setdefault("id repeated", "")
+                if examined.id is not None:
+                    hashes.append(hash(str(examined.id)))
+                for note in examined.notes:
+                    examination.note(note, examined.row.where)
+                yield examined
+    if repeated := len(hashes) - len(np.unique(hashes)):
+        examination.note("id repeated", "", repeated)
 
 
-def _examine_chunk(chunk: list[Row], examination: Examination, rules: Rules, examine_clips: Callable) -> None:
+def _read(row: Row, rule: Rule) -> Examined:
+    examined = Examined(row)
+    try:
+        record = row.parse()
+        examined.id = record.get("id")
+        examined.data, examined.notes = rule(record, row.number)
+    except DataError as error:
+        examined.error = error
+    return examined
+
+
+def _examine_chunk(chunk: list[Examined], examination: Examination, rules: Rules, examine_clips: Callable) -> None:
     """Examine the prompts and clips of rows that were read; sets `error` and `notes`."""
-    rows = [row for row in chunk if row.error is None]
-    paths = dict.fromkeys(row.data["audio_path"] for row in rows)
+    good = [examined for examined in chunk if examined.error is None]
+    paths = dict.fromkeys(examined.data["audio_path"] for examined in good)
     reports: dict[str, ClipReport | DataError] = dict(zip(paths, examine_clips(paths), strict=True))
-    texts = list(dict.fromkeys(row.data["prompt"] for row in rows)) if rules.processor else []
+    texts = list(dict.fromkeys(examined.data["prompt"] for examined in good)) if rules.processor else []
     tokens = dict(zip(texts, count_text_tokens(rules.processor, texts), strict=True)) if texts else {}
-    window = rules.window
-    for row in rows:
-        text, path = row.data["prompt"], row.data["audio_path"]
+    for examined in good:
+        text, path = examined.data["prompt"], examined.data["audio_path"]
         report = reports[path]
+        if isinstance(report, DataError):
+            examined.error = report
+            continue
+        samples = report.samples
+        if rules.cut_long_clips and samples > rules.window:
+            examined.notes.append(f"clip over {rules.window / SAMPLE_RATE:g} s, will be cut")
+            samples = rules.window
         try:
-            if isinstance(report, DataError):
-                raise report
-            samples = report.samples
-            if rules.cut_long_clips and samples > window:
-                row.notes.append(f"clip over {window / SAMPLE_RATE:g} s, will be cut")
-                samples = window
             if rules.processor is None:
                 check_clip_length(samples, None)
             else:
                 length = check_prompt(text, samples, tokens[text], rules.processor, rules.max_prompt_length)
-                examination.longest_prompt = max(examination.longest_prompt or (0, ""), (length, row.where))
+                examination.longest_prompt = max(examination.longest_prompt or (0, ""), (length, examined.row.where))
         except DataError as error:
-            row.error = error if error is report else DataError(f"{path}: {error}", error.reason)
+            examined.error = DataError(f"{path}: {error}", error.reason)
             continue
         if report.clipped > CLIPPED:
-            row.notes.append("clip overdriven (over 1% of its samples at full scale)")
-        seconds = report.samples / SAMPLE_RATE
-        examination.seconds += seconds
-        examination.shortest = min(examination.shortest, seconds)
-        examination.longest = max(examination.longest, seconds)
+            examined.notes.append("clip overdriven (over 1% of its samples at full scale)")
+        examination.hear(report.samples / SAMPLE_RATE)
 
 
 @contextmanager
@@ -449,60 +355,27 @@ def _clip_examiner(rules: Rules, workers: int | None) -> Iterator[Callable]:
             yield partial(pool.map, examine, chunksize=PATHS_PER_TASK)
     else:
         with ThreadPoolExecutor(THREADS) as pool:
-            yield lambda paths: chain.from_iterable(pool.map(lambda part: list(map(examine, part)), _in_parts(paths)))
-
-
-def _in_parts(paths: Iterable[str]) -> list[list[str]]:
-    paths = list(paths)
-    return [paths[start : start + PATHS_PER_TASK] for start in range(0, len(paths), PATHS_PER_TASK)]
+            yield partial(pool.map, examine)
 
 
 @contextmanager
-def _dropped_rows(path: str | Path | None) -> Iterator[Callable[[Row], None]]:
-    """A function that writes a row into `path`, which appears whole at the end, or not at all without rows."""
+def _dropped_rows(path: str | Path | None) -> Iterator[Callable[[Examined], None]]:
+    """A function that writes a row into `path`, which is there in the end if there were any."""
     if path is None:
-        yield lambda row: None
+        yield lambda examined: None
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with open(partial_path, "w", encoding="utf-8") as file:
+    with open_whole(path) as file:
 
-            def write(row: Row) -> None:
-                text = row.source.decode("utf-8", "backslashreplace") if isinstance(row.source, bytes) else row.source
-                entry = {"line": row.line, "id": row.id, "reason": row.error.reason, "message": str(row.error)}
-                file.write(json.dumps(entry | {"text": text.strip()[:2000]}) + "\n")
+        def write(examined: Examined) -> None:
+            entry = {"line": examined.row.number, "id": examined.id, "reason": examined.error.reason}
+            text = examined.row.text.decode("utf-8", "backslashreplace").strip()[:2000]
+            file.write(json.dumps(entry | {"message": str(examined.error), "text": text}) + "\n")
 
-            yield write
-        if partial_path.stat().st_size:
-            partial_path.replace(path)
-        else:
-            path.unlink(missing_ok=True)
-    finally:
-        partial_path.unlink(missing_ok=True)
-
-
-class _Ids:
-    """Finds ids that repeat: exactly and at once in evaluation files, only counted in training files, however long."""
-
-    def __init__(self):
-        self.first: dict[object, str] = {}
-        self.hashes = array("q")
-
-    def add(self, row: Row, exact: bool) -> str | None:
-        """Where the id was before, or None; without `exact` always None."""
-        key = json.dumps(row.id, sort_keys=True)
-        if not exact:
-            self.hashes.append(hash(key))
-            return None
-        if key in self.first:
-            return self.first[key]
-        self.first[key] = row.where
-        return None
-
-    def count_repeated(self) -> int:
-        return len(self.hashes) - len(np.unique(np.frombuffer(self.hashes, dtype=np.int64))) if self.hashes else 0
+        yield write
+    if not path.stat().st_size:
+        path.unlink()
 
 
 # Command line
@@ -553,7 +426,7 @@ def write_kept(data_file: Path, dropped: Container[int], keep_file: str | Path) 
     if keep_file.resolve().parent != data_file.resolve().parent or keep_file.resolve() == data_file.resolve():
         raise ValueError(f"{keep_file}: relative audio paths start from {data_file.parent}: choose another name there")
     with open(keep_file, "wb") as file:
-        file.writelines(line for number, line in read_lines(data_file) if number not in dropped)
+        file.writelines(row.text for row in read_lines(data_file) if row.number not in dropped)
 
 
 def main(argv: list[str] | None = None) -> int:

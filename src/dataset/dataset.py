@@ -12,23 +12,21 @@ The columns are plain text and numbers: `datasets` would fill the keys of mixed 
 template would then miscount the audio, so messages are built late, by `prompt.build_messages`.
 """
 
-import codecs
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Container, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 from datasets import Dataset
 
-from .audio import DataError
-from .prompt import DEFAULT_STYLE, build_question, build_solution, check_style
+from .prompt import DEFAULT_STYLE, build_question, build_solution, get_style
+from .rows import DataError, get_field, read_lines
 
 ROWS_PER_CHUNK = 10_000  # bounds the Python objects alive at once; the columns themselves are Arrow's, on disk
-MAX_LINE = 2**24  # bytes
 
 SCHEMA = pa.schema(
     [
@@ -57,17 +55,17 @@ def load_train_dataset(data_file: str | Path, style: str = DEFAULT_STYLE, skip: 
         FileNotFoundError: there is no such file.
         ValueError: a row is not in the format, or there is none; names the file, the line and the remedy.
     """
-    check_style(style)
+    get_style(style)
     data_file = check_is_there(data_file)
 
     def rows() -> Iterator[dict]:
-        for number, line in read_lines(data_file):
-            if number in skip:
+        for row in read_lines(data_file):
+            if row.number in skip:
                 continue
             try:
-                yield to_row(parse_line(line), number, style, data_file.parent)
+                yield to_row(row.parse(), row.number, style, data_file.parent)
             except DataError as error:
-                raise ValueError(f"{data_file}, line {number}: {error}") from error
+                raise ValueError(f"{data_file}, {row.where}: {error}") from error
 
     dataset = to_dataset(rows())
     if not len(dataset):
@@ -103,73 +101,40 @@ def to_dataset(rows: Iterable[dict]) -> Dataset:
         return Dataset(pa.ipc.open_stream(pa.memory_map(file.name)).read_all(), fingerprint=fingerprint)
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, object) for every line of a JSONL file.
+class Fields(NamedTuple):
+    """What a row holds."""
 
-    Raises:
-        ValueError: a line is blank, not UTF-8, not JSON, or not an object.
-    """
-    for number, line in read_lines(path):
-        try:
-            yield number, parse_line(line)
-        except DataError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    question: str
+    choices: list
+    answer: str  # the right choice
+    audio_path: str  # absolute
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line) of a file; of a line over `MAX_LINE` bytes, only as much as shows that it is."""
-    with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            yield number, line
-            while len(line) > MAX_LINE and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE + 1)
-
-
-def parse_line(line: bytes) -> dict:
-    """One line as an object; a `DataError` says why it is none."""
-    if not line.strip():
-        raise DataError("blank line; remove it", "blank line")
-    if len(line) > MAX_LINE:
-        message = f"a line of more than {MAX_LINE >> 20} MiB; one JSON object per line is needed"
-        raise DataError(message + ", as data/prepare_avqa.py makes of AVQA's own file", "line too long")
-    if line.startswith(codecs.BOM_UTF8):
-        raise DataError("starts with a byte-order mark; save the file as UTF-8 without one", "byte-order mark")
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 ({error.reason}); save the file as UTF-8", "not UTF-8") from error
-    except (ValueError, RecursionError) as error:  # among the ValueErrors: a number of more digits than Python takes
-        raise DataError(f"not JSON ({error}); one whole JSON object per line is needed", "not JSON") from error
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise DataError(f"a JSON {kind}, not an object with the keys of the format", "not a JSON object")
-    return record
+def read_fields(record: dict, folder: Path) -> Fields:
+    """What one parsed object holds; a `DataError` says what keeps it from being a row."""
+    question = get_field(record, "question_text", str)
+    choices = get_field(record, "multi_choice", list)
+    answer = get_field(record, "answer", int)
+    dataset_name = get_field(record, "dataset_name", str)
+    audio_path = get_field(record, "audio_path", str, filled=True)
+    for choice in choices:
+        if isinstance(choice, bool) or not isinstance(choice, (str, int, float)):
+            raise DataError(f"`multi_choice` holds {choice!r:.80}; every choice must be a text", "choice is no text")
+    if not 0 <= answer < len(choices):
+        message = f"`answer` is {answer}, but the {len(choices)} choices are numbered from 0"
+        raise DataError(message, "`answer` out of range")
+    if dataset_name == "AVQA":  # its questions are about videos, of which the model gets the sound; as in the paper
+        question = question.replace("video", "audio")
+    return Fields(question, choices, str(choices[answer]), resolve_audio_path(audio_path, folder))
 
 
 def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
     """One parsed object as a row of the data set; a `DataError` says what keeps it from being one."""
-    question = _field(record, "question_text", str)
-    choices = _field(record, "multi_choice", list)
-    answer = _field(record, "answer", int)
-    dataset_name = _field(record, "dataset_name", str)
-    audio_path = _field(record, "audio_path", str)
-    for choice in choices:
-        if isinstance(choice, bool) or not isinstance(choice, (str, int, float)):
-            raise DataError(f"`multi_choice` holds {choice!r:.80}; every choice must be a text", "choice is no text")
-        _check_text("multi_choice", choice)
-    if not 0 <= answer < len(choices):
-        message = f"`answer` is {answer}, but the {len(choices)} choices are numbered from 0"
-        raise DataError(message, "`answer` out of range")
-    if not audio_path:
-        raise DataError("`audio_path` is empty", "`audio_path` empty")
-    if dataset_name == "AVQA":  # its questions are about videos, of which the model gets the sound; as in the paper
-        question = question.replace("video", "audio")
+    question, choices, answer, audio_path = read_fields(record, folder)
     return {
         "prompt": build_question(question, choices, style),
-        "audio_path": resolve_audio_path(audio_path, folder),
-        "solution": build_solution(choices[answer]),
+        "audio_path": audio_path,
+        "solution": build_solution(answer),
         "style": style,
         "row": number,
     }
@@ -184,10 +149,10 @@ def check_row(record: dict) -> list[str]:
     Raises:
         DataError: it is no question to be asked.
     """
-    return check_question(record["question_text"], record["multi_choice"], "multi_choice")
+    return check_choices(record["question_text"], record["multi_choice"], "multi_choice")
 
 
-def check_question(question: str, choices: list, key: str) -> list[str]:
+def check_choices(question: str, choices: list, key: str) -> list[str]:
     """The rules that training and evaluation files share; `key` is what the file calls its choices. As `check_row`."""
     if not question.strip():
         raise DataError("the question is empty; remove the row", "question empty")
@@ -198,29 +163,6 @@ def check_question(question: str, choices: list, key: str) -> list[str]:
         message = f"`{key}` has {len(choices)} entries, no choice at all; remove the row"
         raise DataError(message, "fewer than two choices")
     return ["choices with duplicates"] if len(set(choices)) < len(choices) else []
-
-
-def _field(record: dict, key: str, kind: type):
-    """`record[key]`, which must be there and of this JSON type (true and false are no numbers)."""
-    if record.get(key) is None:
-        what = "null" if key in record else "missing"
-        raise DataError(f"`{key}` is {what}; data/README.md shows the format", f"`{key}` {what}")
-    value = record[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        message = f"`{key}` is {value!r:.80}, of type {type(value).__name__}; it must be of type {kind.__name__}"
-        raise DataError(message, f"`{key}` of the wrong type")
-    return _check_text(key, value)
-
-
-def _check_text(key: str, value):
-    """`value` itself, unless it is a text that cannot be written down: JSON's \\ud800 is half a character."""
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            message = f"`{key}` holds half a surrogate pair, {value!r:.80}; mend the text"
-            raise DataError(message, "broken text") from error
-    return value
 
 
 def resolve_audio_path(audio_path: str, folder: Path) -> str:

@@ -1,21 +1,15 @@
 """The contract between model and grader: the question's wording, the required shape of an answer, and how an answer is
-read back. Each is defined here once, for training, reward and evaluation alike; no other module knows a tag.
+read back. Each is defined here once, for training, reward and evaluation alike; no other module knows a tag, or does
+one thing or another by a style's name.
 
 Sources: Prompts <1>, <2>, <3> of R1-AQA (arXiv 2503.11197) and the regular expressions of its released code.
 """
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-
-# style -> what follows the question and its options (`choice` is the paper's Prompt <1>, `answer` <2>, `think` <3>)
-INSTRUCTIONS = {
-    "choice": "",
-    "answer": " Output the final answer in <answer> </answer>.",
-    "think": " Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
-}
-STYLES = tuple(INSTRUCTIONS)
-DEFAULT_STYLE = "answer"
 
 THINK_OPEN, ANSWER_OPEN, ANSWER_CLOSE = "<think>", "<answer>", "</answer>"
 THINK_THEN_ANSWER = re.compile(r"</think>\s*<answer>")
@@ -23,11 +17,71 @@ THINK_THEN_ANSWER = re.compile(r"</think>\s*<answer>")
 STYLE_FILE = "prompt_style.json"
 
 
-def check_style(style: str) -> str:
-    """Return `style` itself, or raise a `ValueError` that lists the known ones."""
-    if style not in INSTRUCTIONS:
-        raise ValueError(f"unknown prompt style {style!r}: choose one of {', '.join(STYLES)}")
-    return style
+def build_solution(answer) -> str:
+    """The right answer as a completion of style `answer`, the form in which AVQA's solutions are stored."""
+    return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
+
+
+# Shapes of a whole completion: the originals' `re.fullmatch` with `re.DOTALL`, but in time linear in its length.
+
+
+def _is_answer(completion: str, opening: str = ANSWER_OPEN) -> bool:
+    """`<answer>.*?</answer>`"""
+    long_enough = len(completion) >= len(opening) + len(ANSWER_CLOSE)
+    return long_enough and completion.startswith(opening) and completion.endswith(ANSWER_CLOSE)
+
+
+def _is_thought_and_answer(completion: str) -> bool:
+    r"""`<think>.*?</think>\s*<answer>.*?</answer>`"""
+    end = len(completion) - len(ANSWER_CLOSE)
+    return _is_answer(completion, THINK_OPEN) and bool(THINK_THEN_ANSWER.search(completion, len(THINK_OPEN), end))
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a prompt asks for."""
+
+    name: str
+    instruction: str  # follows the question and its options
+    shape: Callable[[str], bool]  # whether a whole completion is as the prompt asks
+    write: Callable[[str], str]  # an answer, as it is to be written
+    thinks: bool = False  # before the answer
+
+    def target(self, answer: str) -> str:
+        """What supervised fine-tuning is to write.
+
+        Raises:
+            ValueError: the style asks for thoughts.
+        """
+        if self.thinks:
+            raise ValueError(
+                f"the data holds no thoughts, so style {self.name} cannot be learned; use choice or answer"
+            )
+        return self.write(answer)
+
+    def reply(self, answer: str, completion: str) -> str:
+        """`answer` as a whole completion, after the thoughts of `completion` where the style asks for any."""
+        thoughts = completion.partition(ANSWER_OPEN)[0] if self.thinks else ""
+        return thoughts + self.write(answer)
+
+
+THINKING = " Output the thinking process in <think> </think> and final answer in <answer> </answer>."
+STYLES = {
+    style.name: style
+    for style in (
+        Style("choice", "", lambda completion: True, str),  # the paper's Prompt <1>
+        Style("answer", " Output the final answer in <answer> </answer>.", _is_answer, build_solution),  # <2>
+        Style("think", THINKING, _is_thought_and_answer, build_solution, thinks=True),  # <3>
+    )
+}
+DEFAULT_STYLE = "answer"
+
+
+def get_style(name: str) -> Style:
+    """The style of this name, or a `ValueError` that lists the known ones."""
+    if name not in STYLES:
+        raise ValueError(f"unknown prompt style {name!r}: choose one of {', '.join(STYLES)}")
+    return STYLES[name]
 
 
 def build_question(question: str, choices: list, style: str = DEFAULT_STYLE) -> str:
@@ -45,7 +99,7 @@ def build_question(question: str, choices: list, style: str = DEFAULT_STYLE) -> 
         ValueError: unknown style.
     """
     options = f" Please choose the answer from the following options: {list(choices)}."
-    return question + options + INSTRUCTIONS[check_style(style)]
+    return question + options + get_style(style).instruction
 
 
 def build_messages(text: str) -> list[dict]:
@@ -56,29 +110,13 @@ def build_messages(text: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": text}]}]
 
 
-def build_solution(answer) -> str:
-    """The right answer as a completion of style `answer`, the form in which AVQA's solutions are stored."""
-    return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
-
-
 def matches_format(completion: str, style: str = DEFAULT_STYLE) -> bool:
-    r"""Whether the whole completion has the shape that the prompt asked for.
-
-    `answer`: `<answer>.*?</answer>`; `think`: `<think>.*?</think>\s*<answer>.*?</answer>`, as `re.fullmatch` with
-    `re.DOTALL` in the original, but in time linear in the completion's length. `choice` asks for no shape: always true.
+    """Whether the whole completion has the shape that a prompt of this style asks for; `choice` asks for none.
 
     Raises:
         ValueError: unknown style.
     """
-    if check_style(style) == "choice":
-        return True
-    opening = ANSWER_OPEN if style == "answer" else THINK_OPEN
-    inner_length = len(completion) - len(opening) - len(ANSWER_CLOSE)
-    if inner_length < 0 or not completion.startswith(opening) or not completion.endswith(ANSWER_CLOSE):
-        return False
-    if style == "answer":
-        return True
-    return THINK_THEN_ANSWER.search(completion, len(opening), len(opening) + inner_length) is not None
+    return get_style(style).shape(completion)
 
 
 def extract_answer(completion: str) -> str:
@@ -102,7 +140,7 @@ def extract_answer(completion: str) -> str:
 
 def save_style(folder: str | Path, style: str) -> None:
     """Record in a checkpoint's folder the prompt style it was trained with, for evaluation to use by itself."""
-    (Path(folder) / STYLE_FILE).write_text(json.dumps({"prompt_style": check_style(style)}) + "\n", encoding="utf-8")
+    (Path(folder) / STYLE_FILE).write_text(json.dumps({"prompt_style": get_style(style).name}) + "\n", encoding="utf-8")
 
 
 def load_style(folder: str | Path) -> str | None:
@@ -115,6 +153,6 @@ def load_style(folder: str | Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return check_style(json.loads(path.read_text(encoding="utf-8"))["prompt_style"])
+        return get_style(json.loads(path.read_text(encoding="utf-8"))["prompt_style"]).name
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not name a prompt style ({error}); write it anew or delete it") from error

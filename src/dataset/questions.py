@@ -1,23 +1,30 @@
-"""A benchmark's question file: read, checked, recognised. Knows MMAU (test-mini and test, both releases) and MMAR.
+"""A file of questions to ask a model: read, checked, recognised. Knows MMAU (test-mini and test, both releases), MMAR,
+and AVQA, whose rows are those to train on.
 
-    MMAU   a JSON list      id, audio_id, question, choices, answer (blank in the full test set), task, difficulty ...
-    MMAR   JSONL or a list  id, audio_path, question, choices, answer, modality, category ...
+    MMAU   id, audio_id, question, choices, answer (blank in the full test set), task, difficulty ...
+    MMAR   id, audio_path, question, choices, answer, modality, category ...
+    AVQA   see `dataset.py`; `question_relation` serves as the task
+
+Each is a JSON list or JSONL.
 
 There are two releases of MMAU's test-mini, the original of the paper and the revised v05.15.25, in which about a
 quarter of the questions differ; scores of one do not compare with those of the other. `mmau_v05.15.25.txt` beside this
 file has a line for each question of the revised release: 6 hex digits of the id's hash, 4 of the question's. Its
 authors keep mending single questions, so a file counts as revised when nearly all of its questions are those.
 
+As in `dataset.py`, `to_question` takes whatever can be asked, and `check_question` says what else a row should not be.
 Leaves out the clips (only their paths are made here) and the scoring (`evaluation/mmau.py`).
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .dataset import read_rows, resolve_audio_path
+from .dataset import check_choices, read_fields
+from .rows import DataError, get_field, read_records
 
 REVISED, ORIGINAL, UNKNOWN = "v05.15.25", "original", "unrecognised"
 REVISED_QUESTIONS = Path(__file__).with_name(f"mmau_{REVISED}.txt")
@@ -54,99 +61,36 @@ class Benchmark:
         return f"{title}, {len(self.questions)} questions ({self.digest})"
 
 
-def load_benchmark(data_file: str | Path, audio_dir: str | Path | None = None) -> Benchmark:
+def load_questions(path: str | Path, audio_dir: str | Path | None = None) -> Benchmark:
     """Read a question file.
 
     Args:
-        data_file: MMAU's JSON list or MMAR's JSONL.
+        path: MMAU's, MMAR's or AVQA's.
         audio_dir: what the clips' paths start from; the file's own folder by default.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has no rows, or a row lacks a key, has no choices or repeats an id; names file and row.
-    """
-    data_file = Path(data_file)
-    if not data_file.is_file():
-        raise FileNotFoundError(f"{data_file}: no such question file; data/README.md says how to get MMAU's")
-    return to_benchmark(read_records(data_file), data_file, Path(audio_dir or data_file.parent))
-
-
-def load_questions(path: str | Path) -> Benchmark:
-    """A question file for evaluation: MMAU's or MMAR's, or AVQA's JSONL, whose `question_relation` serves as the task.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_benchmark`.
-    """
-    path = Path(path)
-    try:
-        first = next(read_rows(path))[1]
-    except (OSError, ValueError, StopIteration):  # not JSONL; what else may be wrong with it, the other reader says
-        first = {}
-    if "question_text" not in first:
-        return load_benchmark(path)
-    records = []
-    for number, row in read_rows(path):
-        try:
-            replaced = row["question_text"].replace("video", "audio") if row.get("dataset_name") == "AVQA" else None
-            records.append(
-                {
-                    "id": str(row.get("id", number)),
-                    "audio_id": resolve_audio_path(row["audio_path"], path.parent),
-                    "question": replaced or row["question_text"],
-                    "choices": [str(choice) for choice in row["multi_choice"]],
-                    "answer": str(row["multi_choice"][row["answer"]]),
-                    "task": str(row.get("question_relation", "all")),
-                    "difficulty": "",
-                    "sub-category": str(row.get("question_type", "")),
-                }
-            )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: {error!r}; src/dataset/check.py says more") from error
-    return to_benchmark(records, path, path.parent)
-
-
-def read_records(path: str | Path) -> list[dict]:
-    """Rows of a JSON list or of a JSONL file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is neither, or a row is not an object; names the file and the row.
+        ValueError: it is not JSON, has no rows, or one that is no question or repeats an id; names file and row.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:  # of UTF-8 and of JSON alike
-        raise ValueError(f"{path}: neither a JSON list nor one JSON object per line, in UTF-8 ({error})") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: a JSON {type(row).__name__}, not an object")
-    return rows
+        raise FileNotFoundError(f"{path}: no such question file; data/README.md says how to get MMAU's")
+    return to_benchmark(read_records(path), path, Path(audio_dir or path.parent))
+
+
+load_benchmark = load_questions
 
 
 def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmark:
-    """Rows already read -> `Benchmark`; `source` is named in messages. Raises as `load_benchmark`."""
+    """Rows already read -> `Benchmark`; `source` is named in messages. Raises as `load_questions`."""
     if not records:
         raise ValueError(f"{source}: holds no questions")
-    questions, seen = [], {}
+    questions, ids = [], {}
     for number, record in enumerate(records, start=1):
         try:
-            question = _to_question(record, audio_dir)
-        except ValueError as error:
+            questions.append(to_question(record, number, audio_dir, ids))
+        except DataError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
-        if question.id in seen and "id" not in record:  # two questions about one clip, in a file without ids
-            question = replace(question, id=f"{question.id}-{_content_hash(record)[:8]}")
-        if question.id in seen:
-            raise ValueError(
-                f"{source}, row {number}: the id {question.id} is that of row {seen[question.id]}; make it unique"
-            )
-        seen[question.id] = number
-        questions.append(question)
     if any("modality" in record for record in records):
         name = "mmar"
     else:
@@ -159,6 +103,48 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmar
         has_answers=all(str(record.get("answer") or "").strip() for record in records),
         questions=questions,
     )
+
+
+def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int]) -> Question:
+    """A row as a question.
+
+    Args:
+        number: of the row, from 1.
+        audio_dir: what the clip's path starts from.
+        ids: of the questions before it, and their rows' numbers; gets this one's.
+
+    Raises:
+        DataError: it cannot be asked, or has another's id.
+    """
+    if "question_text" in record:
+        record = _from_avqa(record, number, audio_dir)
+    get_field(record, "question", str, filled=True)
+    get_field(record, "choices", list, filled=True)
+    clip = get_field(record, _clip_key(record), str, filled=True)
+    id_ = _id(record)
+    if id_ in ids and "id" not in record:  # two questions about one clip, in a file without ids
+        id_ = f"{id_}-{_content_hash(record)[:8]}"
+    if id_ in ids:
+        raise DataError(f"the id {id_} is that of row {ids[id_]} too; make it unique", "id repeated")
+    ids[id_] = number
+    # As the row has it below `audio_dir`, or right there without its folder.
+    paths = (audio_dir / clip, audio_dir / Path(clip).name)
+    return Question(id_, record, str(next(filter(os.path.isfile, paths), paths[0])))
+
+
+def check_question(question: Question, audio_dir: Path) -> list[str]:
+    """Hold a question against what `to_question` lets pass; returns and raises as `dataset.check_row`."""
+    record = question.record
+    notes = check_choices(record["question"], record["choices"], "choices")
+    answer = record.get("answer")
+    if answer not in record["choices"] and not (answer in (None, "") and record.get("split") == "test"):
+        message = f"`answer` is {answer!r:.80}, which is none of the choices; mend the row"
+        raise DataError(message, "`answer` not among the choices")
+    key, folder = _clip_key(record), os.path.abspath(audio_dir)
+    if os.path.commonpath([folder, os.path.normpath(os.path.join(folder, record[key]))]) != folder:
+        message = f"`{key}` {record[key]!r:.200} leads out of the data folder {folder}; move the clip into it"
+        raise DataError(message, "clip outside the data folder")
+    return notes
 
 
 def recognise_release(records: list[dict]) -> str:
@@ -181,18 +167,23 @@ def _revised_questions() -> dict[str, str]:
     return {line[:6]: line[6:] for line in REVISED_QUESTIONS.read_text(encoding="ascii").split()}
 
 
-def _to_question(record: dict, audio_dir: Path) -> Question:
-    for key in ("question", "choices"):
-        if not record.get(key):
-            raise ValueError(f"`{key}` is missing or empty")
-    if not isinstance(record["choices"], list):
-        raise ValueError(f"`choices` is {record['choices']!r:.80}, not a list")
-    clip = record.get("audio_id") or record.get("audio_path")
-    if not clip:
-        raise ValueError("neither `audio_id` (MMAU) nor `audio_path` (MMAR) names its clip")
-    # As the row has it below `audio_dir`, or right there without its folder.
-    paths = (audio_dir / clip, audio_dir / Path(clip).name)
-    return Question(_id(record), record, str(next((path for path in paths if path.is_file()), paths[0])))
+def _from_avqa(record: dict, number: int, folder: Path) -> dict:
+    """A row to train on with MMAU's keys."""
+    question, choices, answer, audio_path = read_fields(record, folder)
+    return {
+        "id": str(record.get("id", number)),
+        "audio_id": audio_path,
+        "question": question,
+        "choices": [str(choice) for choice in choices],
+        "answer": answer,
+        "task": str(record.get("question_relation", "all")),
+        "difficulty": "",
+        "sub-category": str(record.get("question_type", "")),
+    }
+
+
+def _clip_key(record: dict) -> str:
+    return "audio_path" if "audio_path" in record and not record.get("audio_id") else "audio_id"
 
 
 def _id(record: dict) -> str:

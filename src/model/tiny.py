@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from dataset.audio import SAMPLE_RATE
-from dataset.prompt import DEFAULT_STYLE, INSTRUCTIONS, build_messages, save_style
+from dataset.prompt import DEFAULT_STYLE, STYLES, build_messages, save_style
 
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
@@ -76,7 +76,7 @@ def build_processor(
     Its vocabulary is learned from `texts`, the chat template and the instructions of all prompt styles.
     """
     chat = jinja2.Template(CHAT_TEMPLATE).render(messages=build_messages(""), add_generation_prompt=True)
-    tokenizer = build_tokenizer([*texts, chat, *INSTRUCTIONS.values()], vocab_size)
+    tokenizer = build_tokenizer([*texts, chat, *(style.instruction for style in STYLES.values())], vocab_size)
     extractor = WhisperFeatureExtractor(
         feature_size=mel_bins,
         chunk_length=seconds,
