@@ -41,10 +41,11 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dataset.audio import CHANNELS, SAMPLE_RATE, DataError, read_header
+from dataset.audio import CHANNELS, SAMPLE_RATE, read_header
 from dataset.dataset import check_row, to_row
 from dataset.encode import MIN_SECONDS
 from dataset.prompt import DEFAULT_STYLE
+from dataset.rows import DataError, read_json, write_whole
 
 CLIP_SECONDS = 10
 SLACK_SECONDS = 1.0  # files a little longer than the clip are the clip: real ones last 10.008 s
@@ -362,10 +363,7 @@ def read_annotations(path: Path) -> list:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; data/README.md says where AVQA's annotations are")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON in UTF-8 ({error}); fetch AVQA's annotations again") from error
+    rows = read_json(path, "fetch AVQA's annotations again")
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a JSON {type(rows).__name__}, not AVQA's list of questions")
     return rows
@@ -414,10 +412,10 @@ def prepare(args: argparse.Namespace) -> Ledger:
             lines.append(json.dumps(record | {"audio_path": _relative(path, out)}) + "\n")
     ledger.written = len(lines)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(out.with_suffix(".dropped.jsonl"), (json.dumps(row) + "\n" for row in ledger.dropped))
+    write_whole(out.with_suffix(".dropped.jsonl"), "".join(json.dumps(row) + "\n" for row in ledger.dropped))
     if not lines:
         raise ValueError(f"no row is left of {args.annotations}; {out} was not written\n{ledger}")
-    _write_whole(out, lines)
+    write_whole(out, "".join(lines))
     return ledger
 
 
@@ -438,13 +436,6 @@ def _relative(path: str, out: Path) -> str:
     """`path` as the training file names it: from its own folder where it lies below that, so that both can be moved."""
     path, folder = os.path.abspath(path), os.path.abspath(out.parent)
     return os.path.relpath(path, folder) if os.path.commonpath([path, folder]) == folder else path
-
-
-def _write_whole(path: Path, lines) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    unfinished.replace(path)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -27,7 +27,8 @@ from datasets import Audio, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 
-from dataset.questions import ORIGINAL, REVISED, UNKNOWN, read_records, recognise_release, to_benchmark
+from dataset.questions import ORIGINAL, REVISED, UNKNOWN, recognise_release, to_benchmark
+from dataset.rows import first_problems, read_records, write_whole
 
 HUB = "gamma-lab-umd/MMAU-test-mini"
 PREFIX = re.compile(r"\s*\([A-Z]\)\s*")  # of the hub's choices and answers
@@ -171,9 +172,7 @@ def lay_out(records: list[dict], clips: Iterable[tuple[str, bytes]], folder: Pat
             write_clip(places[name], content)
     if not question_file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = question_file.with_name(question_file.name + ".tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(question_file)
+        write_whole(question_file, text)
     return [name for name, place in places.items() if not place.is_file()]
 
 
@@ -216,10 +215,8 @@ def prepare(args: argparse.Namespace) -> int:
     folder = out if release == ORIGINAL else out / release
     missing = lay_out(records, clips, folder)
     print(f"{folder}: release {release}, {len(records)} questions, {len(missing)} without a clip")
-    for name in missing[:SHOWN]:
-        print(f"  missing: {name}")
-    if len(missing) > SHOWN:
-        print(f"  ... and {len(missing) - SHOWN} more")
+    if missing:
+        print("  " + first_problems((f"missing: {name}" for name in missing), SHOWN))
     print(f"evaluate with: MMAU_DIR={folder} sh test_mmau.sh")
     return 1 if missing else 0
 

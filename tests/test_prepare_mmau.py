@@ -16,7 +16,7 @@ from prepare_mmau import hub_record, main, remove_prefixes
 
 from dataset import questions as benchmark
 from dataset.check import examine_evaluation_file
-from dataset.questions import load_benchmark, release_line
+from dataset.questions import load_questions, release_line
 
 REVISED = "v05.15.25"
 
@@ -102,7 +102,7 @@ def test_json_and_tar(tmp_path, clips, capsys):
     assert main([*arguments, "--out", str(out), "--release", "original"]) == 0
     assert laid_out(out) == (items(), clips), "byte for byte, and no clip that no question names"
     assert f"{out}: release original, 4 questions, 0 without a clip" in capsys.readouterr().out
-    assert len(load_benchmark(out / "mmau-test-mini.json").questions) == 4
+    assert len(load_questions(out / "mmau-test-mini.json").questions) == 4
     assert not examine_evaluation_file(out / "mmau-test-mini.json", deep=True, workers=0).dropped
 
 
@@ -169,7 +169,7 @@ def test_both_releases_each_in_its_own_folder(tmp_path, clips, monkeypatch, caps
             assert main([*flags, "--release", wrong]) == 1
             assert f"not {wrong}" in capsys.readouterr().err
         assert laid_out(out) == (items(), clips) and laid_out(out / REVISED) == (revised, other)
-        assert load_benchmark(out / REVISED / "mmau-test-mini.json").release == REVISED
+        assert load_questions(out / REVISED / "mmau-test-mini.json").release == REVISED
     finally:
         benchmark._revised_questions.cache_clear()
 

@@ -7,10 +7,8 @@ cut off, and silence.
 
 import errno
 import os
+import re
 import stat
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,10 @@ SAMPLE_RATE = 16_000  # Hz, what Qwen2-Audio's feature extractor takes
 CHANNELS = ("first", "mean")
 CUT_SECONDS = 0.1  # a header may promise this much more than the file holds: sloppy writers do
 FULL_SCALE = 1 - 2**-15  # the largest 16-bit sample
-MAX_CHUNKS = 1000  # of a RIFF file, before its samples
+# In libsndfile's notes on a wav file: `Bytes/sec : 32000`, `data : 160000 (should be 79978)`: promised, and there.
+PROMISED_BYTES = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+BYTES_PER_SECOND = re.compile(r"^ +Bytes/sec +: (\d+)", re.MULTILINE)
+UNKNOWN_LENGTH = 0xFFFFFFFF  # what a stream's writer promises
 
 
 class MissingAudio(DataError, FileNotFoundError):
@@ -77,9 +78,9 @@ def read_header(path: str | Path) -> AudioHeader:
     Raises:
         FileNotFoundError, DataError: as `load_audio`, as far as the header tells; a file that was cut off.
     """
-    with _open(path) as (file, descriptor):
+    with _open(path) as file:
         there = file.frames / file.samplerate
-        if (missing := _missing_seconds(descriptor)) > CUT_SECONDS:
+        if (missing := _missing_seconds(file)) > CUT_SECONDS:
             whole = there + missing
             raise DataError(
                 f"{path}: cut off, {there:.2f} s of {whole:.2f} s are there; fetch it again", "clip cut off"
@@ -121,7 +122,7 @@ def _decode(path: str | Path, channels: str) -> tuple[np.ndarray, int]:
     """Samples (samples,) of the channel(s) to hear, at the file's own rate, and that rate in Hz."""
     if channels not in CHANNELS:
         raise ValueError(f"unknown audio channels {channels!r}: choose one of {', '.join(CHANNELS)}")
-    with _open(path) as (file, _):
+    with _open(path) as file:
         try:
             samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
         except soundfile.LibsndfileError as error:
@@ -143,21 +144,17 @@ def _no_samples(path) -> DataError:
     return DataError(message, "clip without samples")
 
 
-@contextmanager
-def _open(path: str | Path) -> Iterator[tuple[soundfile.SoundFile, int]]:
-    """An audio file and its descriptor, or a `DataError` that names it."""
+def _open(path: str | Path) -> soundfile.SoundFile:
+    """An audio file, or a `DataError` that names it."""
     _check_is_file(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
         # A descriptor has no name, so libsndfile looks at the content alone; SoundFile closes it.
-        file = soundfile.SoundFile(descriptor, closefd=True)
+        return soundfile.SoundFile(os.open(path, os.O_RDONLY), closefd=True)
     except soundfile.LibsndfileError as error:
         message = f"{path}: not an audio file that libsndfile can read ({error.error_string}); convert it to wav"
         raise DataError(message, "clip is no audio file") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})", "clip unreadable") from error
-    with file:
-        yield file, descriptor
 
 
 def _check_is_file(path: str | Path) -> None:
@@ -182,24 +179,12 @@ def _check_is_file(path: str | Path) -> None:
         raise DataError(f"{path}: an empty file, not an audio file; fetch it again", "clip is an empty file")
 
 
-def _missing_seconds(descriptor: int) -> float:
-    """How much of the audio that a wav file's header promises is not in the file; libsndfile does not tell."""
-    if os.pread(descriptor, 4, 0) != b"RIFF":
+def _missing_seconds(file: soundfile.SoundFile) -> float:
+    """How much of the audio that a wav file's header promises is not in the file, by libsndfile's notes on it."""
+    promised, rate = PROMISED_BYTES.search(file.extra_info), BYTES_PER_SECOND.search(file.extra_info)
+    if not promised or not rate or int(promised[1]) == UNKNOWN_LENGTH:
         return 0.0
-    offset, bytes_per_second = 12, 0
-    for _ in range(MAX_CHUNKS):
-        chunk = os.pread(descriptor, 20, offset)
-        if len(chunk) < 8:
-            break
-        name, length = struct.unpack("<4sI", chunk[:8])
-        if name == b"fmt " and len(chunk) == 20:
-            (bytes_per_second,) = struct.unpack("<I", chunk[16:])
-        if name == b"data":
-            there = os.fstat(descriptor).st_size - offset - 8
-            unknown = length in (0, 0xFFFFFFFF) or not bytes_per_second  # a stream's writer cannot know it
-            return 0.0 if unknown else max(0.0, (length - there) / bytes_per_second)
-        offset += 8 + length + length % 2
-    return 0.0
+    return (int(promised[1]) - int(promised[2])) / max(1, int(rate[1]))
 
 
 def _reaches_the_end(file: soundfile.SoundFile) -> bool:
