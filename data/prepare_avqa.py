@@ -41,7 +41,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dataset.audio import CHANNELS, SAMPLE_RATE, read_header
+from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples
 from dataset.dataset import check_row, to_row
 from dataset.encode import MIN_SECONDS
 from dataset.prompt import DEFAULT_STYLE
@@ -153,12 +153,12 @@ def find_clip(clip: Clip, candidates: list[str], wavs: Path, channels: str) -> s
 def _is_the_clip(path: str) -> str | DataError:
     """`path` itself where it can be used as it lies."""
     try:
-        header = read_header(path)
+        samples = count_samples(path)
     except DataError as error:
         return error
-    if header.samples > (CLIP_SECONDS + SLACK_SECONDS) * SAMPLE_RATE:
+    if samples > (CLIP_SECONDS + SLACK_SECONDS) * SAMPLE_RATE:
         return DataError(f"{path}: longer than the clip", "longer than the clip")
-    if header.samples < MIN_SECONDS * SAMPLE_RATE:
+    if samples < MIN_SECONDS * SAMPLE_RATE:
         return DataError(f"{path}: lasts under {MIN_SECONDS} s; fetch it again", "clip too short")
     return path
 

@@ -26,9 +26,7 @@ def load_processor(model: str) -> Qwen2AudioProcessor:
     return processor
 
 
-def prepare_run(
-    data: DataArguments, args: TrainingArguments, model: str
-) -> tuple[Qwen2AudioProcessor, Dataset]:
+def prepare_run(data: DataArguments, args: TrainingArguments, model: str) -> tuple[Qwen2AudioProcessor, Dataset]:
     """What every training script does before it loads a model: its processor, and the usable rows of its data.
 
     Raises:
@@ -49,7 +47,7 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         FileNotFoundError: there is no such file.
         ValueError: more than `max_dropped` of the rows are unusable, or there is none; the table says why.
     """
-    found = [None, None]  # dropped lines, error
+    outcome = [None]  # the numbers of the dropped rows, or the error that stops the run
     if args.process_index == 0:
         try:
             examination = examine_training_file(
@@ -63,17 +61,16 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
             )
             print(examination.table(), flush=True)
             examination.check_share(data.max_dropped)
-            found[0] = list(examination.dropped)
+            outcome = [list(examination.dropped)]
         except (ValueError, OSError) as error:
-            found[1] = error
+            outcome = [error]
     if args.world_size > 1:
-        broadcast_object_list(found)
-    dropped, error = found
-    if error is not None:
-        raise error
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
     if args.process_index == 0:
         return examination.dataset
-    return load_train_dataset(data.data_file, data.prompt_style, skip=set(dropped))
+    return load_train_dataset(data.data_file, data.prompt_style, skip=set(outcome[0]))
 
 
 def check_resumable(folder: str | Path) -> None:

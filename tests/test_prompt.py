@@ -58,6 +58,17 @@ def test_choice_style_is_the_question_and_its_options():
     assert build_question("What?", ["a", "b's"], "choice") == expected
 
 
+def test_what_is_to_be_written():
+    assert [STYLES[style].target("dog") for style in ("choice", "answer")] == ["dog", "<answer>dog</answer>"]
+    with pytest.raises(ValueError, match="style think cannot be learned"):
+        STYLES["think"].target("dog")
+    completion = "<think>cat</think> <answer>cat</answer>"
+    replies = [style.reply("dog", completion) for style in STYLES.values()]
+    assert replies == ["dog", "<answer>dog</answer>", "<think>cat</think> <answer>dog</answer>"]
+    for style, reply in zip(STYLES.values(), replies, strict=True):
+        assert style.shape(reply)
+
+
 def test_messages_are_the_audio_and_then_the_text():
     (message,) = build_messages("What?")
     assert message["role"] == "user"

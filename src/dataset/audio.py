@@ -1,7 +1,7 @@
 """Audio file -> 16 kHz mono float32. Trusts the file's content, never its name; knows nothing of models.
 
-What is wrong with a clip is a `DataError`: `read_header` says what the header and the file's size tell, in a tenth of a
-millisecond; `examine_clip` decodes as well. `load_audio` is the lenient one: it takes what is left of a clip that was
+What is wrong with a clip is a `DataError`: `count_samples` says what the header and the file's size tell, in a tenth of
+a millisecond; `examine_clip` decodes as well. `load_audio` is the lenient one: it takes what is left of a clip that was
 cut off, and silence.
 """
 
@@ -33,16 +33,6 @@ class MissingAudio(DataError, FileNotFoundError):
 
 
 @dataclass(frozen=True)
-class AudioHeader:
-    """What a clip's header says."""
-
-    samples: int  # at 16 kHz: what `load_audio` would return
-    rate: int  # Hz, of the file
-    channels: int
-    format: str  # libsndfile's name: WAV, FLAC, MP3, ...
-
-
-@dataclass(frozen=True)
 class ClipReport:
     """A usable clip."""
 
@@ -70,8 +60,8 @@ def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def read_header(path: str | Path) -> AudioHeader:
-    """Read a clip's header, and whether the file is as long as the header says.
+def count_samples(path: str | Path) -> int:
+    """The number of samples that `load_audio` would return, from the file's header; whether all are there is checked.
 
     A wav, FLAC or MP3 file that was cut off is found out; libsndfile hides it for the other formats.
 
@@ -81,21 +71,13 @@ def read_header(path: str | Path) -> AudioHeader:
     with _open(path) as file:
         there = file.frames / file.samplerate
         if (missing := _missing_seconds(file)) > CUT_SECONDS:
-            whole = there + missing
-            raise DataError(
-                f"{path}: cut off, {there:.2f} s of {whole:.2f} s are there; fetch it again", "clip cut off"
-            )
+            message = f"{path}: cut off, {there:.2f} s of {there + missing:.2f} s are there; fetch it again"
+            raise DataError(message, "clip cut off")
         if not _reaches_the_end(file):
             raise DataError(f"{path}: cut off before the end of its {there:.2f} s; fetch it again", "clip cut off")
         if file.frames == 0:
             raise _no_samples(path)
-        samples = -(-file.frames * SAMPLE_RATE // file.samplerate)  # rounded up, as librosa does
-        return AudioHeader(samples, file.samplerate, file.channels, file.format)
-
-
-def count_samples(path: str | Path) -> int:
-    """The number of samples that `load_audio` would return, from the file's header alone. Raises as `read_header`."""
-    return read_header(path).samples
+        return -(-file.frames * SAMPLE_RATE // file.samplerate)  # rounded up, as librosa does
 
 
 def examine_clip(
@@ -107,7 +89,7 @@ def examine_clip(
     Errors are returned, not raised, so that clips can be examined in other threads and processes.
     """
     try:
-        samples = read_header(path).samples
+        samples = count_samples(path)
         if not deep or samples > longest:
             return ClipReport(samples)
         mono, _ = _decode(path, channels)

@@ -91,6 +91,7 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmar
             questions.append(to_question(record, number, audio_dir, ids))
         except DataError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
+    records = [question.record for question in questions]  # AVQA's are others now
     if any("modality" in record for record in records):
         name = "mmar"
     else:
