@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .audio import SAMPLE_RATE, DataError
+from .audio import SAMPLE_RATE
 from .prompt import build_messages
+from .rows import DataError
 
 if TYPE_CHECKING:  # only named here: importing them takes seconds, which `check.py` without a model need not wait
     import torch

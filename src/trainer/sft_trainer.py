@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from dataset.audio import load_audio
 from dataset.encode import encode
-from dataset.prompt import extract_answer
+from dataset.prompt import STYLES, extract_answer
 from dataset.questions import Benchmark
 from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
@@ -34,15 +34,12 @@ class AnswerCollator:
         self.processor, self.audio_channels = processor, audio_channels
 
     def target(self, row: dict) -> str:
-        """What the model is to write: the bare answer in style `choice`, `<answer>...</answer>` in style `answer`.
+        """What the model is to write: the right answer in the shape of the row's style, and the end.
 
         Raises:
-            ValueError: style `think`: the data holds no thoughts to learn.
+            ValueError: the data holds nothing to learn in this style.
         """
-        if row["style"] == "think":
-            raise ValueError("the data holds no thoughts, so style think cannot be learned; use choice or answer")
-        text = extract_answer(row["solution"]) if row["style"] == "choice" else row["solution"]
-        return text + self.processor.tokenizer.eos_token
+        return STYLES[row["style"]].target(extract_answer(row["solution"])) + self.processor.tokenizer.eos_token
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Decode, tokenize and label N rows.
