@@ -9,7 +9,6 @@ import pytest
 import row_by_row
 import torch
 from datasets import Dataset
-from make_demo import MMAU_FILE, SOUNDS, TRAIN_FILE, WARM_START_FILE, make_demo, synthesise
 from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids
 
@@ -29,6 +28,7 @@ from demo import (
     score,
     warm_start,
 )
+from make_demo import MMAU_FILE, SOUNDS, TRAIN_FILE, WARM_START_FILE, make_demo, synthesise
 from model.tiny import IM_END, SPECIAL_TOKENS, build_demo_model, build_tokenizer
 
 COUNTS = dict(warm_start=33, train=22, test=22)

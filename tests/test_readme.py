@@ -5,9 +5,9 @@ import shlex
 from itertools import dropwhile
 
 import pytest
-from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
+from conftest import ROOT
 from train import make_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

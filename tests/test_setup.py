@@ -3,11 +3,12 @@
 import sys
 
 import pytest
-from conftest import ROOT
-from running import run
+import yaml
 
+from conftest import ROOT
 from launch.check_requirements import find_problems, read_pins
 from launch.preflight import find_model_problem, parse_flags
+from running import run
 
 
 def test_pins_are_exact_and_installed_here():
@@ -17,6 +18,30 @@ def test_pins_are_exact_and_installed_here():
         assert line.startswith("#") or "==" in line
     lacking, _ = find_problems(pins)
     assert lacking == []
+
+
+def test_style_is_checked_by_one_version_everywhere():
+    """The pinned ruff in .ci/run, which the workflow calls, and the same before each commit."""
+    pinned = read_pins(ROOT / "requirements-dev.txt")["ruff"]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [(repo["rev"], [hook["id"] for hook in repo["hooks"]]) for repo in hooks] == [
+        (f"v{pinned}", ["ruff-check", "ruff-format"])
+    ]
+    calls = (ROOT / ".ci" / "run").read_text()
+    assert "-m ruff check\n" in calls and "-m ruff format --check\n" in calls
+    steps = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["tests"]["steps"]
+    assert any(".ci/run" in step.get("run", "") for step in steps)
+
+
+def test_an_environment_is_ignored_as_a_folder_and_as_a_link(tmp_path):
+    run("git", "init", "-q", tmp_path)
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".venv").symlink_to("elsewhere")
+    run("git", "check-ignore", "-q", ".venv", cwd=tmp_path)
+    (tmp_path / ".venv").unlink()
+    (tmp_path / ".venv").mkdir()
+    run("git", "check-ignore", "-q", ".venv", cwd=tmp_path)
 
 
 def test_what_an_environment_lacks_is_named(tmp_path):

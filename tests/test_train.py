@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pandas
 import pytest
-from conftest import ROOT
-from running import free_port, run
 from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from arguments import derive_accumulation
+from conftest import ROOT
 from dataset.prompt import load_style
+from running import free_port, run
 from startup import check_resumable
 from train import make_parser
 
