@@ -1,5 +1,8 @@
-# Sourced by the launchers that train: checks what a run needs, then starts SCRIPT with the flags in "$@" under torchrun.
+# Sourced by the launchers that train, which set SCRIPT and the defaults of their own (OUT_DIR, PROMPT_STYLE): checks what
+# a run needs, then starts SCRIPT under torchrun, with the flags in "$@" after those that follow from the environment.
 
+MODEL_NP=${MODEL_NP:-Qwen/Qwen2-Audio-7B-Instruct} # a folder of any name, or a name on the hub
+DATA_FILE=${DATA_FILE:-data/AVQA/train_qa.data}
 case " $* " in
 *" --use_cpu true "*) ENGINE= ;; # DeepSpeed would compile operators for the CPU first
 *) ENGINE=conf/ds_zero2.json ;;
@@ -10,8 +13,15 @@ NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-32777}
 
-set -- ${CONFIG:+--deepspeed "$CONFIG"} "$@"
+set -- \
+    ${CONFIG:+--deepspeed "$CONFIG"} \
+    --model_name_or_path "$MODEL_NP" \
+    --data_file "$DATA_FILE" \
+    --output_dir "$OUT_DIR" \
+    --prompt_style "$PROMPT_STYLE" \
+    "$@"
 
+. ./setup_env.sh
 PROCESSES=$("$PYTHON" src/launch/preflight.py "$@")
 GPU_NUM=${GPU_NUM:-$PROCESSES} # processes on this machine, one for each GPU
 

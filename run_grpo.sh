@@ -4,7 +4,7 @@
 #   sh run_grpo.sh [--flag value ...]         the paper's run; flags: python src/train.py --help
 #   sh run_grpo.sh demo [--flag value ...]    a small model on synthetic sounds, minutes on a laptop
 #
-# Machine and paths come from the environment (CONFIG, GPU_NUM, NODE_NUM ...: launch.sh):
+# Machine and paths come from the environment (MODEL_NP, DATA_FILE, CONFIG, GPU_NUM, NODE_NUM ...: launch.sh):
 #   OUT_DIR=exp/x GPU_NUM=4 CONFIG=conf/ds_zero3.json sh run_grpo.sh --max_steps 500 --beta 0.001
 set -eu
 [ -f src/train.py ] || cd "$(dirname "$0")"
@@ -22,7 +22,7 @@ demo() {
     done
     . ./setup_env.sh
     "$PYTHON" data/make_demo.py --out "$DATA" --seed "$SEED"
-    "$PYTHON" src/demo.py prepare --data "$DATA" --out "$OUT_DIR" --seed "$SEED"
+    "$PYTHON" src/demo.py --data "$DATA" --out "$OUT_DIR" --seed "$SEED"
     "$PYTHON" src/train.py --use_cpu true --seed "$SEED" \
         --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR" \
         --max_steps 200 --save_steps 50 --logging_steps 10 --learning_rate 3e-4 --beta 0 \
@@ -31,7 +31,8 @@ demo() {
         --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR/sft" \
         --questions_per_step 32 --per_device_train_batch_size 32 --max_steps 100 --save_strategy no --logging_steps 10 \
         --learning_rate 3e-4
-    "$PYTHON" src/demo.py table --data "$DATA" --out "$OUT_DIR"
+    # On the demo's questions, whatever stands in the environment for other runs.
+    OUT_DIR=$OUT_DIR MMAU_DIR=$DATA MODEL_NP= DATA_FILE= PROMPT_STYLE= STEPS= sh test_mmau.sh demo
 }
 
 if [ "${1:-}" = demo ]; then
@@ -40,21 +41,11 @@ if [ "${1:-}" = demo ]; then
     exit
 fi
 
-MODEL_NP=${MODEL_NP:-Qwen/Qwen2-Audio-7B-Instruct} # a folder of any name, or a name on the hub
-DATA_FILE=${DATA_FILE:-data/AVQA/train_qa.data}
+SCRIPT=src/train.py
 OUT_DIR=${OUT_DIR:-exp/model}
 
 # What the prompt asks for, and the reward expects. Uncomment the second line for the paper's Prompt <3>.
 PROMPT_STYLE=${PROMPT_STYLE:-answer}
 # PROMPT_STYLE=think
 
-set -- \
-    --model_name_or_path "$MODEL_NP" \
-    --data_file "$DATA_FILE" \
-    --output_dir "$OUT_DIR" \
-    --prompt_style "$PROMPT_STYLE" \
-    "$@"
-
-. ./setup_env.sh
-SCRIPT=src/train.py
 . ./launch.sh

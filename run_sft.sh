@@ -8,20 +8,10 @@
 set -eu
 [ -f src/train_sft.py ] || cd "$(dirname "$0")"
 
-MODEL_NP=${MODEL_NP:-Qwen/Qwen2-Audio-7B-Instruct} # a folder of any name, or a name on the hub
-DATA_FILE=${DATA_FILE:-data/AVQA/train_qa.data}
+SCRIPT=src/train_sft.py
 OUT_DIR=${OUT_DIR:-exp/sft}
 
 # What the prompt asks for, and the model learns to write: choice (the paper's Prompt <1>) or answer (Prompt <2>).
 PROMPT_STYLE=${PROMPT_STYLE:-choice}
 
-set -- \
-    --model_name_or_path "$MODEL_NP" \
-    --data_file "$DATA_FILE" \
-    --output_dir "$OUT_DIR" \
-    --prompt_style "$PROMPT_STYLE" \
-    "$@"
-
-. ./setup_env.sh
-SCRIPT=src/train_sft.py
 . ./launch.sh

@@ -2,7 +2,7 @@
 # Evaluate checkpoints on MMAU and print one table, best first.
 #
 #   sh test_mmau.sh [--flag value ...]         every checkpoint of OUT_DIR; flags: python src/test_mmau.py --help
-#   sh test_mmau.sh demo [--flag value ...]    those of `sh run_grpo.sh demo`, on its own questions
+#   sh test_mmau.sh demo [--flag value ...]    all models of `sh run_grpo.sh demo`, on its own questions
 #
 # Machine and paths come from the environment:  OUT_DIR=exp/x STEPS="base 300 500" sh test_mmau.sh --audio silent
 set -eu
@@ -15,7 +15,12 @@ demo)
     MMAU_DIR=${MMAU_DIR:-data/demo}
     DATA_FILE=${DATA_FILE:-$MMAU_DIR/mmau_demo.json}
     MODEL_NP=${MODEL_NP:-$OUT_DIR/untrained}
-    set -- --max_new_tokens 16 "$@" # as in the table that the demo itself ends with: nothing is done twice
+    STEPS=${STEPS:-untrained warm_start sft all}
+    if ! [ -d "$OUT_DIR/untrained" ]; then
+        echo "There is no demo in $OUT_DIR: sh run_grpo.sh demo makes it, OUT_DIR names another folder." >&2
+        exit 1
+    fi
+    set -- --max_new_tokens 16 "$@" # an answer has 6
     ;;
 esac
 
@@ -23,7 +28,7 @@ OUT_DIR=${OUT_DIR:-exp/model}                      # holds checkpoint-*; results
 MMAU_DIR=${MMAU_DIR:-data/MMAU}                    # holds the questions and the folders of clips
 MODEL_NP=${MODEL_NP:-Qwen/Qwen2-Audio-7B-Instruct} # the base model
 BATCH_SIZE=${BATCH_SIZE:-32}
-STEPS=${STEPS:-all}                                # e.g. "300 500"; "all" checkpoints; "base" is the base model
+STEPS=${STEPS:-all}                                # "300 500", say; "all" checkpoints; "base", the base model; folders of OUT_DIR
 
 DATA_FILE=${DATA_FILE:-$MMAU_DIR/mmau-test-mini.json}
 # The full test set, 9000 questions. Its answers are blank: no table, but res_mmau.json, the file to submit.
@@ -51,6 +56,10 @@ for STEP in $STEPS; do
         ;;
     base)
         set -- "base=$MODEL_NP" "$@"
+        MODELS=$((MODELS + 1))
+        ;;
+    *[!0-9]*)
+        set -- "$OUT_DIR/$STEP" "$@"
         MODELS=$((MODELS + 1))
         ;;
     *)

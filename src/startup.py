@@ -1,10 +1,13 @@
 """Between a training script's command line and its model: the data examined, the checkpoint to resume from checked."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoProcessor, Qwen2AudioProcessor, TrainingArguments
+from transformers import AutoProcessor, Qwen2AudioProcessor, Trainer, TrainingArguments
+from trl import TrlParser
 
 from arguments import DataArguments
 from dataset.check import examine_training_file
@@ -83,3 +86,22 @@ def check_resumable(folder: str | Path) -> None:
             f"--resume_from_checkpoint {folder}: holds weights only; only runs with --save_only_model false can be "
             f"continued. --model_name_or_path {folder} starts a new run from its weights"
         )
+
+
+def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> None:
+    """A training script from its command line to the saved model.
+
+    Args:
+        parser: what it parses begins with the `DataArguments` and ends with the recipe and the `AudioModelConfig`.
+        build_trainer: called with the data set, the processor, and all that was parsed, in this order.
+    """
+    try:
+        parsed = parser.parse_args_and_config()
+        data, *_, args, model = parsed
+        processor, dataset = prepare_run(data, args, model.model_name_or_path)
+    except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    trainer = build_trainer(dataset, processor, *parsed)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.end()  # processes that exit with a process group open may abort

@@ -5,18 +5,17 @@ engine's settings are those of `conf/`.
 """
 
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import Qwen2AudioProcessor
+from transformers import ProcessorMixin
 from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
 
 from arguments import AudioModelConfig, DataArguments, RunArguments
 from dataset.questions import load_questions
-from startup import prepare_run
+from startup import run_training
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
@@ -81,7 +80,7 @@ class RecipeConfig(RunArguments, GRPOConfig):
 
 def build_trainer(
     dataset: Dataset,
-    processor: Qwen2AudioProcessor,
+    processor: ProcessorMixin,
     data: DataArguments,
     rewards: RewardArguments,
     args: RecipeConfig,
@@ -89,7 +88,7 @@ def build_trainer(
 ) -> AudioGRPOTrainer:
     """The trainer, its model loaded; the data set has been examined."""
     args.model_init_kwargs = model.init_kwargs(args.bf16, args.deepspeed) | (args.model_init_kwargs or {})
-    return AudioGRPOTrainer(
+    trainer = AudioGRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=[load_reward(name) for name in rewards.reward_funcs],
         args=args,
@@ -102,6 +101,12 @@ def build_trainer(
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    trainer.accelerator.print(
+        f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is "
+        f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} completions on "
+        f"{args.world_size} process(es)"
+    )
+    return trainer
 
 
 def load_reward(name: str) -> Callable[..., list[float]]:
@@ -133,23 +138,5 @@ def make_parser() -> TrlParser:
     return TrlParser((DataArguments, RewardArguments, RecipeConfig, AudioModelConfig))
 
 
-def main() -> None:
-    """Parse the command line, train, save."""
-    try:
-        data, rewards, args, model = make_parser().parse_args_and_config()
-        processor, dataset = prepare_run(data, args, model.model_name_or_path)
-    except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
-        sys.exit(f"train.py: {error}")
-    trainer = build_trainer(dataset, processor, data, rewards, args, model)
-    trainer.accelerator.print(
-        f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is "
-        f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} completions on "
-        f"{args.world_size} process(es)"
-    )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.end()  # processes that exit with a process group open may abort
-
-
 if __name__ == "__main__":
-    main()
+    run_training(make_parser(), build_trainer)

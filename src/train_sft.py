@@ -4,18 +4,17 @@ The baseline that the paper compares GRPO with. Its settings were never publishe
 many questions per step and steps as GRPO's.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import Qwen2AudioProcessor, TrainingArguments
+from transformers import ProcessorMixin, TrainingArguments
 from trl import TrlParser, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from arguments import AudioModelConfig, DataArguments, RunArguments
 from dataset.questions import load_questions
-from startup import prepare_run
+from startup import run_training
 from trainer.sft_trainer import AudioSFTTrainer
 
 
@@ -57,7 +56,7 @@ class SFTRecipeConfig(RunArguments, TrainingArguments):
 
 def build_trainer(
     dataset: Dataset,
-    processor: Qwen2AudioProcessor,
+    processor: ProcessorMixin,
     data: ChoiceDataArguments,
     args: SFTRecipeConfig,
     model_config: AudioModelConfig,
@@ -78,18 +77,5 @@ def make_parser() -> TrlParser:
     return TrlParser((ChoiceDataArguments, SFTRecipeConfig, AudioModelConfig))
 
 
-def main() -> None:
-    """Parse the command line, train, save."""
-    try:
-        data, args, model = make_parser().parse_args_and_config()
-        processor, dataset = prepare_run(data, args, model.model_name_or_path)
-    except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
-        sys.exit(f"train_sft.py: {error}")
-    trainer = build_trainer(dataset, processor, data, args, model)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.end()  # processes that exit with a process group open may abort
-
-
 if __name__ == "__main__":
-    main()
+    run_training(make_parser(), build_trainer)

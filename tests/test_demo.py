@@ -1,6 +1,7 @@
 """The demo's data, its model and its warm start; GRPO on them is `sh run_grpo.sh demo`."""
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -12,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids
 
+from conftest import ROOT
 from dataset.audio import SAMPLE_RATE, count_samples, load_audio
 from dataset.check import examine_training_file
 from dataset.dataset import load_train_dataset
@@ -19,17 +21,11 @@ from dataset.encode import build_chat, count_audio_tokens
 from dataset.prompt import build_question, extract_answer, load_style
 from dataset.questions import load_benchmark
 from dataset.rows import read_records
-from demo import (
-    UNTRAINED,
-    WARM_START,
-    encode_with_answers,
-    format_table,
-    prepare,
-    score,
-    warm_start,
-)
+from demo import SFT, UNTRAINED, WARM_START, prepare
 from make_demo import MMAU_FILE, SOUNDS, TRAIN_FILE, WARM_START_FILE, make_demo, synthesise
 from model.tiny import IM_END, SPECIAL_TOKENS, build_demo_model, build_tokenizer
+from running import run
+from utils.show_acc import read_results
 
 COUNTS = dict(warm_start=33, train=22, test=22)
 
@@ -127,6 +123,12 @@ def test_every_sound_differs_from_clip_to_clip(name):
 
 
 # Model
+
+
+def ask(processor, texts, clips):
+    """The processor's own inputs, on its whole window."""
+    chats = [build_chat(processor, text) for text in texts]
+    return processor(text=chats, audio=clips, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
 
 
 def test_the_folder_alone_loads_model_and_processor(built, rows):
@@ -245,51 +247,38 @@ def test_chat_template_renders_what_the_real_one_renders(built, shared):
             assert ours == real
 
 
-# Warm start and table
+# Warm start, and the whole demo
 
 
-def test_prompts_pass_the_trainers_check(built, data):
-    assert not examine_training_file(data / TRAIN_FILE, processor=built[2], max_prompt_length=150).dropped
+def test_every_row_of_the_demo_can_be_trained_on(built, data):
+    examination = examine_training_file(data / TRAIN_FILE, "answer", built[2], max_prompt_length=150)
+    assert not examination.dropped and len(examination.dataset) == COUNTS["train"]
 
 
-def test_only_answers_are_labelled(built, rows):
-    tokenizer = built[2].tokenizer
-    encoded = encode_with_answers(built[2], rows)
-    for ids, labels, solution in zip(encoded["input_ids"], encoded["labels"], rows["solution"], strict=True):
-        assert tokenizer.decode(labels[labels != -100]) == solution + IM_END
-        assert torch.equal(ids[labels != -100], labels[labels != -100])
-    assert {len(value) for value in encoded.values()} == {len(rows)}
+def test_the_warm_start_learns_and_ends_at_its_target(data, tmp_path, capfd):
+    def losses() -> list[float]:
+        return [float(loss) for loss in re.findall(r"warm start: step \d+, loss ([\d.]+)", capfd.readouterr().out)]
 
-
-def test_warm_start_lowers_the_loss_and_ends_at_its_target(built, rows, tmp_path):
-    model, processor = build_demo_model(
-        tmp_path / "m", [*rows["prompt"], *rows["solution"]], hidden_size=64, audio_size=32
+    assert prepare(data, tmp_path, seed=1, max_steps=15, target_loss=0.0) == 15
+    first, *_, last = losses()
+    assert last < first / 3
+    assert prepare(data, tmp_path, seed=1, max_steps=15, target_loss=9.0) == 5, "the mean of five losses decides"
+    assert len(losses()) == 1
+    start, model = (
+        Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / name) for name in (UNTRAINED, WARM_START)
     )
-    encoded = encode_with_answers(processor, rows)
-    positions = model.model.audio_tower.embed_positions.weight.clone()
-    losses = warm_start(model, encoded, max_steps=12, target_loss=0.0, batch_size=16, log_every=0)
-    assert len(losses) == 12 and losses[-1] < losses[0] / 3
-    assert torch.equal(model.model.audio_tower.embed_positions.weight, positions)
-    assert len(warm_start(model, encoded, max_steps=12, target_loss=9.0, batch_size=16, log_every=0)) == 5
-
-
-def test_prepare_and_table(data, tmp_path, capfd):
-    out = tmp_path / "exp"
-    prepare(data, out, seed=1, max_steps=2, target_loss=0.0)
-    assert "warm start: step 2, loss" in capfd.readouterr().out
-    start, model = (Qwen2AudioForConditionalGeneration.from_pretrained(out / name) for name in (UNTRAINED, WARM_START))
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
-    assert load_style(out / WARM_START) == "answer"
-    with pytest.raises(ValueError, match="no checkpoint"):
-        score(data, out)
-    for step in (100, 20):
-        shutil.copytree(out / WARM_START, out / f"checkpoint-{step}")
-    table = format_table(score(data, out)).splitlines()
-    names = [line.strip().partition("  ")[0] for line in table]
-    assert names[:5] == ["accuracy in %", "untrained", "warm start", "GRPO, step 20", "GRPO, step 100"]
-    assert all(word in table[0] for word in ("sound", "music", "speech", "total"))
-    assert table[2].split()[2:] == table[3].split()[3:], "the same weights, the same scores"
-    assert names[5] == "GRPO: +0.0 points over the warm start on 22 held-out questions"
+    assert torch.equal(*(m.model.audio_tower.embed_positions.weight for m in (start, model)))
+    assert load_style(tmp_path / WARM_START) == "answer"
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / WARM_START), Qwen2AudioProcessor)
+
+
+def test_the_seed_decides_the_warm_start(data, tmp_path):
+    weights = []
+    for seed in (1, 1, 2):
+        prepare(data, tmp_path, seed=seed, max_steps=2, target_loss=0.0)
+        weights.append((tmp_path / WARM_START / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_what_an_earlier_demo_left_goes_and_nothing_else(data, tmp_path):
@@ -304,8 +293,38 @@ def test_what_an_earlier_demo_left_goes_and_nothing_else(data, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["precious", UNTRAINED, WARM_START]
 
 
-def test_an_unfinished_checkpoint_is_named_instead_of_left_out_of_the_table(data, tmp_path):
+def test_a_demo_that_was_not_run_is_named(tmp_path):
+    done = run("sh", "test_mmau.sh", "demo", check=False, OUT_DIR=tmp_path)
+    assert done.returncode == 1 and "sh run_grpo.sh demo makes it" in done.stdout
+
+
+def test_the_table_names_every_model_and_an_unfinished_one_apart(data, tmp_path):
+    """What the demo ends with: all models that are whole, best first, and again without doing anything twice."""
     prepare(data, tmp_path, seed=1, max_steps=1, target_loss=0.0)
+    for name in (SFT, "checkpoint-20", "checkpoint-100"):
+        shutil.copytree(tmp_path / WARM_START, tmp_path / name)
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(ValueError, match="no results of 5"):
-        score(data, tmp_path)
+    command = dict(OUT_DIR=tmp_path, MMAU_DIR=data, GPU_NUM=1)
+    done = run("sh", "test_mmau.sh", "demo", **command)
+    head, *rows = done.stdout[done.stdout.rindex("questions in MMAU's format") :].splitlines()[1:]
+    assert head.split()[:5] == ["step", "sound", "music", "speech", "total"]
+    assert {row.split()[0] for row in rows if "%" not in row} >= {UNTRAINED, WARM_START, SFT, "20", "100"}
+    scores = {tuple(row.split()[1:]) for row in rows if row.split()[0] in (WARM_START, SFT, "20", "100")}
+    assert len(scores) == 1, "the same weights, the same scores"
+    assert "5: skipped." in done.stdout and "incomplete" in done.stdout
+    assert run("sh", "test_mmau.sh", "demo", **command).stdout.count("finished before") == 5
+
+
+@pytest.mark.slow
+def test_the_whole_demo_adds_ten_points(tmp_path):
+    for name in ("run_grpo.sh", "test_mmau.sh", "setup_env.sh", "data", "src", "requirements.txt"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("demo", "AVQA", "MMAU"))
+        else:
+            shutil.copy(source, tmp_path / name)
+    run("sh", "run_grpo.sh", "demo", cwd=tmp_path, timeout=1800, OMP_NUM_THREADS=2)
+    totals = {result.label: result.scores.accuracy for result in read_results(tmp_path / "exp" / "demo")[0]}
+    assert set(totals) == {UNTRAINED, WARM_START, SFT, "50", "100", "150", "200"}
+    assert totals[UNTRAINED] < 10 and 20 < totals[WARM_START] < 80
+    assert totals["200"] > totals[WARM_START] + 10 and totals[SFT] > totals[WARM_START] + 10

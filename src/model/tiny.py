@@ -4,7 +4,6 @@ A real `Qwen2AudioForConditionalGeneration` with a real `Qwen2AudioProcessor`: l
 default, a vocabulary of its own, a window of 2 s. Leaves out training it.
 """
 
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import (
     Qwen2Tokenizer,
     WhisperFeatureExtractor,
 )
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 from dataset.audio import SAMPLE_RATE
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_messages, save_style
@@ -151,7 +151,8 @@ def build_demo_model(
     )
     torch.manual_seed(seed)
     model = Qwen2AudioForConditionalGeneration(config)
-    set_sinusoids(model)
+    positions = model.model.audio_tower.embed_positions  # fixed, as in Qwen2-Audio's checkpoint
+    positions.weight = torch.nn.Parameter(sinusoids(*positions.weight.shape), requires_grad=False)
     # Qwen2-Audio-Instruct's own defaults: who sets nothing inherits them here as there.
     model.generation_config = GenerationConfig(
         bos_token_id=end_ids[1],
@@ -163,27 +164,7 @@ def build_demo_model(
         top_k=20,
         repetition_penalty=1.1,
     )
-    save(model, processor, folder, style)
-    return model.train(), processor
-
-
-def set_sinusoids(model: Qwen2AudioForConditionalGeneration) -> None:
-    """Give the encoder Whisper's sinusoidal positions, as Qwen2-Audio's checkpoint has them, and freeze them.
-
-    Position p has sin(p * w_i) in the first half of its channels and cos(p * w_i) in the second, the w_i falling
-    geometrically from 1 to 1/10000.
-    """
-    embedding = model.model.audio_tower.embed_positions
-    positions, channels = embedding.weight.shape
-    rates = torch.exp(-math.log(10_000) * torch.arange(channels // 2) / (channels // 2 - 1))
-    angles = torch.arange(positions)[:, None] * rates  # (positions, channels / 2)
-    with torch.no_grad():
-        embedding.weight.copy_(torch.cat([angles.sin(), angles.cos()], dim=1))
-    embedding.requires_grad_(False)
-
-
-def save(model, processor, folder: str | Path, style: str) -> None:
-    """Save a checkpoint that `AutoProcessor` and the model class load by themselves, its prompt style included."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     save_style(folder, style)
+    return model.train(), processor
