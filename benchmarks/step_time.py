@@ -19,11 +19,11 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-import row_by_row
 import torch
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
+import row_by_row
 from trainer import shared_prompt
 from trainer.grpo_trainer import AUDIO_INPUTS
 from trainer.shared_prompt import pack, score, unpack
@@ -92,9 +92,7 @@ def measure(log_probs, model, question, repeats: int) -> tuple[float, torch.Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Time the policy pass of one question, three ways."
-    )
+    parser = argparse.ArgumentParser(description="Time the policy pass of one question, three ways.")
     parser.add_argument("--model", help="folder of a Qwen2-Audio; default: a small one of random weights")
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--length", type=int, default=16, help="tokens of each completion")

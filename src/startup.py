@@ -6,30 +6,18 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoProcessor, Qwen2AudioProcessor, Trainer, TrainingArguments
+from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl import TrlParser
 
 from arguments import DataArguments
 from dataset.check import examine_training_file
 from dataset.dataset import load_train_dataset
+from model.qwen2_audio import load_processor
 
 DROPPED_FILE = "dropped.jsonl"
 
 
-def load_processor(model: str) -> Qwen2AudioProcessor:
-    """A model's processor, padding on the left as prompts need it.
-
-    Raises:
-        ValueError: it is not Qwen2-Audio's.
-    """
-    processor = AutoProcessor.from_pretrained(model)
-    if not isinstance(processor, Qwen2AudioProcessor):
-        raise ValueError(f"{model}: its processor is a {type(processor).__name__}, not Qwen2-Audio's")
-    processor.tokenizer.padding_side = "left"
-    return processor
-
-
-def prepare_run(data: DataArguments, args: TrainingArguments, model: str) -> tuple[Qwen2AudioProcessor, Dataset]:
+def prepare_run(data: DataArguments, args: TrainingArguments, model: str) -> tuple[ProcessorMixin, Dataset]:
     """What every training script does before it loads a model: its processor, and the usable rows of its data.
 
     Raises:
@@ -41,7 +29,7 @@ def prepare_run(data: DataArguments, args: TrainingArguments, model: str) -> tup
     return processor, load_training_data(data, args, processor)
 
 
-def load_training_data(data: DataArguments, args: TrainingArguments, processor: Qwen2AudioProcessor) -> Dataset:
+def load_training_data(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Dataset:
     """The usable rows of the training file; what is dropped is reported in a table and written to DROPPED_FILE.
 
     The main process examines every row and every clip's header; the others learn from it which lines to skip.

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import QUESTION
-from running import free_port, run
 from safetensors.torch import load_file
 
+from conftest import QUESTION
 from dataset.questions import load_questions
+from running import free_port, run
 from test_mmau import parse_args, run_sweep
 from utils.show_acc import read_results
 

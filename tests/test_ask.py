@@ -6,12 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-import row_by_row
 import torch
-from conftest import write_tone
 from transformers import AutoProcessor
 
 import ask
+import row_by_row
+from conftest import write_tone
 from dataset.audio import load_audio
 from dataset.prompt import build_question, save_style
 from model.checkpoints import load_model

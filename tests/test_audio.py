@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import soundfile
-from conftest import write_tone
 
+from conftest import write_tone
 from dataset.audio import SAMPLE_RATE, count_samples, load_audio
 
 FORMATS = {

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import QUESTION, ROOT, write_tone
-from running import run
 from transformers import AutoProcessor
 
+from conftest import QUESTION, ROOT, write_tone
 from dataset import check as check_module
 from dataset.audio import examine_clip
 from dataset.check import examine_evaluation_file, examine_training_file, is_training_file, main
 from dataset.dataset import load_train_dataset
+from running import run
 
 GOOD = QUESTION | {"id": 1, "answer": 1, "audio_path": "good.wav"}
 ITEM = {

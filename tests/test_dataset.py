@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import QUESTION
 
+from conftest import QUESTION
 from dataset.dataset import load_train_dataset
 
 PROMPTS = json.loads((Path(__file__).parent / "fixtures" / "prompts.json").read_text(encoding="utf-8"))["cases"]

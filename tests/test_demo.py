@@ -7,12 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import row_by_row
 import torch
 from datasets import Dataset
 from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids
 
+import row_by_row
 from conftest import ROOT
 from dataset.audio import SAMPLE_RATE, count_samples, load_audio
 from dataset.check import examine_training_file
@@ -123,12 +123,6 @@ def test_every_sound_differs_from_clip_to_clip(name):
 
 
 # Model
-
-
-def ask(processor, texts, clips):
-    """The processor's own inputs, on its whole window."""
-    chats = [build_chat(processor, text) for text in texts]
-    return processor(text=chats, audio=clips, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
 
 
 def test_the_folder_alone_loads_model_and_processor(built, rows):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import row_by_row
 import torch
 
+import row_by_row
 from dataset.audio import load_audio
 from dataset.dataset import load_train_dataset
 from dataset.encode import (

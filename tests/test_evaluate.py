@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import ROOT, SHARED, write_tone
 
+from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_benchmark
 from evaluation.mmau import evaluate

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-import row_by_row
 import torch
 from transformers import Qwen2AudioForConditionalGeneration
 
+import row_by_row
 from dataset.encode import encode_question, join, needed_frames
 from model import generation
 from model.generation import Greedy, Sampler, generate, score

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-import row_by_row
 import torch
-from conftest import QUESTION, write_tone
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
+import row_by_row
+from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
 from model.qwen2_audio import PARTS, freeze_parts
@@ -73,7 +73,10 @@ def test_greedy_rollouts_equal_plain_generate(small_model, questions, tmp_path, 
     trainer.model.train()
     output = trainer._generate_and_score_completions(first_rows(trainer, 4, generations))  # ragged prompts and clips
     expected = row_by_row.generate(
-        trainer.model, row_by_row.as_inputs(trainer._questions), generations, generation_config=trainer.generation_config
+        trainer.model,
+        row_by_row.as_inputs(trainer._questions),
+        generations,
+        generation_config=trainer.generation_config,
     )
     mask = output["completion_mask"].flatten(0, 1).bool()
     assert torch.equal(output["completion_ids"].flatten(0, 1)[mask], expected[:, : mask.shape[1]][mask])

@@ -3,8 +3,8 @@
 import sys
 
 import pytest
-from running import run
 
+from running import run
 from train import load_reward
 from utils.rewards import accuracy_reward
 

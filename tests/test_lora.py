@@ -5,20 +5,20 @@ import shutil
 import sys
 
 import pytest
-import row_by_row
 import torch
 from peft import LoraConfig
-from running import free_port, run
 from safetensors.torch import load_file
-from test_grpo_trainer import first_rows, length_reward
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
+import row_by_row
 from arguments import AudioModelConfig
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
 from merge_lora import merge
 from model.checkpoints import load_merged
+from running import free_port, run
+from test_grpo_trainer import first_rows, length_reward
 from trainer.grpo_trainer import AudioGRPOTrainer
 
 TARGETS = AudioModelConfig().lora_target_modules

@@ -1,8 +1,9 @@
 """The losses that came after the paper, by TRL's flags and on the shared prompt, each against a slow per-token loop."""
 
 import pytest
-import row_by_row
 import torch
+
+import row_by_row
 from test_grpo_trainer import first_rows, make_trainer
 
 VARIANTS = {

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from dataset.questions import read_records
 from evaluation.mmau import evaluate, get_prediction, string_match
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 from running import run
-
 from utils.paper_table import OUT_DIR, PAPER, fill
 
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import av
 import numpy as np
-import prepare_avqa
 import pytest
 import soundfile
-from conftest import ROOT, write_tone
-from prepare_avqa import DataError, extract, index_media, main, parse_name
-from running import run
 
+import prepare_avqa
+from conftest import ROOT, write_tone
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.check import examine_training_file
 from dataset.dataset import load_train_dataset
+from prepare_avqa import DataError, extract, index_media, main, parse_name
+from running import run
 
 ROW = {
     "id": 183, "video_name": "-HG3Omg_89c_000030", "video_id": 341, "question_text": "What happened in the video?",

@@ -10,13 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_tone
 from datasets import Audio, Dataset
-from prepare_mmau import hub_record, main, remove_prefixes
 
+from conftest import write_tone
 from dataset import questions as benchmark
 from dataset.check import examine_evaluation_file
 from dataset.questions import load_questions, release_line
+from prepare_mmau import hub_record, main, remove_prefixes
 
 REVISED = "v05.15.25"
 

@@ -6,10 +6,10 @@ import re
 import time
 
 import pytest
-from conftest import write_tone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import write_tone
 from dataset.audio import ClipReport, DataError, examine_clip
 from dataset.check import examine_training_file
 from dataset.dataset import load_train_dataset

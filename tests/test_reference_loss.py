@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import row_by_row
 import torch
 from safetensors.torch import load_file
 from transformers import Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
+import row_by_row
 from dataset.audio import load_audio
 from dataset.dataset import load_train_dataset
 from model.qwen2_audio import load_processor
@@ -123,7 +123,9 @@ def test_features_and_rewards_equal_the_originals(recorded):
     case, arrays, _ = cases["b2_g4_fixed"]
     dataset = load_train_dataset(folder / "data.jsonl").select(case["rows"])
     processor = load_processor(folder / "nano-Qwen2-Audio-policy")
-    encoded = row_by_row.encode(processor, list(dataset["prompt"]), [load_audio(path) for path in dataset["audio_path"]])
+    encoded = row_by_row.encode(
+        processor, list(dataset["prompt"]), [load_audio(path) for path in dataset["audio_path"]]
+    )
     np.testing.assert_array_equal(encoded["input_ids"], arrays["prompt_ids"])
     np.testing.assert_array_equal(encoded["attention_mask"], arrays["prompt_attention_mask"])
     np.testing.assert_array_equal(encoded["feature_attention_mask"], arrays["feature_attention_mask"])

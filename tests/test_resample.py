@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
+
 from running import free_port, run
 from test_grpo_trainer import first_rows, make_trainer
-
 from trainer.resample import find_uniform_groups, replace_groups
 
 

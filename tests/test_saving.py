@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from peft import LoraConfig
-from running import free_port, run
-from test_grpo_trainer import length_reward
-from test_sft import make_trainer
 from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
 from arguments import AudioModelConfig
+from conftest import ROOT
 from dataset.dataset import load_train_dataset
 from merge_lora import merge
 from model.checkpoints import PROCESSOR_FILES, IncompleteCheckpoint, check_whole, complete_checkpoint
 from model.tiny import build_processor
+from running import free_port, run
+from test_grpo_trainer import length_reward
+from test_sft import make_trainer
 from trainer.grpo_trainer import AudioGRPOTrainer
 
 OLDER = ("transformers==4.49.0", "tokenizers==0.21.4", "huggingface_hub==0.36.2")

@@ -3,15 +3,15 @@
 import json
 
 import pytest
-import row_by_row
 import torch
-from conftest import QUESTION, write_tone
-from running import free_port, run
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
+import row_by_row
+from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
+from running import free_port, run
 from train_sft import SFTRecipeConfig
 from trainer.sft_trainer import AnswerCollator, AudioSFTTrainer
 

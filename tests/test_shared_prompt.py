@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from row_by_row import log_probs as log_probs_row_by_row
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 from dataset.encode import count_audio_tokens
+from row_by_row import log_probs as log_probs_row_by_row
 from trainer.grpo_trainer import AUDIO_INPUTS
 from trainer.shared_prompt import IGNORE, pack, score, unpack
 

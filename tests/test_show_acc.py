@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from utils.show_acc import build_tables, confidence_interval, format_tables, plot, read_results, table_rows
 
 TASKS = ["sound", "music", "speech"]
