@@ -4,7 +4,7 @@
 #   sh test_mmau.sh [--flag value ...]         every checkpoint of OUT_DIR; flags: python src/test_mmau.py --help
 #   sh test_mmau.sh demo [--flag value ...]    all models of `sh run_grpo.sh demo`, on its own questions
 #
-# Machine and paths come from the environment:  OUT_DIR=exp/x STEPS="base 300 500" sh test_mmau.sh --audio silent
+# Machine and paths come from the environment:  OUT_DIR=exp/x STEPS="base 300 500" sh test_mmau.sh --hear silent
 set -eu
 [ -f src/test_mmau.py ] || cd "$(dirname "$0")"
 

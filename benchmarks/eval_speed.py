@@ -30,7 +30,7 @@ from transformers import AutoProcessor
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import build_chat
 from dataset.prompt import build_question
-from dataset.questions import Benchmark, load_benchmark
+from dataset.questions import Benchmark, load_questions
 from evaluation.answers import (
     EncodedQuestions,
     Settings,
@@ -120,7 +120,7 @@ def main() -> None:
         args.workers = default_workers(device.type)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        benchmark = load_benchmark(args.data_file or make_questions(folder, args.questions))
+        benchmark = load_questions(args.data_file or make_questions(folder, args.questions))
         benchmark = Benchmark(**(vars(benchmark) | {"questions": benchmark.questions[: args.questions]}))
         if not args.model_path:
             # A vocabulary learned from the questions, so that prompts are as long in tokens as the real ones.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import test_mmau
 from conftest import QUESTION
 from dataset.questions import load_questions
 from running import free_port, run
-from test_mmau import parse_args, run_sweep
 from utils.show_acc import read_results
 
 
@@ -32,7 +32,7 @@ def asked(questions):
 def accuracies(folder, asked, steps) -> dict[str, tuple]:
     """Checkpoint -> (total, sound, music) by test_mmau.py."""
     folders = [str(folder / f"checkpoint-{step}") for step in steps]
-    run_sweep(parse_args(["--data_file", str(asked), "--model_path", *folders, "--batch_size", "3"]))
+    test_mmau.run(test_mmau.parse_args(["--data_file", str(asked), "--model_path", *folders, "--batch_size", "3"]))
     found = {}
     for result in read_results(folder)[0]:
         share = {task: 100 * right / count for task, (right, count) in result.tasks.items()}

@@ -19,7 +19,7 @@ from dataset.check import examine_training_file
 from dataset.dataset import load_train_dataset
 from dataset.encode import build_chat, count_audio_tokens
 from dataset.prompt import build_question, extract_answer, load_style
-from dataset.questions import load_benchmark
+from dataset.questions import load_questions
 from dataset.rows import read_records
 from demo import SFT, UNTRAINED, WARM_START, prepare
 from make_demo import MMAU_FILE, SOUNDS, TRAIN_FILE, WARM_START_FILE, make_demo, synthesise
@@ -65,7 +65,7 @@ def test_training_files_are_avqa_rows_that_the_loader_takes(data, name, count):
 
 
 def test_held_out_file_is_a_benchmark_in_mmau_format(data):
-    benchmark = load_benchmark(data / MMAU_FILE)
+    benchmark = load_questions(data / MMAU_FILE)
     assert benchmark.name == "mmau_mini" and benchmark.has_answers and len(benchmark.questions) == COUNTS["test"]
     tasks, answers = Counter(), Counter()
     for question in benchmark.questions:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import soundfile
 
+import test_mmau
 from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
-from dataset.questions import load_benchmark
+from dataset.questions import load_questions
 from evaluation.mmau import evaluate
 from model.tiny import build_demo_model
-from test_mmau import parse_args, run_sweep
 
 SCRIPT = [sys.executable, "src/test_mmau.py"]
 TOKENS = ["--max_new_tokens", "12"]
@@ -94,7 +94,7 @@ def checkpoint(trained, tmp_path) -> Path:
 
 
 def sweep(*flags) -> int:
-    return run_sweep(parse_args([str(flag) for flag in [*flags, *TOKENS, "--workers", 0]]))
+    return test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, *TOKENS, "--workers", 0]]))
 
 
 def read(folder: Path, step="100", name="mmau_mini") -> list[dict]:
@@ -106,7 +106,7 @@ def swept(trained, questions, tmp_path_factory) -> Path:
     """The results of both checkpoints from one process, with a worker."""
     out = tmp_path_factory.mktemp("out")
     flags = ["--model_path", *sorted(trained.glob("checkpoint-*")), "--data_file", questions, "--out_dir", out]
-    assert run_sweep(parse_args([str(flag) for flag in [*flags, "--batch_size", 8, *TOKENS]])) == 2
+    assert test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, "--batch_size", 8, *TOKENS]])) == 2
     return out
 
 
@@ -120,7 +120,7 @@ def test_a_sweep_writes_all_that_was_in_the_file_with_predictions_and_scores(swe
         records = read(swept, step)
         assert [{key: record[key] for key in row} for row, record in zip(rows, records, strict=True)] == rows
         assert all(record["model_prediction"] == record["model_output"] for record in records)
-        assert all(record["release"] == load_benchmark(questions).release for record in records)
+        assert all(record["release"] == load_questions(questions).release for record in records)
         folder = swept / f"test_{step}"
         assert (folder / "eval_mmau_mini.txt").read_text() == str(evaluate(records))
         assert sorted(path.name for path in folder.iterdir()) == [
@@ -271,13 +271,13 @@ def test_missing_and_unreadable_clips_stop_the_run_before_the_first_batch(tmp_pa
 def test_silent_and_shuffled_audio(few, checkpoint, trained):
     flags = ["--model_path", checkpoint, "--data_file", few]
     sweep(*flags)
-    sweep(*flags, "--audio", "silent")
-    sweep(*flags, "--audio", "shuffled", "--batch_size", 4)
+    sweep(*flags, "--hear", "silent")
+    sweep(*flags, "--hear", "shuffled", "--batch_size", 4)
     heard = [[record["model_completion"] for record in read(checkpoint.parent, name=f"mmau_mini{kind}")]
              for kind in ("", "_silent", "_shuffled")]  # fmt: skip
     assert heard[0] != heard[1] and heard[0] != heard[2] and heard[1] != heard[2]
     out = checkpoint.parent / "again"
-    sweep(*flags, "--audio", "shuffled", "--batch_size", 1, "--out_dir", out)
+    sweep(*flags, "--hear", "shuffled", "--batch_size", 1, "--out_dir", out)
     assert read(out, name="mmau_mini_shuffled") == read(checkpoint.parent, name="mmau_mini_shuffled")
 
 

@@ -78,9 +78,6 @@ def load_questions(path: str | Path, audio_dir: str | Path | None = None) -> Ben
     return to_benchmark(read_records(path), path, Path(audio_dir or path.parent))
 
 
-load_benchmark = load_questions
-
-
 def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmark:
     """Rows already read -> `Benchmark`; `source` is named in messages. Raises as `load_questions`."""
     if not records:

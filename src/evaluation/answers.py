@@ -1,13 +1,13 @@
-"""One model on one benchmark: clips checked, questions in batches of like length, decoded ahead by worker processes.
+"""Questions -> batches -> completions: clips checked, questions in batches of like length, decoded ahead by workers.
 
-Every process of a run makes the same batches and takes its share of them. Leaves out files and checkpoints
-(`test_mmau.py`), wording (`dataset/prompt.py`) and decoding of tokens (`generation.py`).
+Leaves out which models are asked (`sweep.py`), files (`results.py`), wording (`dataset/prompt.py`) and the decoding of
+tokens (`model/generation.py`).
 """
 
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import BatchFeature, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from dataset.audio import DataError, load_audio
+from dataset.audio import SAMPLE_RATE, DataError, load_audio
 from dataset.encode import (
     check_clip_length,
     check_no_special_token,
@@ -40,7 +40,7 @@ AUDIO = ("real", "silent", "shuffled")
 class Settings:
     """What decides the answers, beside model and questions."""
 
-    style: str  # prompt style
+    style: str | None  # prompt style; None: the checkpoint's own
     audio: str = "real"  # or `silent`: zeros of the clip's length; or `shuffled`: another question's clip
     channels: str = "first"  # see `load_audio`
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -114,7 +114,7 @@ class EncodedQuestions(Dataset):
     def __init__(
         self,
         questions: list[Question],
-        processor: Qwen2AudioProcessor,
+        processor: ProcessorMixin,
         settings: Settings,
         decoded: dict[str, np.ndarray] | None = None,  # path -> clip, of those decoded before
     ):
@@ -126,6 +126,15 @@ class EncodedQuestions(Dataset):
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    @property
+    def window_seconds(self) -> float:
+        return self.window / SAMPLE_RATE
+
+    def without(self, ids: Container[str]) -> "EncodedQuestions":
+        """The other questions."""
+        kept = [question for question in self.questions if question.id not in ids]
+        return EncodedQuestions(kept, self.processor, self.settings, self.decoded)
 
     def audio_path(self, index: int) -> str:
         path = self.questions[index].audio_path
@@ -145,7 +154,7 @@ class EncodedQuestions(Dataset):
             return encode_question(self.processor, self.text(index), clip)
 
 
-def find_problems(questions: EncodedQuestions, samples: dict[str, int | str]) -> dict[str, str]:
+def find_unusable(questions: EncodedQuestions, samples: dict[str, int | str]) -> dict[str, str]:
     """Id -> what keeps a question from being asked: a clip that cannot be used, or a special token in its text."""
     problems = {}
     for index, question in enumerate(questions.questions):
@@ -174,7 +183,7 @@ def make_batches(questions: EncodedQuestions, samples: dict[str, int], batch_siz
 
 
 def answer_batches(
-    model: Qwen2AudioForConditionalGeneration,
+    model: PreTrainedModel,
     questions: EncodedQuestions,
     batches: list[list[int]],
     workers: int,

@@ -13,7 +13,7 @@ from trl.models import unwrap_model_for_generation
 
 from dataset.prompt import build_question, extract_answer
 from dataset.questions import Benchmark
-from evaluation.answers import EncodedQuestions, Settings, answer_batches, check_clips, find_problems, make_batches
+from evaluation.answers import EncodedQuestions, Settings, answer_batches, check_clips, find_unusable, make_batches
 from evaluation.mmau import Scores, evaluate
 from model.qwen2_audio import base_model
 
@@ -58,7 +58,7 @@ class GreedyAccuracy:
         paths = sorted({question.audio_path for question in self.eval_questions.questions})
         samples, decoded = check_clips(paths, args.dataloader_num_workers, channels)
         questions = EncodedQuestions(self.eval_questions.questions, self.processing_class, settings, decoded)
-        if problems := find_problems(questions, samples):
+        if problems := find_unusable(questions, samples):
             listed = "\n  ".join(f"{id_}: {problem}" for id_, problem in list(problems.items())[:10])
             raise ValueError(f"{len(problems)} questions of --eval_file cannot be asked:\n  {listed}")
         batches = make_batches(questions, samples, args.per_device_eval_batch_size)
