@@ -9,21 +9,16 @@ import pytest
 
 from conftest import ROOT
 from running import run
-from utils.paper_table import OUT_DIR, PAPER, fill
+from utils.show_acc import PAPER, PAPER_ROW, fill_paper
 
 
 def rows(text: str) -> dict[str, str]:
     """Row name -> last cell, of the table's rows with a command."""
-    found = {}
-    for line in text.splitlines():
-        if line.startswith("|") and OUT_DIR.search(line):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            found[cells[0]] = cells[-1]
-    return found
+    return {row["name"]: row[0].strip("|").split("|")[-1].strip() for row in PAPER_ROW.finditer(text)}
 
 
 def test_the_cells_are_empty_without_results(tmp_path):
-    text, skipped = fill(PAPER.read_text(encoding="utf-8"), [tmp_path, tmp_path / "gone"])
+    text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), [tmp_path, tmp_path / "gone"])
     assert len(rows(text)) == 5 and set(rows(text).values()) == {""}
     assert any("gone" in reason for reason in skipped)
     assert set(rows(PAPER.read_text(encoding="utf-8")).values()) == {""}, "a figure was written into the table by hand"
@@ -52,19 +47,24 @@ def grpo_answer(shared, tmp_path) -> Path:
     return tmp_path / "grpo_answer"
 
 
+def test_the_scores_are_read_from_the_table():
+    averages = [float(row["average"]) for row in PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8"))]
+    assert averages == [49.2, 51.8, 56.4, 64.5, 61.1]
+
+
 def test_a_row_shows_its_best_checkpoint(grpo_answer):
-    text, skipped = fill(PAPER.read_text(encoding="utf-8"), [grpo_answer])
+    text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), [grpo_answer])
     filled = {name: cell for name, cell in rows(text).items() if cell}
     assert list(filled) == ["GRPO + Prompt <2>"] and not skipped
     (cell,) = filled.values()
     assert re.fullmatch(r"100: 51\.35 / 49\.70 / 48\.65 / 49\.90 \(4\d\.\d\d - 5\d\.\d\d\)", cell), cell
-    done = run(sys.executable, "src/utils/paper_table.py", grpo_answer)
+    done = run(sys.executable, "src/utils/show_acc.py", "--paper", grpo_answer)
     assert cell in done.stdout and done.stdout.count("\n") == 7
 
 
 def test_results_on_other_questions_are_not_filled_in(grpo_answer):
     for file in grpo_answer.glob("test_*/res_*.json"):
         file.write_text(json.dumps(json.loads(file.read_text())[:500]))
-    text, skipped = fill(PAPER.read_text(encoding="utf-8"), [grpo_answer])
+    text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), [grpo_answer])
     assert set(rows(text).values()) == {""}
     assert len(skipped) == 2 and "not MMAU's test-mini" in skipped[0]

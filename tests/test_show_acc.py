@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from utils.show_acc import build_tables, confidence_interval, format_tables, plot, read_results, table_rows
+from utils.show_acc import build_tables, confidence_interval, format_tables, plot, read_results, to_table
 
 TASKS = ["sound", "music", "speech"]
 
@@ -51,11 +51,11 @@ def show(*flags):
 def test_best_first_sorted_as_numbers(folder):
     results, skipped = read_results(folder)
     assert not skipped
-    table = table_rows(build_tables(results)[0][1])
-    assert table[0] == ["step", "sound", "music", "speech", "total", "95% interval"]
-    assert [row[0] for row in table[1:]] == ["1000", "200", "100", "base"]  # 70, 60, 50 and 9%
-    assert table[1][1:5] == ["70.00 (100)"] * 3 + ["70.00 (300)"]
-    assert [row[0] for row in table_rows(build_tables(results, "step")[0][1])[1:]] == ["100", "200", "1000", "base"]
+    table = to_table(build_tables(results)[0][1])
+    assert list(table) == ["step", "sound", "music", "speech", "total", "95% interval"]
+    assert list(table["step"]) == ["1000", "200", "100", "base"]  # 70, 60, 50 and 9%
+    assert list(table.iloc[0, 1:5]) == ["70.00 (100)"] * 3 + ["70.00 (300)"]
+    assert list(to_table(build_tables(results, "step")[0][1])["step"]) == ["100", "200", "1000", "base"]
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_questions():
@@ -72,9 +72,14 @@ def test_silent_and_shuffled_runs_show_as_drops(folder):
     write_result(folder, "200", 120, audio="_silent")
     write_result(folder, "300", 100, audio="_shuffled")
     results, skipped = read_results(folder)
-    table = table_rows(build_tables(results)[0][1])
-    assert table[0][-1] == "silent"
-    assert {row[0]: row[-1] for row in table[1:]} == {"1000": "-", "200": "40.00 (-20.00)", "100": "-", "base": "-"}
+    table = to_table(build_tables(results)[0][1])
+    assert list(table)[-1] == "silent"
+    assert dict(zip(table["step"], table["silent"], strict=True)) == {
+        "1000": "-",
+        "200": "40.00 (-20.00)",
+        "100": "-",
+        "base": "-",
+    }
     assert len(skipped) == 1 and "test_300" in skipped[0]
 
 
@@ -89,16 +94,27 @@ def test_releases_do_not_share_a_table(folder):
 def test_markdown_and_csv(folder):
     results, _ = read_results(folder)
     lines = format_tables(results, style="markdown").splitlines()
-    assert lines[2].startswith("| step | sound |") and lines[3] == "|---|---|---|---|---|---|"
+    assert lines[2].startswith("| step | sound |") and lines[3] == "| --- | --- | --- | --- | --- | --- |"
     table = list(csv.DictReader(io.StringIO(format_tables(results, style="csv"))))
     assert [row["step"] for row in table] == ["1000", "200", "100", "base"]
     assert float(table[0]["total"]) == 70 and table[0]["sound_questions"] == "100"
     assert float(table[0]["low"]) < 70 < float(table[0]["high"])
 
 
+def test_text_is_right_aligned_and_a_task_may_be_missing(folder):
+    write_result(folder, "300", 200, questions=[row for row in rows() if row["task"] != "music"])
+    results, _ = read_results(folder)
+    _, header, *lines = format_tables(results).split("\n\n")[0].splitlines()
+    assert header.startswith("step        sound        music") and len({len(line) for line in [header, *lines]}) == 1
+    assert lines[0].startswith("1000  70.00 (100)  70.00 (100)")
+    table = list(csv.DictReader(io.StringIO(format_tables(results, style="csv"))))
+    assert [(row["music"], row["music_questions"]) for row in table[:2]] == [("70.00", "100"), ("60.00", "100")]
+    assert [(row["music"], row["music_questions"]) for row in table if row["step"] == "300"] == [("", "0")]
+
+
 def test_styles_show_where_they_differ(folder):
     write_result(folder, "300", 200, style="think")
-    assert table_rows(build_tables(read_results(folder)[0])[0][1])[0][:2] == ["step", "style"]
+    assert list(to_table(build_tables(read_results(folder)[0])[0][1]))[:2] == ["step", "style"]
 
 
 def test_results_of_the_original_layout_without_run_file_are_read(tmp_path):

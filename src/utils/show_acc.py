@@ -3,20 +3,22 @@
     python src/utils/show_acc.py -i exp/model                      best first
     python src/utils/show_acc.py -i exp/model --format markdown    or csv
     python src/utils/show_acc.py -i exp/model --plot               exp/model/accuracy.png as well
+    python src/utils/show_acc.py --paper exp/*                     the table of docs/PAPER.md, filled from these runs
 
 Everything is computed anew from the predictions in `test_*/res_*.json`. Results on different questions, or on different
 releases of MMAU, do not compare: they get tables of their own. What cannot be read is named and left out.
 """
 
 import argparse
-import csv
-import io
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
+import pandas as pd
 
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,10 +26,13 @@ if __package__ in (None, ""):  # run as a script
 from dataset.questions import ORIGINAL, Benchmark, read_records, to_benchmark
 from evaluation.mmau import Scores, evaluate
 
-FORMATS = ("text", "markdown", "csv")
 RESAMPLES = 10_000  # of the bootstrap
-# MMAU test-mini, original release, from the paper (arXiv 2503.11197): total accuracy in %.
-PAPER = {"paper: GRPO <2>": 64.50, "paper: SFT LoRA <1>": 56.40, "paper: Qwen2-Audio-7B-Instruct": 49.20}
+PAPER = Path(__file__).resolve().parents[2] / "docs" / "PAPER.md"
+# A row of its table: all but the last cell; in it the name, the average in %, the folder that its command writes to.
+PAPER_ROW = re.compile(
+    r"^(?P<cells>\| *(?P<name>.+?) *\|.*\| *(?P<average>[\d.]+) *\|[^|]*OUT_DIR=(?P<folder>\S+).*\|)[^|\n]*\|$",
+    re.MULTILINE,
+)
 
 
 @dataclass
@@ -53,6 +58,14 @@ class Result:
     def tasks(self) -> dict[str, list[int]]:
         """Task or modality -> [right, questions], those that have questions."""
         return {name: count for name, count in next(iter(self.scores.groups.values())).items() if count[1]}
+
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        return self.tasks | {"total": [self.scores.right, self.scores.questions]}
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return confidence_interval(self.scores.right, self.scores.questions)
 
 
 def confidence_interval(right: int, questions: int) -> tuple[float, float]:
@@ -124,87 +137,91 @@ def _read_result(file: Path) -> tuple[Result, str]:
 
 def build_tables(results: list[Result], sort: str = "total") -> list[tuple[Benchmark, list[Result]]]:
     """Results that compare with one another, together; within a table best first, or by step."""
-    tables: dict[str, list[Result]] = {}
-    for result in results:
-        tables.setdefault(result.benchmark.digest, []).append(result)
-
-    def by_step(result: Result) -> tuple:
-        return (result.step is None, result.step or 0, result.name)
-
-    def by_total(result: Result) -> tuple:
-        return (-result.scores.accuracy, by_step(result))
-
-    key = by_total if sort == "total" else by_step
-    return [(rows[0].benchmark, sorted(rows, key=key)) for rows in tables.values()]
+    tables: dict[str, list[Result]] = {result.benchmark.digest: [] for result in results}
+    ranked = sorted(results, key=lambda result: (result.step is None, result.step or 0, result.name))
+    if sort == "total":
+        ranked.sort(key=lambda result: -result.scores.accuracy)  # equal ones stay by step
+    for result in ranked:
+        tables[result.benchmark.digest].append(result)
+    return [(rows[0].benchmark, rows) for rows in tables.values()]
 
 
-def table_columns(results: list[Result]) -> list[str]:
-    """Tasks of a table's results, in the order of MMAU's script."""
+def _tasks(results: list[Result]) -> list[str]:
+    """Tasks of these results, in the order of MMAU's script."""
     return list(dict.fromkeys(task for result in results for task in result.tasks))
 
 
-def table_rows(results: list[Result]) -> list[list[str]]:
-    """Header and rows of one table, for people: accuracies in %, each with its number of questions."""
-    tasks = table_columns(results)
-    audios = [audio for audio in ("silent", "shuffled") if any(audio in result.drops for result in results)]
-    styles = len({result.style for result in results}) > 1
-    rows = [["step", *(["style"] if styles else []), *tasks, "total", "95% interval", *audios]]
+def to_table(results: list[Result]) -> pd.DataFrame:
+    """One table for people: accuracies in %, each with its number of questions, as text."""
+    rows = []
     for result in results:
         total = result.scores.accuracy
-        low, high = confidence_interval(result.scores.right, result.scores.questions)
-        cells = [result.name, *([result.style] if styles else [])]
-        cells += [_cell(*result.tasks[task]) if task in result.tasks else "-" for task in tasks]
-        cells += [_cell(result.scores.right, result.scores.questions), f"{low:.2f} - {high:.2f}"]
-        for audio in audios:
-            drop = result.drops.get(audio)
-            cells.append("-" if drop is None else f"{drop:.2f} ({drop - total:+.2f})")
-        rows.append(cells)
-    return rows
+        row = {"step": result.name, "style": result.style, "95% interval": "{:.2f} - {:.2f}".format(*result.interval)}
+        row |= {name: f"{100 * right / asked:.2f} ({asked})" for name, (right, asked) in result.counts.items()}
+        rows.append(row | {audio: f"{drop:.2f} ({drop - total:+.2f})" for audio, drop in result.drops.items()})
+    styles = ["style"] if len({result.style for result in results}) > 1 else []
+    columns = ["step", *styles, *_tasks(results), "total", "95% interval", "silent", "shuffled"]
+    return pd.DataFrame(rows, columns=columns).dropna(axis=1, how="all").fillna("-")
 
 
-def _cell(right: int, questions: int) -> str:
-    return f"{100 * right / questions:.2f} ({questions})"
-
-
-def csv_rows(tables: list[tuple[Benchmark, list[Result]]]) -> list[list]:
-    """Header and rows of all tables, for programs: one number a cell, accuracies in %."""
-    tasks = table_columns([result for _, results in tables for result in results])
-    counts = [column for task in [*tasks, "total"] for column in (task, f"{task}_questions")]
-    rows = [["benchmark", "release", "questions", "step", "style", *counts, "low", "high", "silent", "shuffled"]]
-    for benchmark, results in tables:
-        for result in results:
-            scores = result.scores
-            row = [benchmark.name, benchmark.release, benchmark.digest, result.name, result.style]
-            for right, questions in [
-                *(result.tasks.get(task, (0, 0)) for task in tasks),
-                (scores.right, scores.questions),
-            ]:
-                row += [f"{100 * right / questions:.2f}" if questions else "", questions]
-            row += [f"{bound:.2f}" for bound in confidence_interval(scores.right, scores.questions)]
-            row += [f"{result.drops[audio]:.2f}" if audio in result.drops else "" for audio in ("silent", "shuffled")]
-            rows.append(row)
-    return rows
+def to_numbers(results: list[Result]) -> pd.DataFrame:
+    """All results for programs: one number a cell, accuracies in %."""
+    rows = []
+    for result in results:
+        benchmark = result.benchmark
+        row = {"benchmark": benchmark.name, "release": benchmark.release, "questions": benchmark.digest}
+        row |= {"step": result.name, "style": result.style}
+        for name in [*_tasks(results), "total"]:
+            right, asked = result.counts.get(name, (0, 0))
+            row |= {name: 100 * right / asked if asked else None, f"{name}_questions": asked}
+        row["low"], row["high"] = result.interval
+        rows.append(row | {audio: result.drops.get(audio) for audio in ("silent", "shuffled")})
+    return pd.DataFrame(rows)
 
 
 def format_tables(results: list[Result], sort: str = "total", style: str = "text") -> str:
     """All tables as `text` or `markdown`, each under a line that says what was asked, or as one `csv`."""
     tables = build_tables(results, sort)
     if style == "csv":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(csv_rows(tables))
-        return text.getvalue()
+        ranked = [result for _, results in tables for result in results]
+        return to_numbers(ranked).to_csv(index=False, float_format="%.2f")
     blocks = []
     for benchmark, ranked in tables:
-        rows = table_rows(ranked)
-        if style == "markdown":
-            lines = ["| " + " | ".join(row) + " |" for row in rows]
-            lines[1:1] = ["|" + "---|" * len(rows[0])]
-            lines[:0] = [""]
-        else:
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        blocks.append("\n".join([benchmark.title, *lines]) + "\n")
+        table = to_table(ranked)
+        if style == "markdown":  # pandas' own needs one more package
+            rows = [list(table), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+            text = "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        else:  # two spaces between columns
+            text = dedent((" " + table).add_prefix(" ").to_string(index=False))
+        blocks.append(f"{benchmark.title}\n{text}\n")
     return "\n".join(blocks)
+
+
+def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
+    """The text of docs/PAPER.md, a row's last cell filled from the one of `folders` that its command writes to; and one
+    line for everything that was skipped.
+
+    Results on other questions than MMAU's test-mini in the paper's release do not count: their scores do not compare.
+    """
+    found, skipped = {}, []
+    for folder in folders:
+        results, reasons = read_results(folder)
+        skipped += reasons
+        for result in results:
+            if result.benchmark.release == ORIGINAL and result.scores.questions == 1000:
+                found.setdefault(Path(folder).name, []).append(result)
+            else:
+                skipped.append(f"{folder}, {result.name}: not MMAU's test-mini in the paper's release")
+
+    def fill(row: re.Match) -> str:
+        results = found.get(Path(row["folder"]).name)
+        if not results:
+            return f"{row['cells']} |"
+        best = max(results, key=lambda result: result.scores.accuracy)
+        accuracies = " / ".join(f"{100 * right / asked:.2f}" for right, asked in best.counts.values())
+        return f"{row['cells']} {best.name}: {accuracies} ({best.interval[0]:.2f} - {best.interval[1]:.2f}) |"
+
+    return PAPER_ROW.sub(fill, text), skipped
 
 
 def plot(results: list[Result], path: str | Path) -> None:
@@ -231,23 +248,18 @@ def plot(results: list[Result], path: str | Path) -> None:
 
 def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
     steps = [result for result in results if result.step is not None and not result.variant]
-    for task in dict.fromkeys(task for result in steps for task in result.tasks):
-        points = [(result.step, result.tasks[task]) for result in steps if task in result.tasks]
-        axis.plot(
-            [step for step, _ in points],
-            [100 * right / asked for _, (right, asked) in points],
-            ".--",
-            alpha=0.7,
-            label=task,
-        )
     if steps:
-        x = [result.step for result in steps]
-        bands = [confidence_interval(result.scores.right, result.scores.questions) for result in steps]
-        (line,) = axis.plot(x, [result.scores.accuracy for result in steps], "o-", color="black", label="total")
-        axis.fill_between(x, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, label="95% interval")
+        tasks = _tasks(steps)
+        numbers = to_numbers(steps).set_index(pd.Index([result.step for result in steps]))
+        axis.plot(numbers[tasks], ".--", alpha=0.7, label=tasks)
+        axis.plot(numbers["total"], "o-", color="black", label="total")
+        axis.fill_between(
+            numbers.index, numbers["low"], numbers["high"], color="black", alpha=0.15, label="95% interval"
+        )
     level = {result.name: result.scores.accuracy for result in results if result not in steps}
     if benchmark.release == ORIGINAL:
-        level |= PAPER
+        rows = PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8"))
+        level |= {f"paper: {row['name']}": float(row["average"]) for row in rows}
     for index, (name, accuracy) in enumerate(level.items()):
         axis.axhline(accuracy, linestyle=":", color=f"C{5 + index}", label=f"{name} ({accuracy:.1f})")
     axis.set(title=benchmark.title, xlabel="step", ylabel="accuracy (%)")
@@ -257,17 +269,24 @@ def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Print the accuracies of evaluated checkpoints.")
-    parser.add_argument("-i", "--input_dir", required=True, nargs="+", help="folder(s) that hold test_*/")
-    parser.add_argument("--format", choices=FORMATS, default="text")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("-i", "--input_dir", nargs="+", help="folder(s) that hold test_*/")
+    what.add_argument("--paper", nargs="*", metavar="DIR", help="only the paper's table, filled from these runs: exp/*")
+    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
     parser.add_argument("--sort", choices=("total", "step"), default="total", help="best first, or by step")
     parser.add_argument("--plot", action="store_true", help="write accuracy.png into (the first of) the folders")
     args = parser.parse_args()
     results, skipped = [], []
-    for folder in args.input_dir:
+    if args.paper is not None:
+        text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), args.paper)
+        print("\n".join(line for line in text.splitlines() if line.startswith("|")))
+    for folder in args.input_dir or []:
         more_results, more_skipped = read_results(folder)
         results, skipped = results + more_results, skipped + more_skipped
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
+    if args.paper is not None:
+        return 0
     if not results:
         print(f"no results in {', '.join(args.input_dir)}", file=sys.stderr)
         return 0
@@ -276,11 +295,7 @@ def main() -> int:
         print("results on different questions or releases do not compare: tables are apart", file=sys.stderr)
     if args.plot:
         path = Path(args.input_dir[0]) / "accuracy.png"
-        try:
-            plot(results, path)
-        except ImportError:
-            print("--plot needs matplotlib: python -m pip install matplotlib", file=sys.stderr)
-            return 1
+        plot(results, path)
         print(path, file=sys.stderr)
     return 0
 
