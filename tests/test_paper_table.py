@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ROOT
 from running import run
-from utils.show_acc import PAPER, PAPER_ROW, fill_paper
+from utils.show_acc import PAPER, PAPER_ROW, fill_paper, plot, read_results
 
 
 def rows(text: str) -> dict[str, str]:
@@ -60,6 +60,14 @@ def test_a_row_shows_its_best_checkpoint(grpo_answer):
     assert re.fullmatch(r"100: 51\.35 / 49\.70 / 48\.65 / 49\.90 \(4\d\.\d\d - 5\d\.\d\d\)", cell), cell
     done = run(sys.executable, "src/utils/show_acc.py", "--paper", grpo_answer)
     assert cell in done.stdout and done.stdout.count("\n") == 7
+
+
+def test_the_plot_shows_the_papers_averages(grpo_answer, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    plot(read_results(grpo_answer)[0], grpo_answer / "accuracy.png")
+    _, labels = figures[0].axes[0].get_legend_handles_labels()
+    assert {"sound", "total", "paper: GRPO + Prompt <2> (64.5)", "paper: SFT full + Prompt <1> (51.8)"} <= set(labels)
 
 
 def test_results_on_other_questions_are_not_filled_in(grpo_answer):

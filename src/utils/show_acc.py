@@ -30,8 +30,7 @@ RESAMPLES = 10_000  # of the bootstrap
 PAPER = Path(__file__).resolve().parents[2] / "docs" / "PAPER.md"
 # A row of its table: all but the last cell; in it the name, the average in %, the folder that its command writes to.
 PAPER_ROW = re.compile(
-    r"^(?P<cells>\| *(?P<name>.+?) *\|.*\| *(?P<average>[\d.]+) *\|[^|]*OUT_DIR=(?P<folder>\S+).*\|)[^|\n]*\|$",
-    re.MULTILINE,
+    r"(?m)^(?P<cells>\| *(?P<name>.+?) *\|.*\| *(?P<average>[\d.]+) *\|[^|]*OUT_DIR=(?P<folder>\S+).*\|).*\|$"
 )
 
 
@@ -74,8 +73,7 @@ def confidence_interval(right: int, questions: int) -> tuple[float, float]:
     A resample of n questions, k of them answered right, has Binomial(n, k / n) right answers: those are drawn, seeded.
     """
     resampled = np.random.default_rng(0).binomial(questions, right / questions, RESAMPLES) / questions
-    low, high = np.percentile(100 * resampled, [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.percentile(100 * resampled, [2.5, 97.5]).tolist())
 
 
 def read_results(folder: str | Path) -> tuple[list[Result], list[str]]:
@@ -89,30 +87,25 @@ def read_results(folder: str | Path) -> tuple[list[Result], list[str]]:
         return [], [f"{folder}: no such folder"]
     found, skipped = {}, []
     for path in sorted(folder.glob("test_*")):
-        files = sorted([*path.glob("res_*.json"), *path.glob("res_*.jsonl")]) if path.is_dir() else []
+        files = sorted([*path.glob("res_*.json"), *path.glob("res_*.jsonl")])  # none if the path is a file
         if not files:
-            unfinished = any(path.glob("res_*.partial-*")) if path.is_dir() else False
+            unfinished = any(path.glob("res_*.partial-*"))
             skipped.append(f"{path}: {'not finished yet' if unfinished else 'holds no results'}")
         for file in files:
             try:
                 result, audio = _read_result(file)
+                found[result.label, result.benchmark.digest, result.variant, audio] = result
             except (ValueError, OSError) as error:
                 skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
-                continue
             except (KeyError, TypeError, AttributeError, RecursionError):
                 skipped.append(f"{file}: not results of test_mmau.py")
-                continue
-            found[result.label, result.benchmark.digest, result.variant, audio] = result
     results = [result for key, result in found.items() if key[-1] == "real"]
     for (label, digest, variant, audio), result in found.items():
-        if audio != "real":
-            heard = found.get((label, digest, variant, "real"))
-            if heard:
-                heard.drops[audio] = result.scores.accuracy
-            else:
-                skipped.append(
-                    f"{folder}/test_{label}: {audio} audio, but no result with the real one to compare it to"
-                )
+        heard = found.get((label, digest, variant, "real"))
+        if not heard:
+            skipped.append(f"{folder}/test_{label}: {audio} audio, but no result with the real one to compare it to")
+        elif heard is not result:
+            heard.drops[audio] = result.scores.accuracy
     return results, skipped
 
 
@@ -189,8 +182,8 @@ def format_tables(results: list[Result], sort: str = "total", style: str = "text
     for benchmark, ranked in tables:
         table = to_table(ranked)
         if style == "markdown":  # pandas' own needs one more package
-            rows = [list(table), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-            text = "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            header, *rows = [f"| {' | '.join(row)} |" for row in [list(table), *table.to_numpy().tolist()]]
+            text = "\n".join(["", header, "|" + "---|" * len(table.columns), *rows])
         else:  # two spaces between columns
             text = dedent((" " + table).add_prefix(" ").to_string(index=False))
         blocks.append(f"{benchmark.title}\n{text}\n")
@@ -226,10 +219,7 @@ def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
 
 def plot(results: list[Result], path: str | Path) -> None:
     """Accuracy by step as a picture, a panel for each table: tasks, total with its 95% band; named models (an untrained
-    one, say) as level lines, and the paper's values where the questions are the paper's.
-
-    Raises:
-        ValueError: there are no results.
+    one, say) as level lines, and the paper's values where the questions are the paper's. At least one result is needed.
     """
     if not results:
         raise ValueError("there are no results to plot")
@@ -249,13 +239,10 @@ def plot(results: list[Result], path: str | Path) -> None:
 def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
     steps = [result for result in results if result.step is not None and not result.variant]
     if steps:
-        tasks = _tasks(steps)
         numbers = to_numbers(steps).set_index(pd.Index([result.step for result in steps]))
-        axis.plot(numbers[tasks], ".--", alpha=0.7, label=tasks)
+        axis.plot(numbers[_tasks(steps)], ".--", alpha=0.7, label=_tasks(steps))
         axis.plot(numbers["total"], "o-", color="black", label="total")
-        axis.fill_between(
-            numbers.index, numbers["low"], numbers["high"], color="black", alpha=0.15, label="95% interval"
-        )
+        axis.fill_between(numbers.index, numbers.low, numbers.high, color="black", alpha=0.15, label="95% interval")
     level = {result.name: result.scores.accuracy for result in results if result not in steps}
     if benchmark.release == ORIGINAL:
         rows = PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8"))
@@ -267,7 +254,7 @@ def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Print the accuracies of evaluated checkpoints.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-i", "--input_dir", nargs="+", help="folder(s) that hold test_*/")
@@ -286,10 +273,10 @@ def main() -> int:
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
     if args.paper is not None:
-        return 0
+        return
     if not results:
         print(f"no results in {', '.join(args.input_dir)}", file=sys.stderr)
-        return 0
+        return
     print(format_tables(results, args.sort, args.format), end="")
     if len({result.benchmark.digest for result in results}) > 1:
         print("results on different questions or releases do not compare: tables are apart", file=sys.stderr)
@@ -297,8 +284,7 @@ def main() -> int:
         path = Path(args.input_dir[0]) / "accuracy.png"
         plot(results, path)
         print(path, file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
