@@ -4,8 +4,8 @@
         --question "What makes the sound?" --choices dog cat bell car
 
 Prints the answer, the completion as the model wrote it, and the probability of each choice: that the reply is exactly
-this choice, in the shape that the prompt asks for, divided by the sum over the choices. With `--style think` the
-choices come after the model's own thinking.
+this choice, in the shape that the prompt asks for, divided by the sum over the choices. With `--prompt_style think`
+the choices come after the model's own thinking.
 """
 
 import argparse
@@ -15,23 +15,14 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads shall not spin
 
 import torch
-from transformers import AutoProcessor
 from transformers.utils import logging
 
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import encode
-from dataset.prompt import (
-    ANSWER_OPEN,
-    DEFAULT_STYLE,
-    STYLES,
-    build_question,
-    build_solution,
-    extract_answer,
-    load_style,
-)
+from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer, load_style
 from model.checkpoints import check_whole, load_model, locate
 from model.generation import MAX_NEW_TOKENS, generate, score
-from model.qwen2_audio import end_ids
+from model.qwen2_audio import end_ids, load_processor
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--audio", required=True, help="audio file in any common format")
     add("--question", required=True)
     add("--choices", required=True, nargs="+", help="the options, two or more")
-    add("--style", choices=STYLES, help=f"prompt style; default: the checkpoint's own, else {DEFAULT_STYLE}")
+    add("--prompt_style", choices=STYLES, help=f"prompt style; default: the checkpoint's own, else {DEFAULT_STYLE}")
     add("--start", type=float, help="hear a clip that is too long from this second on, for as long as the model can")
     add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS)
     args = parser.parse_args(argv)
@@ -72,7 +63,7 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
     """One question about one clip.
 
     Args:
-        model, processor: as `load_model` and `AutoProcessor` give them.
+        model, processor: as `load_model` and `load_processor` give them.
         clip: float32 of shape (samples,), 16 kHz.
 
     Returns:
@@ -81,14 +72,11 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
     Raises:
         ValueError: the clip is too long or too short.
     """
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"
     batch = encode(processor, [build_question(question, choices, style)], [clip]).to(model.device)
-    ends = end_ids(processor)
-    ids = generate(model, batch, ends, max_new_tokens)[0]
+    ids = generate(model, batch, end_ids(processor), max_new_tokens)[0]
+    tokenizer = processor.tokenizer
     completion = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    before = completion.partition(ANSWER_OPEN)[0] if style == "think" else ""
-    replies = [before + (choice if style == "choice" else build_solution(choice)) for choice in choices]
+    replies = [STYLES[style].reply(choice, completion) for choice in choices]
     # As token ids, each reply ends as the chat template ends a turn.
     reply_ids = [tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id] for reply in replies]
     return completion, score(model, batch, reply_ids).softmax(dim=0).tolist()
@@ -100,9 +88,9 @@ def main() -> int:
     try:
         folder = locate(args.model_path)
         check_whole(folder)
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = load_processor(folder)
         clip = cut_clip(args.audio, args.start, processor.feature_extractor.n_samples)
-        style = args.style or load_style(folder) or DEFAULT_STYLE
+        style = args.prompt_style or load_style(folder) or DEFAULT_STYLE
         on_gpu = torch.cuda.is_available()
         dtype, device = (torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")
         model = load_model(folder, dtype, torch.device(device))

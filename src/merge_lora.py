@@ -8,10 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from transformers import AutoProcessor
-
 from dataset.prompt import load_style, save_style
 from model.checkpoints import complete_checkpoint, keep_base_names, load_merged
+from model.qwen2_audio import load_processor
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
@@ -27,7 +26,7 @@ def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: 
     model.save_pretrained(out)
     if style := load_style(adapter):
         save_style(out, style)
-    complete_checkpoint(out, AutoProcessor.from_pretrained(adapter))
+    complete_checkpoint(out, load_processor(adapter))
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
 
 import ask
 import row_by_row
@@ -15,6 +14,7 @@ from conftest import write_tone
 from dataset.audio import load_audio
 from dataset.prompt import build_question, save_style
 from model.checkpoints import load_model
+from model.qwen2_audio import load_processor
 
 CHOICES = ["dog", "cat", "bell"]
 
@@ -60,11 +60,10 @@ def test_prints_answer_completion_and_probabilities(run):
 
 
 def test_probabilities_are_those_of_the_whole_replies(small_model, clip):
-    processor = AutoProcessor.from_pretrained(small_model)
+    processor = load_processor(small_model)
     model = load_model(small_model, torch.float32, torch.device("cpu"))
     audio = load_audio(clip)
     _, probabilities = ask.ask(model, processor, audio, "What?", CHOICES, "answer", max_new_tokens=2)
-    processor.tokenizer.padding_side = "left"
     logps = []
     for choice in CHOICES:
         inputs = row_by_row.encode(processor, [build_question("What?", CHOICES, "answer")], [audio])
@@ -78,7 +77,7 @@ def test_probabilities_are_those_of_the_whole_replies(small_model, clip):
 
 
 def test_in_think_style_the_choices_follow_the_thinking(small_model, clip, monkeypatch):
-    processor = AutoProcessor.from_pretrained(small_model)
+    processor = load_processor(small_model)
     model = load_model(small_model, torch.float32, torch.device("cpu"))
     thought = "<think>cat</think> <answer>dog</answer>"
     monkeypatch.setattr(ask, "generate", lambda *args: [processor.tokenizer(thought)["input_ids"]])
@@ -96,7 +95,7 @@ def test_the_recorded_style_is_the_default(small_model, clip, monkeypatch, run, 
     styles = []
     monkeypatch.setattr(ask, "ask", lambda *args: styles.append(args[5]) or ("<answer>dog</answer>", [1.0, 0.0, 0.0]))
     run(model=copy)
-    run("--style", "choice", model=copy)
+    run("--prompt_style", "choice", model=copy)
     assert styles == ["think", "choice"]
 
 

@@ -120,44 +120,18 @@ def build_demo_model(
         Model (float32, in training mode) and processor.
     """
     processor = build_processor(texts, vocab_size, mel_bins, seconds)
-    tokenizer = processor.tokenizer
-    end_ids = tokenizer.convert_tokens_to_ids([IM_END, PAD])
-    config = Qwen2AudioConfig(
-        audio_config={
-            "model_type": "qwen2_audio_encoder",
-            "num_mel_bins": mel_bins,
-            "d_model": audio_size,
-            "encoder_layers": audio_layers,
-            "encoder_attention_heads": audio_heads,
-            "encoder_ffn_dim": 4 * audio_size,
-            "max_source_positions": seconds * FRAMES_PER_SECOND // FRAMES_PER_POSITION,
-            "initializer_range": initializer_range,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "max_position_embeddings": 4096,
-            "bos_token_id": end_ids[1],
-            "eos_token_id": end_ids[0],
-            "pad_token_id": end_ids[1],
-            "initializer_range": initializer_range,
-        },
-        audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO),
-    )
+    audio = {"d_model": audio_size, "encoder_layers": audio_layers, "encoder_attention_heads": audio_heads}
+    text = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads}
     torch.manual_seed(seed)
-    model = Qwen2AudioForConditionalGeneration(config)
+    model = Qwen2AudioForConditionalGeneration(_build_config(processor, audio, text, initializer_range))
     positions = model.model.audio_tower.embed_positions  # fixed, as in Qwen2-Audio's checkpoint
     positions.weight = torch.nn.Parameter(sinusoids(*positions.weight.shape), requires_grad=False)
     # Qwen2-Audio-Instruct's own defaults: who sets nothing inherits them here as there.
+    im_end, pad = _end_ids(processor)
     model.generation_config = GenerationConfig(
-        bos_token_id=end_ids[1],
-        eos_token_id=end_ids,
-        pad_token_id=end_ids[1],
+        bos_token_id=pad,
+        eos_token_id=[im_end, pad],
+        pad_token_id=pad,
         do_sample=True,
         temperature=0.7,
         top_p=0.5,
@@ -168,3 +142,39 @@ def build_demo_model(
     processor.save_pretrained(folder)
     save_style(folder, style)
     return model.train(), processor
+
+
+def _build_config(
+    processor: Qwen2AudioProcessor, audio: dict, text: dict, initializer_range: float
+) -> Qwen2AudioConfig:
+    """The configuration for this processor; `audio` and `text` give width, depth and heads of the model's halves."""
+    im_end, pad = _end_ids(processor)
+    extractor = processor.feature_extractor
+    return Qwen2AudioConfig(
+        audio_config=audio
+        | {
+            "model_type": "qwen2_audio_encoder",
+            "num_mel_bins": extractor.feature_size,
+            "encoder_ffn_dim": 4 * audio["d_model"],
+            "max_source_positions": extractor.nb_max_frames // FRAMES_PER_POSITION,
+            "initializer_range": initializer_range,
+        },
+        text_config=text
+        | {
+            "model_type": "qwen2",
+            "vocab_size": len(processor.tokenizer),
+            "intermediate_size": 3 * text["hidden_size"],
+            "num_key_value_heads": text["num_attention_heads"],
+            "max_position_embeddings": 4096,
+            "bos_token_id": pad,
+            "eos_token_id": im_end,
+            "pad_token_id": pad,
+            "initializer_range": initializer_range,
+        },
+        audio_token_index=processor.tokenizer.convert_tokens_to_ids(AUDIO),
+    )
+
+
+def _end_ids(processor: Qwen2AudioProcessor) -> list[int]:
+    """Ids of the tokens that end a turn and a text."""
+    return processor.tokenizer.convert_tokens_to_ids([IM_END, PAD])
