@@ -10,7 +10,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl import TrlParser
 
 from arguments import DataArguments
-from dataset.check import examine_training_file
+from dataset.check import Rules, examine_training_file
 from dataset.dataset import load_train_dataset
 from model.qwen2_audio import load_processor
 
@@ -43,11 +43,8 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         try:
             examination = examine_training_file(
                 data.data_file,
-                data.prompt_style,
-                processor,
-                data.max_prompt_length,
+                Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels),
                 dropped_file=Path(args.output_dir) / DROPPED_FILE,
-                channels=data.audio_channels,
                 progress=not args.disable_tqdm,
             )
             print(examination.table(), flush=True)

@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 from conftest import QUESTION, ROOT, write_tone
 from dataset import check as check_module
 from dataset.audio import examine_clip
-from dataset.check import examine_evaluation_file, examine_training_file, is_training_file, main
+from dataset.check import Rules, examine_evaluation_file, examine_training_file, is_training_file, main
 from dataset.dataset import load_train_dataset
 from running import run
 
@@ -202,7 +202,7 @@ BAD_SAMPLES = [
 def test_a_bad_clip_is_dropped_and_named(folder, name, reason, message, deep):
     make_bad_clip(name, folder / "bad.wav")
     path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
-    examination = examine_training_file(path, deep=deep, workers=0)
+    examination = examine_training_file(path, Rules(deep=deep, workers=0))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
     assert (
         examination.shown[0].startswith(f"{path}, line 2: {folder / 'bad.wav'}: ") and message in examination.shown[0]
@@ -213,17 +213,17 @@ def test_a_bad_clip_is_dropped_and_named(folder, name, reason, message, deep):
 def test_bad_samples_are_found_by_decoding(folder, name, reason, message):
     make_bad_clip(name, folder / "bad.wav")
     path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
-    examination = examine_training_file(path, deep=True, workers=0)
+    examination = examine_training_file(path, Rules(deep=True, workers=0))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
     assert message in examination.shown[0]
     if name == "first channel silent":
-        assert not examine_training_file(path, deep=True, workers=0, channels="mean").dropped
+        assert not examine_training_file(path, Rules(deep=True, workers=0, channels="mean")).dropped
 
 
 def test_a_clip_that_is_too_long_is_not_decoded(folder):
     soundfile.write(folder / "bad.wav", np.full(31 * 16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
     path = write(folder, GOOD | {"audio_path": "bad.wav"})
-    assert examine_training_file(path, deep=True, workers=0).reasons == {"clip too long": 1}
+    assert examine_training_file(path, Rules(deep=True, workers=0)).reasons == {"clip too long": 1}
 
 
 @pytest.mark.parametrize("name", ["a\0b.wav", "\ud800.wav", "x" * 5000 + ".wav", "good.wav/b.wav"])
@@ -262,7 +262,7 @@ def test_what_is_fine_simply_works(folder, deep):
     (folder / "streamed.wav").write_bytes(content)
     names = [*FINE, "link.wav", "streamed.wav"]
     path = write(folder, *(GOOD | {"id": name, "audio_path": name} for name in names))
-    examination = examine_training_file(path, deep=deep, workers=0)
+    examination = examine_training_file(path, Rules(deep=deep, workers=0))
     assert not examination.dropped and not examination.notes, examination.table()
     assert examination.dataset["audio_path"][:] == [str(folder / name) for name in names]
     assert (examination.shortest, examination.longest) == (0.1, 30.0)
@@ -288,7 +288,7 @@ def test_what_is_kept_but_worth_knowing(folder):
         GOOD,
         GOOD | {"audio_path": "overdriven.wav", "id": 3},
     )
-    examination = examine_training_file(path, deep=True, workers=0)
+    examination = examine_training_file(path, Rules(deep=True, workers=0))
     assert not examination.dropped and len(examination.dataset) == 4
     overdriven = "clip overdriven (over 1% of its samples at full scale)"
     assert examination.notes == {"choices with duplicates": 1, "id repeated": 1, overdriven: 1}
@@ -298,7 +298,7 @@ def test_what_is_kept_but_worth_knowing(folder):
 def test_training_gets_what_loading_the_good_rows_gives(folder):
     rows = [GOOD | {"id": i, "answer": i % 3, "audio_path": "good.wav" if i % 4 else f"gone{i}.wav"} for i in range(30)]
     path = write(folder, *rows)
-    examination = examine_training_file(path, "think")
+    examination = examine_training_file(path, Rules("think"))
     loaded = load_train_dataset(path, "think", skip=set(examination.dropped))
     assert examination.dataset.to_list() == loaded.to_list() and len(loaded) == examination.usable == 22
     assert examination.dataset._fingerprint == loaded._fingerprint, "every process must cache under the same name"
@@ -335,7 +335,7 @@ def test_no_file_and_no_rows(folder):
     with pytest.raises(ValueError, match="holds no rows"):
         examine_training_file(write(folder))
     with pytest.raises(ValueError, match="unknown prompt style"):
-        examine_training_file(write(folder, GOOD), "loud")
+        examine_training_file(write(folder, GOOD), Rules("loud"))
 
 
 def test_prompt_length_special_tokens_and_window_are_the_models(folder, small_model):
@@ -344,7 +344,7 @@ def test_prompt_length_special_tokens_and_window_are_the_models(folder, small_mo
     token = processor.tokenizer.all_special_tokens[0]
     rows = [GOOD, GOOD | {"question_text": f"What is {token}?"}, GOOD | {"audio_path": "long.wav"}]
     rows += [GOOD | {"question_text": "What " * 200}]
-    examination = examine_training_file(write(folder, *rows), processor=processor, max_prompt_length=150)
+    examination = examine_training_file(write(folder, *rows), Rules(processor=processor, max_prompt_length=150))
     assert list(examination.dropped) == [2, 3, 4]
     for message, wanted in zip(
         examination.shown, (f"the special token {token}", "hears 2 s", "over max_prompt_length 150"), strict=True
@@ -352,9 +352,9 @@ def test_prompt_length_special_tokens_and_window_are_the_models(folder, small_mo
         assert wanted in message
     tokens, where = examination.longest_prompt
     assert where == "line 1"
-    longer = examine_training_file(write(folder, GOOD), processor=processor, max_prompt_length=tokens)
+    longer = examine_training_file(write(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens))
     assert not longer.dropped and longer.longest_prompt == (tokens, "line 1")
-    assert examine_training_file(write(folder, GOOD), processor=processor, max_prompt_length=tokens - 1).dropped
+    assert examine_training_file(write(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens - 1)).dropped
 
 
 # Evaluation files

@@ -15,7 +15,7 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 import row_by_row
 from conftest import ROOT
 from dataset.audio import SAMPLE_RATE, count_samples, load_audio
-from dataset.check import examine_training_file
+from dataset.check import Rules, examine_training_file
 from dataset.dataset import load_train_dataset
 from dataset.encode import build_chat, count_audio_tokens
 from dataset.prompt import build_question, extract_answer, load_style
@@ -245,7 +245,7 @@ def test_chat_template_renders_what_the_real_one_renders(built, shared):
 
 
 def test_every_row_of_the_demo_can_be_trained_on(built, data):
-    examination = examine_training_file(data / TRAIN_FILE, "answer", built[2], max_prompt_length=150)
+    examination = examine_training_file(data / TRAIN_FILE, Rules("answer", built[2], max_prompt_length=150))
     assert not examination.dropped and len(examination.dataset) == COUNTS["train"]
 
 

@@ -14,7 +14,7 @@ from datasets import Audio, Dataset
 
 from conftest import write_tone
 from dataset import questions as benchmark
-from dataset.check import examine_evaluation_file
+from dataset.check import Rules, examine_evaluation_file
 from dataset.questions import load_questions, release_line
 from prepare_mmau import hub_record, main, remove_prefixes
 
@@ -103,7 +103,7 @@ def test_json_and_tar(tmp_path, clips, capsys):
     assert laid_out(out) == (items(), clips), "byte for byte, and no clip that no question names"
     assert f"{out}: release original, 4 questions, 0 without a clip" in capsys.readouterr().out
     assert len(load_questions(out / "mmau-test-mini.json").questions) == 4
-    assert not examine_evaluation_file(out / "mmau-test-mini.json", deep=True, workers=0).dropped
+    assert not examine_evaluation_file(out / "mmau-test-mini.json", Rules(deep=True, workers=0)).dropped
 
 
 def test_the_readmes_layout_is_completed_in_place(tmp_path, clips):

@@ -23,11 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if not __package__:  # run as a script, from src/dataset: its packages are those of src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -44,7 +44,7 @@ from dataset.questions import UNKNOWN, check_question, recognise_release, to_que
 from dataset.rows import SHOWN, Row, open_whole, read_lines, read_rows, starts_a_list
 
 if TYPE_CHECKING:
-    from transformers import Qwen2AudioProcessor
+    from transformers import ProcessorMixin
 
 MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 ROWS_AT_ONCE = 1000
@@ -53,19 +53,21 @@ THREADS = 8  # that read headers: on a network disk it is waiting that takes the
 CLIPPED = 0.01  # share of samples at full scale from which a clip is noted
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rules:
-    """What the rows of a file are held against."""
+    """What the rows of a file are held against, and how."""
 
-    processor: Qwen2AudioProcessor | None = None  # without: no prompt lengths, no special tokens
-    max_prompt_length: int | None = None  # tokens, audio included
-    deep: bool = False
-    channels: str = "first"
+    style: str = DEFAULT_STYLE
+    processor: ProcessorMixin | None = None  # of the model; without: no prompt lengths, no special tokens
+    max_prompt_length: int | None = MAX_PROMPT_LENGTH  # tokens, audio included; None is no limit
+    channels: str = "first"  # that will be heard, see `load_audio`
     cut_long_clips: bool = False  # as evaluation does; else they are bad
+    deep: bool = False  # decode every clip, for NaN, silence and clipping
+    workers: int | None = None  # processes that decode; default: one per core; 0: this one
 
     @property
     def window(self) -> int:
-        """The longest clip that is heard in full, in samples."""
+        """The longest clip that is heard in full, in samples; without a processor Qwen2-Audio's."""
         return self.processor.feature_extractor.n_samples if self.processor else WINDOW_SECONDS * SAMPLE_RATE
 
 
@@ -76,8 +78,10 @@ class Examined:
     row: Row
     id: object = None
     data: dict = field(default_factory=dict)  # `prompt`, `audio_path` and what else is wanted of a usable row
+    notes: list[str] = field(default_factory=list)  # what is only worth knowing
     error: DataError | None = None
-    notes: list[str] = field(default_factory=list)
+    samples: int = 0  # of the clip
+    tokens: int = 0  # of the prompt; 0 without a processor
 
 
 Rule = Callable[[dict, int], tuple[dict, list[str]]]  # parsed row, its number -> `data`, `notes`; or a `DataError`
@@ -105,24 +109,25 @@ class Examination:
     def usable(self) -> int:
         return self.rows - len(self.dropped)
 
-    def drop(self, examined: Examined) -> None:
-        """Enter an unusable row."""
-        reason, message = examined.error.reason, f"{examined.row.where}: {examined.error}"
-        self.dropped.append(examined.row.number)
-        self.reasons[reason] += 1
-        self.examples.setdefault(reason, message)
-        if len(self.shown) < SHOWN:
-            self.shown.append(f"{self.file}, {message}")
-
-    def note(self, note: str, where: str, count: int = 1) -> None:
-        """Enter what is only worth knowing."""
-        self.notes[note] += count
-        self.examples.setdefault(note, where)
-
-    def hear(self, seconds: float) -> None:
-        """Enter a usable clip."""
+    def enter(self, examined: Examined) -> None:
+        """Count a row, usable or not."""
+        self.rows += 1
+        where = examined.row.where
+        if (error := examined.error) is not None:
+            self.dropped.append(examined.row.number)
+            self.reasons[error.reason] += 1
+            self.examples.setdefault(error.reason, f"{where}: {error}")
+            if len(self.shown) < SHOWN:
+                self.shown.append(f"{self.file}, {where}: {error}")
+            return
+        for note in examined.notes:
+            self.notes[note] += 1
+            self.examples.setdefault(note, where)
+        seconds = examined.samples / SAMPLE_RATE
         self.seconds += seconds
         self.shortest, self.longest = min(self.shortest, seconds), max(self.longest, seconds)
+        if examined.tokens:
+            self.longest_prompt = max(self.longest_prompt or (0, ""), (examined.tokens, where))
 
     def table(self) -> str:
         """What was found, a line for each reason: how many rows, and the first of them."""
@@ -133,7 +138,7 @@ class Examination:
             lines += [title] if title and counts else []
             width = max((len(reason) for reason in counts), default=0)
             for reason, count in counts.most_common():
-                lines.append(f"  {count:>8}  {reason:<{width}}  {self.examples[reason]:.120}".rstrip())
+                lines.append(f"  {count:>8}  {reason:<{width}}  {self.examples.get(reason, ''):.120}".rstrip())
         if self.seconds:
             tokens = ", longest prompt {} tokens ({})".format(*self.longest_prompt) if self.longest_prompt else ""
             clips = f"{self.seconds / 3600:.2f} h of audio, clips of {self.shortest:.2f} to {self.longest:.2f} s"
@@ -149,28 +154,13 @@ class Examination:
 
 
 def examine_training_file(
-    data_file: str | Path,
-    style: str = DEFAULT_STYLE,
-    processor: Qwen2AudioProcessor | None = None,
-    max_prompt_length: int | None = MAX_PROMPT_LENGTH,
-    *,
-    dropped_file: str | Path | None = None,
-    deep: bool = False,
-    channels: str = "first",
-    workers: int | None = None,
-    progress: bool = False,
+    data_file: str | Path, rules: Rules = Rules(), *, dropped_file: str | Path | None = None, progress: bool = False
 ) -> Examination:
     """Examine a training file and load what is usable of it.
 
     Args:
         data_file: JSONL, as for `load_train_dataset`.
-        style: prompt style.
-        processor: of the model to train; without it prompts are neither counted nor searched for special tokens, and
-            the window is Qwen2-Audio's.
-        max_prompt_length: in tokens, audio included; None is no limit.
         dropped_file: gets the bad rows as JSONL: `line`, `id`, `reason`, `message`, `text`; removed without any.
-        deep: decode every clip, in `workers` processes (default: one per core), for NaN, silence and clipping.
-        channels: that will be heard, see `load_audio`.
         progress: show a bar.
 
     Returns:
@@ -181,17 +171,15 @@ def examine_training_file(
         FileNotFoundError: there is no such file.
         ValueError: it holds no rows.
     """
-    get_style(style)
-    data_file = check_is_there(data_file)
-    examination = Examination(data_file)
+    get_style(rules.style)
+    examination = Examination(data_file := check_is_there(data_file))
 
     def rule(record: dict, number: int) -> tuple[dict, list[str]]:
-        return to_row(record, number, style, data_file.parent), check_row(record)
+        return to_row(record, number, rules.style, data_file.parent), check_row(record)
 
-    total = _count_lines(data_file) if progress else None
+    total = sum(1 for _ in read_lines(data_file)) if progress else None
     rows = tqdm(read_lines(data_file), total=total, disable=not progress, unit=" rows")
-    rules = Rules(processor, max_prompt_length, deep, channels)
-    good = _examine(rows, rule, examination, rules, workers, dropped_file)
+    good = _examine(rows, rule, examination, rules, dropped_file)
     examination.dataset = to_dataset(examined.data for examined in good)
     if not examination.rows:
         raise ValueError(f"{data_file}: holds no rows; data/README.md shows the format")
@@ -200,19 +188,15 @@ def examine_training_file(
 
 def examine_evaluation_file(
     data_file: str | Path,
-    style: str = DEFAULT_STYLE,
-    processor: Qwen2AudioProcessor | None = None,
+    rules: Rules = Rules(),
     *,
     audio_dir: str | Path | None = None,
     dropped_file: str | Path | None = None,
-    deep: bool = False,
-    channels: str = "first",
-    workers: int | None = None,
     progress: bool = False,
 ) -> Examination:
-    """Examine MMAU's JSON list or MMAR's JSONL, with the arguments of `examine_training_file`; it has no `dataset`.
+    """Examine MMAU's JSON list or MMAR's JSONL as `examine_training_file` does a training file; there is no `dataset`.
 
-    Clips over the window are noted only, since evaluation cuts them as the paper did.
+    Clips over the window are noted only, since evaluation cuts them as the paper did, and prompts may be of any length.
 
     Args:
         audio_dir: what the clips' paths start from; the file's own folder by default.
@@ -221,20 +205,19 @@ def examine_evaluation_file(
         FileNotFoundError: there is no such file.
         ValueError: it is no JSON, or holds no rows.
     """
-    get_style(style)
-    data_file = check_is_there(data_file)
-    examination = Examination(data_file)
+    get_style(rules.style)
+    examination = Examination(data_file := check_is_there(data_file))
     audio_dir, ids = Path(audio_dir or data_file.parent), {}
 
     def rule(record: dict, number: int) -> tuple[dict, list[str]]:
         question = to_question(record, number, audio_dir, ids)
         notes = check_question(question, audio_dir)
-        text = build_question(question.record["question"], question.record["choices"], style)
+        text = build_question(question.record["question"], question.record["choices"], rules.style)
         return {"prompt": text, "audio_path": question.audio_path, "record": question.record}, notes
 
     rows = tqdm(list(read_rows(data_file)), disable=not progress, unit=" rows")
-    rules = Rules(processor, None, deep, channels, cut_long_clips=True)
-    good = list(_examine(rows, rule, examination, rules, workers, dropped_file))
+    rules = replace(rules, max_prompt_length=None, cut_long_clips=True)
+    good = list(_examine(rows, rule, examination, rules, dropped_file))
     if not examination.rows:
         raise ValueError(f"{data_file}: holds no questions")
     release = recognise_release([examined.data["record"] for examined in good])
@@ -262,41 +245,30 @@ def is_training_file(data_file: str | Path) -> bool:
     return True
 
 
-def _count_lines(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(partial(file.read, 2**20), b""))
-
-
 # Examining
 
 
 def _examine(
-    rows: Iterable[Row],
-    rule: Rule,
-    examination: Examination,
-    rules: Rules,
-    workers: int | None,
-    dropped_file: str | Path | None,
+    rows: Iterable[Row], rule: Rule, examination: Examination, rules: Rules, dropped_file: str | Path | None
 ) -> Iterator[Examined]:
-    """Yield the usable rows, in order; enter all others into the examination and into `dropped_file`."""
+    """Yield the usable rows, in order; enter all of them into the examination, and the others into `dropped_file`."""
     hashes = array("q")  # of the ids, to count those that repeat in however long a file
     rows = iter(rows)
-    with _clip_examiner(rules, workers) as examine_clips, _dropped_rows(dropped_file) as write:
+    with _clip_examiner(rules) as examine_clips, _open_dropped(dropped_file) as file:
         while chunk := [_read(row, rule) for row in islice(rows, ROWS_AT_ONCE)]:
-            _examine_chunk(chunk, examination, rules, examine_clips)
-            examination.rows += len(chunk)
+            _examine_chunk([examined for examined in chunk if not examined.error], rules, examine_clips)
             for examined in chunk:
-                if examined.error is not None:
-                    examination.drop(examined)
-                    write(examined)
-                    continue
-                if examined.id is not None:
-                    hashes.append(hash(str(examined.id)))
-                for note in examined.notes:
-                    examination.note(note, examined.row.where)
-                yield examined
+                examination.enter(examined)
+                if examined.error is None:
+                    if examined.id is not None:
+                        hashes.append(hash(str(examined.id)))
+                    yield examined
+                elif file:
+                    entry = {"line": examined.row.number, "id": examined.id, "reason": examined.error.reason}
+                    text = examined.row.text.decode("utf-8", "backslashreplace").strip()[:2000]
+                    file.write(json.dumps(entry | {"message": str(examined.error), "text": text}) + "\n")
     if repeated := len(hashes) - len(np.unique(hashes)):
-        examination.note("id repeated", "", repeated)
+        examination.notes["id repeated"] = repeated
 
 
 def _read(row: Row, rule: Rule) -> Examined:
@@ -310,70 +282,69 @@ def _read(row: Row, rule: Rule) -> Examined:
     return examined
 
 
-def _examine_chunk(chunk: list[Examined], examination: Examination, rules: Rules, examine_clips: Callable) -> None:
-    """Examine the prompts and clips of rows that were read; sets `error` and `notes`."""
-    good = [examined for examined in chunk if examined.error is None]
-    paths = dict.fromkeys(examined.data["audio_path"] for examined in good)
-    reports: dict[str, ClipReport | DataError] = dict(zip(paths, examine_clips(paths), strict=True))
-    texts = list(dict.fromkeys(examined.data["prompt"] for examined in good)) if rules.processor else []
-    tokens = dict(zip(texts, count_text_tokens(rules.processor, texts), strict=True)) if texts else {}
-    for examined in good:
-        text, path = examined.data["prompt"], examined.data["audio_path"]
-        report = reports[path]
+def _examine_chunk(chunk: list[Examined], rules: Rules, examine_clips: Callable) -> None:
+    """Examine the prompts and clips of rows that were read; fills in what they lack."""
+    paths = list(dict.fromkeys(examined.data["audio_path"] for examined in chunk))
+    reports = dict(zip(paths, examine_clips(paths), strict=True))
+    text_tokens = [0] * len(chunk)
+    if rules.processor and chunk:
+        text_tokens = count_text_tokens(rules.processor, [examined.data["prompt"] for examined in chunk])
+    for examined, tokens in zip(chunk, text_tokens, strict=True):
+        report = reports[path := examined.data["audio_path"]]
         if isinstance(report, DataError):
             examined.error = report
             continue
-        samples = report.samples
-        if rules.cut_long_clips and samples > rules.window:
+        heard = examined.samples = report.samples
+        if rules.cut_long_clips and heard > rules.window:
             examined.notes.append(f"clip over {rules.window / SAMPLE_RATE:g} s, will be cut")
-            samples = rules.window
-        try:
-            if rules.processor is None:
-                check_clip_length(samples, None)
-            else:
-                length = check_prompt(text, samples, tokens[text], rules.processor, rules.max_prompt_length)
-                examination.longest_prompt = max(examination.longest_prompt or (0, ""), (length, examined.row.where))
-        except DataError as error:
-            examined.error = DataError(f"{path}: {error}", error.reason)
-            continue
+            heard = rules.window
         if report.clipped > CLIPPED:
             examined.notes.append("clip overdriven (over 1% of its samples at full scale)")
-        examination.hear(report.samples / SAMPLE_RATE)
+        try:
+            if rules.processor is None:
+                check_clip_length(heard, None)
+            else:
+                prompt = examined.data["prompt"]
+                examined.tokens = check_prompt(prompt, heard, tokens, rules.processor, rules.max_prompt_length)
+        except DataError as error:
+            examined.error = DataError(f"{path}: {error}", error.reason)
 
 
 @contextmanager
-def _clip_examiner(rules: Rules, workers: int | None) -> Iterator[Callable]:
+def _clip_examiner(rules: Rules) -> Iterator[Callable[[list[str]], Iterable[ClipReport | DataError]]]:
     """A function: paths -> reports, in order. Headers are read by threads; --deep decodes in processes."""
     longest = float("inf") if rules.cut_long_clips else rules.window
-    examine = partial(examine_clip, deep=rules.deep, channels=rules.channels, longest=longest)
-    if workers == 0:
-        yield partial(map, examine)
-    elif rules.deep:
-        # Spawned, since a fork of a process with threads may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            yield partial(pool.map, examine, chunksize=PATHS_PER_TASK)
+    examine = partial(_examine_clips, deep=rules.deep, channels=rules.channels, longest=longest)
+    if rules.workers == 0:
+        yield examine
+        return
+    if rules.deep:  # spawned, since a fork of a process with threads may hang
+        pool = ProcessPoolExecutor(rules.workers, multiprocessing.get_context("spawn"))
     else:
-        with ThreadPoolExecutor(THREADS) as pool:
-            yield partial(pool.map, examine)
+        pool = ThreadPoolExecutor(THREADS)
+    with pool:
+
+        def examine_in_parts(paths: list[str]) -> Iterable[ClipReport | DataError]:
+            parts = [paths[start : start + PATHS_PER_TASK] for start in range(0, len(paths), PATHS_PER_TASK)]
+            return chain.from_iterable(pool.map(examine, parts))
+
+        yield examine_in_parts
+
+
+def _examine_clips(paths: list[str], deep: bool, channels: str, longest: float) -> list[ClipReport | DataError]:
+    return [examine_clip(path, deep, channels, longest) for path in paths]
 
 
 @contextmanager
-def _dropped_rows(path: str | Path | None) -> Iterator[Callable[[Examined], None]]:
-    """A function that writes a row into `path`, which is there in the end if there were any."""
+def _open_dropped(path: str | Path | None) -> Iterator[TextIO | None]:
+    """A file for the bad rows, which is there in the end if there were any."""
     if path is None:
-        yield lambda examined: None
+        yield None
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_whole(path) as file:
-
-        def write(examined: Examined) -> None:
-            entry = {"line": examined.row.number, "id": examined.id, "reason": examined.error.reason}
-            text = examined.row.text.decode("utf-8", "backslashreplace").strip()[:2000]
-            file.write(json.dumps(entry | {"message": str(examined.error), "text": text}) + "\n")
-
-        yield write
+        yield file
     if not path.stat().st_size:
         path.unlink()
 
@@ -397,16 +368,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_processor(name: str | None) -> Qwen2AudioProcessor | None:
+def load_processor(name: str | None) -> ProcessorMixin | None:
     """The processor that counts tokens; None for `none`, and, with a word about it, where the default is not here."""
     if name == "none":
         return None
-    from transformers import AutoProcessor, Qwen2AudioProcessor  # takes seconds, and --deep's workers need it not
+    from transformers import AutoProcessor  # takes seconds, and --deep's workers need it not
 
     try:
         processor = AutoProcessor.from_pretrained(name or MODEL)
-        if not isinstance(processor, Qwen2AudioProcessor):
-            raise ValueError(f"it is a {type(processor).__name__}, not Qwen2-Audio's")
+        if not hasattr(processor, "feature_extractor"):
+            raise ValueError(f"it is a {type(processor).__name__}, which takes no audio")
         return processor
     except (OSError, ValueError) as error:
         if name:
@@ -434,16 +405,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         training = is_training_file(check_is_there(args.file))
         processor = load_processor(args.model_path)
-        settings = dict(
-            dropped_file=args.dropped_file, deep=args.deep, channels=args.audio_channels, workers=args.workers,
-            progress=sys.stderr.isatty(),
+        rules = Rules(
+            args.prompt_style, processor, args.max_prompt_length, args.audio_channels,
+            deep=args.deep, workers=args.workers,
         )  # fmt: skip
+        outputs = {"dropped_file": args.dropped_file, "progress": sys.stderr.isatty()}
         if training:
-            settings["max_prompt_length"] = args.max_prompt_length
-            examination = examine_training_file(args.file, args.prompt_style, processor, **settings)
+            examination = examine_training_file(args.file, rules, **outputs)
         else:
-            settings["audio_dir"] = args.audio_dir
-            examination = examine_evaluation_file(args.file, args.prompt_style, processor, **settings)
+            examination = examine_evaluation_file(args.file, rules, audio_dir=args.audio_dir, **outputs)
         if args.keep_file and training:
             write_kept(examination.file, set(examination.dropped), args.keep_file)
     except BrokenExecutor:
