@@ -202,7 +202,7 @@ BAD_SAMPLES = [
 def test_a_bad_clip_is_dropped_and_named(folder, name, reason, message, deep):
     make_bad_clip(name, folder / "bad.wav")
     path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
-    examination = examine_training_file(path, Rules(deep=deep, workers=0))
+    examination = examine_training_file(path, Rules(deep=deep))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
     assert (
         examination.shown[0].startswith(f"{path}, line 2: {folder / 'bad.wav'}: ") and message in examination.shown[0]
@@ -213,17 +213,17 @@ def test_a_bad_clip_is_dropped_and_named(folder, name, reason, message, deep):
 def test_bad_samples_are_found_by_decoding(folder, name, reason, message):
     make_bad_clip(name, folder / "bad.wav")
     path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
-    examination = examine_training_file(path, Rules(deep=True, workers=0))
+    examination = examine_training_file(path, Rules(deep=True))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
     assert message in examination.shown[0]
     if name == "first channel silent":
-        assert not examine_training_file(path, Rules(deep=True, workers=0, channels="mean")).dropped
+        assert not examine_training_file(path, Rules(deep=True, channels="mean")).dropped
 
 
 def test_a_clip_that_is_too_long_is_not_decoded(folder):
     soundfile.write(folder / "bad.wav", np.full(31 * 16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
     path = write(folder, GOOD | {"audio_path": "bad.wav"})
-    assert examine_training_file(path, Rules(deep=True, workers=0)).reasons == {"clip too long": 1}
+    assert examine_training_file(path, Rules(deep=True)).reasons == {"clip too long": 1}
 
 
 @pytest.mark.parametrize("name", ["a\0b.wav", "\ud800.wav", "x" * 5000 + ".wav", "good.wav/b.wav"])
@@ -262,7 +262,7 @@ def test_what_is_fine_simply_works(folder, deep):
     (folder / "streamed.wav").write_bytes(content)
     names = [*FINE, "link.wav", "streamed.wav"]
     path = write(folder, *(GOOD | {"id": name, "audio_path": name} for name in names))
-    examination = examine_training_file(path, Rules(deep=deep, workers=0))
+    examination = examine_training_file(path, Rules(deep=deep))
     assert not examination.dropped and not examination.notes, examination.table()
     assert examination.dataset["audio_path"][:] == [str(folder / name) for name in names]
     assert (examination.shortest, examination.longest) == (0.1, 30.0)
@@ -288,7 +288,7 @@ def test_what_is_kept_but_worth_knowing(folder):
         GOOD,
         GOOD | {"audio_path": "overdriven.wav", "id": 3},
     )
-    examination = examine_training_file(path, Rules(deep=True, workers=0))
+    examination = examine_training_file(path, Rules(deep=True))
     assert not examination.dropped and len(examination.dataset) == 4
     overdriven = "clip overdriven (over 1% of its samples at full scale)"
     assert examination.notes == {"choices with duplicates": 1, "id repeated": 1, overdriven: 1}

@@ -152,7 +152,7 @@ def test_real_wavs_are_used_where_they_lie(shared, tmp_path, capsys):
     assert [row["audio_path"] for row in written(tmp_path)] == [str(path) for path in wavs]
     assert written(tmp_path)[0] == named(wavs[0].stem)[0] | {"dataset_name": "AVQA", "audio_path": str(wavs[0])}
     assert dropped(tmp_path) == [] and not (tmp_path / "out" / "wavs").exists()
-    assert not examine_training_file(tmp_path / "out" / "train_qa.data", Rules(deep=True, workers=0)).dropped
+    assert not examine_training_file(tmp_path / "out" / "train_qa.data", Rules(deep=True)).dropped
     assert f"{len(wavs):>8}  written" in capsys.readouterr().out
 
 

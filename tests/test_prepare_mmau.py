@@ -103,7 +103,7 @@ def test_json_and_tar(tmp_path, clips, capsys):
     assert laid_out(out) == (items(), clips), "byte for byte, and no clip that no question names"
     assert f"{out}: release original, 4 questions, 0 without a clip" in capsys.readouterr().out
     assert len(load_questions(out / "mmau-test-mini.json").questions) == 4
-    assert not examine_evaluation_file(out / "mmau-test-mini.json", Rules(deep=True, workers=0)).dropped
+    assert not examine_evaluation_file(out / "mmau-test-mini.json", Rules(deep=True)).dropped
 
 
 def test_the_readmes_layout_is_completed_in_place(tmp_path, clips):

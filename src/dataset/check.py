@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import os
 import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 ROWS_AT_ONCE = 1000
 PATHS_PER_TASK = 16
-THREADS = 8  # that read headers: on a network disk it is waiting that takes the time
+# Headers: on a network disk it is waiting that takes the time. Samples: libsndfile decodes outside of Python's lock.
+THREADS = max(8, os.cpu_count() or 1)
 CLIPPED = 0.01  # share of samples at full scale from which a clip is noted
 
 
@@ -63,7 +64,8 @@ class Rules:
     channels: str = "first"  # that will be heard, see `load_audio`
     cut_long_clips: bool = False  # as evaluation does; else they are bad
     deep: bool = False  # decode every clip, for NaN, silence and clipping
-    workers: int | None = None  # processes that decode; default: one per core; 0: this one
+    audio_dir: str | Path | None = None  # what an evaluation file's clips start from; default: the file's own folder
+    workers: int | None = None  # threads that read clips; default: THREADS
 
     @property
     def window(self) -> int:
@@ -187,19 +189,11 @@ def examine_training_file(
 
 
 def examine_evaluation_file(
-    data_file: str | Path,
-    rules: Rules = Rules(),
-    *,
-    audio_dir: str | Path | None = None,
-    dropped_file: str | Path | None = None,
-    progress: bool = False,
+    data_file: str | Path, rules: Rules = Rules(), *, dropped_file: str | Path | None = None, progress: bool = False
 ) -> Examination:
     """Examine MMAU's JSON list or MMAR's JSONL as `examine_training_file` does a training file; there is no `dataset`.
 
     Clips over the window are noted only, since evaluation cuts them as the paper did, and prompts may be of any length.
-
-    Args:
-        audio_dir: what the clips' paths start from; the file's own folder by default.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -207,7 +201,7 @@ def examine_evaluation_file(
     """
     get_style(rules.style)
     examination = Examination(data_file := check_is_there(data_file))
-    audio_dir, ids = Path(audio_dir or data_file.parent), {}
+    audio_dir, ids = Path(rules.audio_dir or data_file.parent), {}
 
     def rule(record: dict, number: int) -> tuple[dict, list[str]]:
         question = to_question(record, number, audio_dir, ids)
@@ -254,9 +248,9 @@ def _examine(
     """Yield the usable rows, in order; enter all of them into the examination, and the others into `dropped_file`."""
     hashes = array("q")  # of the ids, to count those that repeat in however long a file
     rows = iter(rows)
-    with _clip_examiner(rules) as examine_clips, _open_dropped(dropped_file) as file:
+    with ThreadPoolExecutor(rules.workers or THREADS) as pool, _open_dropped(dropped_file) as file:
         while chunk := [_read(row, rule) for row in islice(rows, ROWS_AT_ONCE)]:
-            _examine_chunk([examined for examined in chunk if not examined.error], rules, examine_clips)
+            _examine_chunk([examined for examined in chunk if not examined.error], rules, pool)
             for examined in chunk:
                 examination.enter(examined)
                 if examined.error is None:
@@ -282,10 +276,12 @@ def _read(row: Row, rule: Rule) -> Examined:
     return examined
 
 
-def _examine_chunk(chunk: list[Examined], rules: Rules, examine_clips: Callable) -> None:
+def _examine_chunk(chunk: list[Examined], rules: Rules, pool: ThreadPoolExecutor) -> None:
     """Examine the prompts and clips of rows that were read; fills in what they lack."""
     paths = list(dict.fromkeys(examined.data["audio_path"] for examined in chunk))
-    reports = dict(zip(paths, examine_clips(paths), strict=True))
+    parts = [paths[start : start + PATHS_PER_TASK] for start in range(0, len(paths), PATHS_PER_TASK)]
+    found = chain.from_iterable(pool.map(partial(_examine_clips, rules), parts))
+    reports = dict(zip(paths, found, strict=True))
     text_tokens = [0] * len(chunk)
     if rules.processor and chunk:
         text_tokens = count_text_tokens(rules.processor, [examined.data["prompt"] for examined in chunk])
@@ -310,29 +306,9 @@ def _examine_chunk(chunk: list[Examined], rules: Rules, examine_clips: Callable)
             examined.error = DataError(f"{path}: {error}", error.reason)
 
 
-@contextmanager
-def _clip_examiner(rules: Rules) -> Iterator[Callable[[list[str]], Iterable[ClipReport | DataError]]]:
-    """A function: paths -> reports, in order. Headers are read by threads; --deep decodes in processes."""
+def _examine_clips(rules: Rules, paths: list[str]) -> list[ClipReport | DataError]:
     longest = float("inf") if rules.cut_long_clips else rules.window
-    examine = partial(_examine_clips, deep=rules.deep, channels=rules.channels, longest=longest)
-    if rules.workers == 0:
-        yield examine
-        return
-    if rules.deep:  # spawned, since a fork of a process with threads may hang
-        pool = ProcessPoolExecutor(rules.workers, multiprocessing.get_context("spawn"))
-    else:
-        pool = ThreadPoolExecutor(THREADS)
-    with pool:
-
-        def examine_in_parts(paths: list[str]) -> Iterable[ClipReport | DataError]:
-            parts = [paths[start : start + PATHS_PER_TASK] for start in range(0, len(paths), PATHS_PER_TASK)]
-            return chain.from_iterable(pool.map(examine, parts))
-
-        yield examine_in_parts
-
-
-def _examine_clips(paths: list[str], deep: bool, channels: str, longest: float) -> list[ClipReport | DataError]:
-    return [examine_clip(path, deep, channels, longest) for path in paths]
+    return [examine_clip(path, rules.deep, rules.channels, longest) for path in paths]
 
 
 @contextmanager
@@ -362,7 +338,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--audio_dir", help="what an evaluation file's clips start from; default: the file's own folder")
     add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of a clip that --deep listens to")
     add("--deep", action="store_true", help="decode every clip: NaN, silence, overdriven, damaged in the middle")
-    add("--workers", type=int, help="processes of --deep; default: one per core; 0: in this process")
+    add("--workers", type=int, help="threads that read clips; default: one per core, at least 8")
     add("--dropped_file", help="write the bad rows here, as JSONL with the reasons")
     add("--keep_file", help="write the usable rows of a training file here, as they are")
     return parser.parse_args(argv)
@@ -372,7 +348,7 @@ def load_processor(name: str | None) -> ProcessorMixin | None:
     """The processor that counts tokens; None for `none`, and, with a word about it, where the default is not here."""
     if name == "none":
         return None
-    from transformers import AutoProcessor  # takes seconds, and --deep's workers need it not
+    from transformers import AutoProcessor  # takes seconds, which `none` need not wait
 
     try:
         processor = AutoProcessor.from_pretrained(name or MODEL)
@@ -407,18 +383,12 @@ def main(argv: list[str] | None = None) -> int:
         processor = load_processor(args.model_path)
         rules = Rules(
             args.prompt_style, processor, args.max_prompt_length, args.audio_channels,
-            deep=args.deep, workers=args.workers,
+            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers,
         )  # fmt: skip
-        outputs = {"dropped_file": args.dropped_file, "progress": sys.stderr.isatty()}
-        if training:
-            examination = examine_training_file(args.file, rules, **outputs)
-        else:
-            examination = examine_evaluation_file(args.file, rules, audio_dir=args.audio_dir, **outputs)
+        examine = examine_training_file if training else examine_evaluation_file
+        examination = examine(args.file, rules, dropped_file=args.dropped_file, progress=sys.stderr.isatty())
         if args.keep_file and training:
             write_kept(examination.file, set(examination.dropped), args.keep_file)
-    except BrokenExecutor:
-        print("check.py: a worker died while decoding; --workers 0 decodes in this process", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
         print(f"check.py: {error}", file=sys.stderr)
         return 2
