@@ -86,7 +86,7 @@ def examine_clip(
     """Examine one clip: its header, and with `deep` its samples too (NaN, silence, clipping).
 
     A clip of more than `longest` samples is not decoded: it may be hours, and is of no use to who asks so.
-    Errors are returned, not raised, so that clips can be examined in other threads and processes.
+    Errors are returned, not raised, so that clips can be examined in other threads.
     """
     try:
         samples = count_samples(path)

@@ -125,7 +125,7 @@ def read_fields(record: dict, folder: Path) -> Fields:
         raise DataError(message, "`answer` out of range")
     if dataset_name == "AVQA":  # its questions are about videos, of which the model gets the sound; as in the paper
         question = question.replace("video", "audio")
-    return Fields(question, choices, str(choices[answer]), resolve_audio_path(audio_path, folder))
+    return Fields(question, choices, str(choices[answer]), _resolve_audio_path(audio_path, folder))
 
 
 def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
@@ -165,7 +165,7 @@ def check_choices(question: str, choices: list, key: str) -> list[str]:
     return ["choices with duplicates"] if len(set(choices)) < len(choices) else []
 
 
-def resolve_audio_path(audio_path: str, folder: Path) -> str:
+def _resolve_audio_path(audio_path: str, folder: Path) -> str:
     """A clip's absolute path: as given, else below the working directory if it is there, else below `folder`."""
     path = Path(audio_path)
     if not path.is_absolute() and not os.path.exists(path):

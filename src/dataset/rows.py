@@ -114,8 +114,7 @@ def read_json(path: str | Path, remedy: str):
         if isinstance(cause := error.__cause__, json.JSONDecodeError):
             where += f", line {cause.lineno}"
         elif isinstance(cause, UnicodeDecodeError):
-            line = data.count(b"\n", 0, cause.start) + 1
-            where += f", line {line}"
+            where += f", line {data.count(10, 0, cause.start) + 1}"  # 10 is the newline
         raise ValueError(f"{where}: {error}") from error
 
 
