@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl import TrlParser
@@ -12,6 +11,7 @@ from trl import TrlParser
 from arguments import DataArguments
 from dataset.check import Rules, examine_training_file
 from dataset.dataset import load_train_dataset
+from evaluation.sweep import from_main_process
 from model.qwen2_audio import load_processor
 
 DROPPED_FILE = "dropped.jsonl"
@@ -38,27 +38,24 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         FileNotFoundError: there is no such file.
         ValueError: more than `max_dropped` of the rows are unusable, or there is none; the table says why.
     """
-    outcome = [None]  # the numbers of the dropped rows, or the error that stops the run
-    if args.process_index == 0:
-        try:
-            examination = examine_training_file(
-                data.data_file,
-                Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels),
-                dropped_file=Path(args.output_dir) / DROPPED_FILE,
-                progress=not args.disable_tqdm,
-            )
-            print(examination.table(), flush=True)
-            examination.check_share(data.max_dropped)
-            outcome = [list(examination.dropped)]
-        except (ValueError, OSError) as error:
-            outcome = [error]
-    if args.world_size > 1:
-        broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    if args.process_index == 0:
+    examination = None
+
+    def examine() -> list[int]:
+        nonlocal examination
+        examination = examine_training_file(
+            data.data_file,
+            Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels),
+            dropped_file=Path(args.output_dir) / DROPPED_FILE,
+            progress=not args.disable_tqdm,
+        )
+        print(examination.table(), flush=True)
+        examination.check_share(data.max_dropped)
+        return list(examination.dropped)
+
+    dropped = from_main_process(examine)
+    if examination:
         return examination.dataset
-    return load_train_dataset(data.data_file, data.prompt_style, skip=set(outcome[0]))
+    return load_train_dataset(data.data_file, data.prompt_style, skip=set(dropped))
 
 
 def check_resumable(folder: str | Path) -> None:
