@@ -31,14 +31,8 @@ from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import build_chat
 from dataset.prompt import build_question
 from dataset.questions import Benchmark, load_questions
-from evaluation.answers import (
-    EncodedQuestions,
-    Settings,
-    answer_batches,
-    check_clips,
-    default_workers,
-    make_batches,
-)
+from evaluation.answers import EncodedQuestions, answer_batches, default_workers, load_clips
+from evaluation.results import Run
 from model.checkpoints import load_model
 from model.qwen2_audio import end_ids
 from model.tiny import build_demo_model
@@ -95,12 +89,11 @@ def run_ours(
     model, processor, benchmark: Benchmark, style: str, max_new_tokens: int, batch_size: int, workers: int
 ) -> dict:
     """What `test_mmau.py` does between loading the model and writing the results, the check of all clips included."""
-    settings = Settings(style, max_new_tokens=max_new_tokens)
-    samples, decoded = check_clips([question.audio_path for question in benchmark.questions], workers)
-    questions = EncodedQuestions(benchmark.questions, processor, settings, decoded)
+    run = Run(style=style, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    clips = load_clips(benchmark.questions, run.channels, workers)
+    questions = EncodedQuestions(benchmark.questions, clips, processor, run)
     completions = {}
-    batches = make_batches(questions, samples, batch_size)
-    answer_batches(model, questions, batches, workers, completions.update, "ours", quiet=True)
+    answer_batches(model, questions, questions.batches(), workers, completions.update, "ours", quiet=True)
     return completions
 
 

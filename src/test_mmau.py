@@ -22,8 +22,9 @@ from transformers.utils import logging
 from dataset.audio import CHANNELS
 from dataset.prompt import DEFAULT_STYLE, STYLES
 from dataset.questions import load_questions
-from evaluation.answers import AUDIO, Settings, default_workers
-from evaluation.sweep import Machine, make_jobs, processes, run_sweep, say
+from evaluation.answers import AUDIO, default_workers
+from evaluation.results import Run
+from evaluation.sweep import make_jobs, processes, run_sweep, say
 from model.generation import MAX_NEW_TOKENS
 
 
@@ -47,11 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 without")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--workers", type=int, help="processes that decode clips ahead, per process; default: by the number of cores")
-    add(
-        "--allow_missing",
-        action="store_true",
-        help="count questions without a usable clip as wrong instead of stopping",
-    )
+    add("--allow_missing", action="store_true", help="count questions without a usable clip as wrong, do not stop")
     add("--force", action="store_true", help="evaluate again what is finished")
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens"):
@@ -70,20 +67,17 @@ def run(args: argparse.Namespace) -> int:
     name = benchmark.name + ("" if args.hear == "real" else f"_{args.hear}") + ("_sample" if args.sample else "")
     # Predictions go into the format that the questions came in, which the benchmark's own script reads.
     suffix = ".jsonl" if Path(args.data_file).suffix == ".jsonl" else ".json"
-    return run_sweep(
-        benchmark,
-        make_jobs(args.model_path, f"res_{name}{suffix}", args.out_dir, args.out_file),
-        Settings(
-            style=args.prompt_style,
-            audio=args.hear,
-            channels=args.audio_channels,
-            max_new_tokens=args.max_new_tokens,
-            sample_seed=args.seed if args.sample else None,
-        ),
-        Machine(args.dtype, args.device, args.workers, args.batch_size),
-        args.allow_missing,
-        args.force,
+    jobs = make_jobs(args.model_path, f"res_{name}{suffix}", args.out_dir, args.out_file)
+    asked = Run(
+        dtype=args.dtype,
+        style=args.prompt_style,
+        audio=args.hear,
+        channels=args.audio_channels,
+        max_new_tokens=args.max_new_tokens,
+        sample_seed=args.seed if args.sample else None,
+        batch_size=args.batch_size,
     )
+    return run_sweep(benchmark, jobs, asked, args.device, args.workers, args.allow_missing, args.force)
 
 
 def main() -> int:

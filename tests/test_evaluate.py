@@ -17,6 +17,7 @@ from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_questions
 from evaluation.mmau import evaluate
+from model.checkpoints import fingerprint
 from model.tiny import build_demo_model
 
 SCRIPT = [sys.executable, "src/test_mmau.py"]
@@ -130,6 +131,27 @@ def test_a_sweep_writes_all_that_was_in_the_file_with_predictions_and_scores(swe
     assert answers["100"] != answers["200"] and len(set(answers["100"])) > 5
 
 
+def test_the_bytes_of_the_files_stay(swept, trained, questions, few, checkpoint):
+    """What an earlier version finished counts as finished, and other programs find their keys where they were."""
+    benchmark = load_questions(questions)
+    run = {
+        "label": "100", "weights": fingerprint(trained / "checkpoint-100"), "benchmark": "mmau_mini",
+        "release": benchmark.release, "questions": benchmark.digest, "dtype": "float32", "style": "answer",
+        "audio": "real", "channels": "first", "max_new_tokens": 12, "sample_seed": None, "missing": [], "cut": 0,
+    }  # fmt: skip
+    folder = swept / "test_100"
+    assert (folder / "run_mmau_mini.json").read_text() == json.dumps(run, indent=2) + "\n"
+    rows = []
+    for row, record in zip(json.loads(questions.read_text()), read(swept), strict=True):
+        answer, completion = record["model_prediction"], record["model_completion"]
+        added = {"model_prediction": answer, "model_output": answer, "release": benchmark.release}
+        rows.append(row | added | {"model_completion": completion})
+    assert (folder / "res_mmau_mini.json").read_text() == json.dumps(rows, indent=2) + "\n"
+    sweep("--model_path", checkpoint, "--data_file", few, "--dtype", "bfloat16", "--batch_size", 3)
+    run = json.loads((checkpoint.parent / "test_100" / "run_mmau_mini.json").read_text())
+    assert list(run)[-4:] == ["sample_seed", "batch_size", "missing", "cut"] and run["batch_size"] == 3
+
+
 @pytest.mark.slow
 def test_two_processes_through_the_launcher_write_the_same_bytes(swept, trained, questions, tmp_path):
     """In another order of the questions too; and the table is printed."""
@@ -178,6 +200,8 @@ def test_a_killed_run_continues_and_ends_in_the_same_file(swept, trained, questi
     process.communicate()
     done = partial.read_text().count("\n") - 1
     assert 0 < done < 40 and not (tmp_path / "test_100" / "res_mmau_mini.json").exists()
+    run = json.loads((swept / "test_100" / "run_mmau_mini.json").read_text())
+    assert partial.read_text().split("\n")[0] == json.dumps({key: run[key] for key in list(run)[:-2]})
     with open(partial, "a") as file:  # a line that the kill cut off
         file.write('["half a li')
     assert sweep(*command[len(SCRIPT) : -len(TOKENS)], "--batch_size", 7) == 1

@@ -1,23 +1,26 @@
-"""Questions -> batches -> completions: clips checked, questions in batches of like length, decoded ahead by workers.
+"""Questions -> batches -> completions: clips decoded and checked, questions encoded ahead by worker processes.
 
-Leaves out which models are asked (`sweep.py`), files (`results.py`), wording (`dataset/prompt.py`) and the decoding of
-tokens (`model/generation.py`).
+Every process makes the same batches and answers its share of them. Leaves out which models are asked (`sweep.py`),
+files (`results.py`), wording (`dataset/prompt.py`) and the decoding of tokens (`model/generation.py`).
 """
 
 import hashlib
 import os
 import sys
 from collections.abc import Callable, Container
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from dataset.audio import SAMPLE_RATE, DataError, load_audio
+from dataset.audio import load_audio
 from dataset.encode import (
     check_clip_length,
     check_no_special_token,
@@ -28,72 +31,51 @@ from dataset.encode import (
 )
 from dataset.prompt import build_question, extract_answer
 from dataset.questions import Question
-from evaluation.mmau import string_match
-from model.generation import MAX_NEW_TOKENS, Sampler, generate, single_thread
+from dataset.rows import DataError
+from model.generation import Sampler, generate, single_thread
 from model.qwen2_audio import end_ids
+
+from .mmau import string_match
+from .results import Run
 
 KEPT_SAMPLES = 300_000_000  # decoded audio held in memory by a process, 1.2 GB: all of test-mini's 10 s clips, and more
 AUDIO = ("real", "silent", "shuffled")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides the answers, beside model and questions."""
-
-    style: str | None  # prompt style; None: the checkpoint's own
-    audio: str = "real"  # or `silent`: zeros of the clip's length; or `shuffled`: another question's clip
-    channels: str = "first"  # see `load_audio`
-    max_new_tokens: int = MAX_NEW_TOKENS
-    sample_seed: int | None = None  # greedy if None
-
-
 def default_workers(device: str) -> int:
     """Worker processes for each process of the run: those that a GPU leaves idle, or one beside a model on the CPU."""
-    return max(1, min(8, cores_of_process() - 1)) if device == "cuda" else 1
-
-
-def cores_of_process() -> int:
+    if device != "cuda":
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
-class Clips(Dataset):
-    """Paths -> decoded clips, or a text that says why one cannot be used."""
+@dataclass
+class Clips:
+    """The clips of a benchmark, by their paths."""
 
-    def __init__(self, paths: list[str], channels: str):
-        self.paths, self.channels = paths, channels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> np.ndarray | str:
-        try:
-            return load_audio(self.paths[index], self.channels)
-        except (DataError, OSError) as error:
-            return str(error)
+    samples: dict[str, int | str]  # how many at 16 kHz, or what is wrong with the clip
+    decoded: dict[str, np.ndarray]  # as many as `KEPT_SAMPLES` allow: a sweep need not decode them for every model
 
 
-def check_clips(
-    paths: list[str], workers: int, channels: str = "first"
-) -> tuple[dict[str, int | str], dict[str, np.ndarray]]:
-    """Decode every clip once, in `workers` processes.
-
-    Returns:
-        Path -> samples at 16 kHz, or what is wrong with the clip; and path -> clip for as many as `KEPT_SAMPLES` allow,
-        so that a sweep need not decode them again for every model.
-    """
-    lengths, kept, room = {}, {}, KEPT_SAMPLES
-    loader = DataLoader(Clips(paths, channels), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-    for path, clip in zip(paths, loader, strict=True):
-        lengths[path] = clip if isinstance(clip, str) else len(clip)
-        if not isinstance(clip, str) and len(clip) <= room:
-            kept[path] = clip
-            room -= len(clip)
-    return lengths, kept
+def load_clips(questions: list[Question], channels: str, workers: int) -> Clips:
+    """Decode every clip once. Each process takes its share, in `workers` threads; all of them know all lengths then."""
+    state, decoded, samples, room = PartialState(), {}, {}, KEPT_SAMPLES
+    paths = sorted({question.audio_path for question in questions})[state.process_index :: state.num_processes]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for path, clip in zip(paths, pool.map(partial(_try_to_load, channels=channels), paths), strict=True):
+            samples[path] = clip if isinstance(clip, str) else len(clip)
+            if not isinstance(clip, str) and len(clip) <= room:
+                decoded[path] = clip
+                room -= len(clip)
+    return Clips(dict(gather_object(list(samples.items()))), decoded)
 
 
-def _as_it_is(clip):
-    return clip
+def _try_to_load(path: str, channels: str) -> np.ndarray | str:
+    try:
+        return load_audio(path, channels)
+    except (DataError, OSError) as error:
+        return str(error)
 
 
 def swap_clips(paths: list[str]) -> dict[str, str]:
@@ -111,75 +93,66 @@ def swap_clips(paths: list[str]) -> dict[str, str]:
 class EncodedQuestions(Dataset):
     """Questions as the model's inputs, decoded and encoded one by one: rounding must not depend on the neighbours."""
 
-    def __init__(
-        self,
-        questions: list[Question],
-        processor: ProcessorMixin,
-        settings: Settings,
-        decoded: dict[str, np.ndarray] | None = None,  # path -> clip, of those decoded before
-    ):
-        self.questions, self.processor, self.settings, self.decoded = questions, processor, settings, decoded or {}
+    def __init__(self, questions: list[Question], clips: Clips, processor: ProcessorMixin, run: Run):
+        self.questions, self.clips, self.processor, self.run = questions, clips, processor, run
         self.window = processor.feature_extractor.n_samples
-        self.swapped = {}
-        if settings.audio == "shuffled":
-            self.swapped = swap_clips([question.audio_path for question in questions])
+        shuffled = run.audio == "shuffled"
+        self.swapped = swap_clips([question.audio_path for question in questions]) if shuffled else {}
 
     def __len__(self) -> int:
         return len(self.questions)
 
-    @property
-    def window_seconds(self) -> float:
-        return self.window / SAMPLE_RATE
-
-    def without(self, ids: Container[str]) -> "EncodedQuestions":
-        """The other questions."""
-        kept = [question for question in self.questions if question.id not in ids]
-        return EncodedQuestions(kept, self.processor, self.settings, self.decoded)
-
-    def audio_path(self, index: int) -> str:
-        path = self.questions[index].audio_path
-        return self.swapped.get(path, path)
-
-    def text(self, index: int) -> str:
-        record = self.questions[index].record
-        return build_question(record["question"], record["choices"], self.settings.style)
-
     def __getitem__(self, index: int) -> BatchFeature:
-        path = self.audio_path(index)
-        clip = self.decoded[path] if path in self.decoded else load_audio(path, self.settings.channels)
+        path = self.heard_path(index)
+        clip = self.clips.decoded[path] if path in self.clips.decoded else load_audio(path, self.run.channels)
         clip = clip[: self.window]  # cut, as the original did
-        if self.settings.audio == "silent":
+        if self.run.audio == "silent":
             clip = np.zeros_like(clip)
         with single_thread():
             return encode_question(self.processor, self.text(index), clip)
 
+    def text(self, index: int) -> str:
+        record = self.questions[index].record
+        return build_question(record["question"], record["choices"], self.run.style)
 
-def find_unusable(questions: EncodedQuestions, samples: dict[str, int | str]) -> dict[str, str]:
-    """Id -> what keeps a question from being asked: a clip that cannot be used, or a special token in its text."""
-    problems = {}
-    for index, question in enumerate(questions.questions):
-        length = samples[question.audio_path]
-        try:
-            if isinstance(length, str):
-                raise DataError(length)
-            check_clip_length(min(length, questions.window), questions.processor)
-            check_no_special_token(questions.text(index), questions.processor)
-        except DataError as error:
-            problems[question.id] = str(error)
-    return problems
+    def heard_path(self, index: int) -> str:
+        path = self.questions[index].audio_path
+        return self.swapped.get(path, path)
 
+    def find_unusable(self) -> dict[str, str]:
+        """Id -> what keeps a question from being asked: an unusable clip, or a special token in its text."""
+        problems = {}
+        for index, question in enumerate(self.questions):
+            samples = self.clips.samples[question.audio_path]
+            try:
+                if isinstance(samples, str):
+                    raise DataError(samples)
+                check_clip_length(min(samples, self.window), self.processor)
+                check_no_special_token(self.text(index), self.processor)
+            except DataError as error:
+                problems[question.id] = str(error)
+        return problems
 
-def make_batches(questions: EncodedQuestions, samples: dict[str, int], batch_size: int) -> list[list[int]]:
-    """Indices of all questions in batches of like prompt length, longest first, the same for any order of the rows."""
-    text_tokens = count_text_tokens(questions.processor, [questions.text(index) for index in range(len(questions))])
-    hop = questions.processor.feature_extractor.hop_length
+    def without(self, ids: Container[str]) -> "EncodedQuestions":
+        """The other questions."""
+        kept = [question for question in self.questions if question.id not in ids]
+        return EncodedQuestions(kept, self.clips, self.processor, self.run)
 
-    def length(index: int) -> int:
-        heard = min(samples[questions.audio_path(index)], questions.window)
-        return text_tokens[index] + count_audio_tokens(heard, hop)
+    def count_cut(self) -> int:
+        """Questions whose clip is longer than what the model hears."""
+        return sum(self.clips.samples[question.audio_path] > self.window for question in self.questions)
 
-    order = sorted(range(len(questions)), key=lambda index: (-length(index), questions.questions[index].id))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    def batches(self) -> list[list[int]]:
+        """Indices of all questions in batches of like prompt length, longest first, the same for any order of rows."""
+        text_tokens = count_text_tokens(self.processor, [self.text(index) for index in range(len(self))])
+        hop = self.processor.feature_extractor.hop_length
+
+        def length(index: int) -> int:
+            samples = min(self.clips.samples[self.heard_path(index)], self.window)
+            return text_tokens[index] + count_audio_tokens(samples, hop)
+
+        order = sorted(range(len(self)), key=lambda index: (-length(index), self.questions[index].id))
+        return [order[start : start + self.run.batch_size] for start in range(0, len(order), self.run.batch_size)]
 
 
 def answer_batches(
@@ -191,34 +164,39 @@ def answer_batches(
     title: str,
     quiet: bool = False,
 ) -> None:
-    """Ask the questions of `batches`; hand each batch's {id: completion} to `write` as soon as it is there.
+    """Ask this process's share of `batches`; hand each batch's {id: completion} to `write` as soon as it is there.
 
     Args:
-        workers: processes that decode clips ahead; 0 decodes in line.
-        title: of the progress bar, which shows questions/s and the accuracy so far (in %).
+        workers: processes that encode questions ahead; 0 encodes in line.
+        title: of the first process's progress bar, which shows questions/s and its accuracy so far (in %).
         quiet: show no bar.
     """
-    tokenizer = questions.processor.tokenizer
-    ends = end_ids(questions.processor)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    state, tokenizer = PartialState(), questions.processor.tokenizer
+    batches = batches[state.process_index :: state.num_processes]
     loader = DataLoader(
         questions,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=partial(join, pad_id=pad_id),
+        collate_fn=partial(join, pad_id=tokenizer.pad_token_id),
         pin_memory=model.device.type == "cuda",
     )
+    ends, seed = end_ids(questions.processor), questions.run.sample_seed
     right = answered = 0
     interval = 0.1 if sys.stderr.isatty() else 30
-    total = sum(map(len, batches))
-    with tqdm(total=total, desc=title, unit=" questions", disable=quiet, mininterval=interval, maxinterval=60) as bar:
+    bar = tqdm(
+        total=sum(map(len, batches)),
+        desc=title,
+        unit=" questions",
+        disable=quiet or not state.is_main_process,
+        mininterval=interval,
+        maxinterval=60,
+    )
+    with bar:
         for indices, batch in zip(batches, loader, strict=True):
             batch = batch.to(model.device)
             asked = [questions.questions[index] for index in indices]
-            seed, choose = questions.settings.sample_seed, None
-            if seed is not None:
-                choose = Sampler(model, batch, [question.id for question in asked], seed)
-            ids = generate(model, batch, ends, questions.settings.max_new_tokens, choose)
+            choose = None if seed is None else Sampler(model, batch, [question.id for question in asked], seed)
+            ids = generate(model, batch, ends, questions.run.max_new_tokens, choose)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             write({question.id: text for question, text in zip(asked, texts, strict=True)})
             for question, text in zip(asked, texts, strict=True):

@@ -10,36 +10,42 @@ Leaves out how the answers are found (`answers.py`) and scored (`mmau.py`).
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.prompt import extract_answer
 from dataset.questions import Benchmark
 from dataset.rows import write_whole
 
-from .answers import Settings
 from .mmau import evaluate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """What decides the answers: two equal runs end in the same files."""
+    """What decides the answers: two runs with equal descriptions end in the same files.
 
-    label: str  # of the model, in the table
-    weights: str  # fingerprint
-    benchmark: str
-    release: str
-    questions: str  # digest
-    dtype: str
-    settings: Settings
-    batch_size: int | None = None  # where it changes rounding: None in float32
+    The first five fields, which a sweep fills in for each model, only tell runs apart.
+    """
+
+    label: str = ""  # of the model, in the table
+    weights: str = ""  # fingerprint
+    benchmark: str = ""
+    release: str = ""
+    questions: str = ""  # digest
+    dtype: str = "float32"  # of the weights
+    style: str | None = None  # of the prompts; a sweep takes None for each checkpoint's own
+    audio: str = "real"  # or `silent`: zeros of the clip's length; or `shuffled`: another question's clip
+    channels: str = "first"  # see `load_audio`
+    max_new_tokens: int
+    sample_seed: int | None = None  # greedy if None
+    batch_size: int = 1  # questions at once
 
     def describe(self) -> dict:
-        """As it stands in the run file."""
-        flat = vars(self) | asdict(self.settings)
-        return {key: value for key, value in flat.items() if key != "settings" and (key, value) != ("batch_size", None)}
+        """As it stands in the run file. In float32 the batch size changes nothing."""
+        return {key: value for key, value in vars(self).items() if key != "batch_size" or self.dtype != "float32"}
 
 
 @dataclass(frozen=True)
@@ -80,27 +86,27 @@ class ResultFiles:
         asked = run.describe()
         return sorted(key for key in asked if key not in ("label", "batch_size") and found.get(key) != asked[key])
 
-    def resume(self, run: Run) -> tuple[dict[str, str], list[Path]]:
-        """{id: completion} of a run that did not end, now in one partial file; and the files of other runs, dropped."""
+    def resume(self, run: Run) -> dict[str, str]:
+        """{id: completion} of a run that did not end, now in one partial file; what is of other runs is dropped."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
-        done, others = self.read_partials(run)
+        done = self._read_partials(run)
         write_whole(self.partial(0), _to_lines([run.describe(), *map(list, done.items())]))
         for path in self.partials():
             if path != self.partial(0):
                 path.unlink()
-        return done, others
+        return done
 
-    def read_partials(self, run: Run) -> tuple[dict[str, str], list[Path]]:
-        """{id: completion} of all partial files of this very run; and the files that are of other runs."""
-        done, others = {}, []
+    def _read_partials(self, run: Run) -> dict[str, str]:
+        """{id: completion} of all partial files of this very run."""
+        done = {}
         for path in self.partials():
             # The last line was cut off, or is empty.
             *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
             if lines and lines[0] == json.dumps(run.describe()):
                 done |= dict(json.loads(line) for line in lines[1:])
             elif lines:
-                others.append(path)
-        return done, others
+                print(f"{path}: is of another run, dropped", file=sys.stderr, flush=True)
+        return done
 
     @contextmanager
     def open_partial(self, run: Run, process: int) -> Iterator[Callable[[dict[str, str]], None]]:
@@ -117,19 +123,17 @@ class ResultFiles:
 
             yield write
 
-    def finish(self, run: Run, benchmark: Benchmark, completions: dict[str, str], clips: dict) -> str:
-        """Write the results of a whole run, the predictions last: where they are, all is there.
+    def finish(self, run: Run, benchmark: Benchmark, missing: list[str], cut: int) -> str:
+        """Partial files -> results of a whole run, the predictions last: where they are, all is there.
 
         Args:
-            clips: `missing`, ids of the questions that could not be asked, and `cut`, how many clips were too long.
+            missing: ids of the questions that could not be asked.
+            cut: how many clips were too long.
 
         Returns:
             What came out, in a line.
         """
-        records = [
-            _to_record(question.record, "" if question.id in clips["missing"] else completions[question.id], benchmark)
-            for question in benchmark.questions
-        ]
+        records = to_records(benchmark, self._read_partials(run) | dict.fromkeys(missing, ""))
         self.results.unlink(missing_ok=True)  # of another run
         if benchmark.has_answers:
             scores = evaluate(records)
@@ -138,7 +142,7 @@ class ResultFiles:
         else:
             self.scores.unlink(missing_ok=True)
             outcome = f"the answers are blank, so there is no score; {self.results} is the file to submit"
-        write_whole(self.run, json.dumps(run.describe() | clips, indent=2) + "\n")
+        write_whole(self.run, json.dumps(run.describe() | {"missing": missing, "cut": cut}, indent=2) + "\n")
         in_lines = self.results.suffix == ".jsonl"
         write_whole(self.results, _to_lines(records) if in_lines else json.dumps(records, indent=2) + "\n")
         for path in self.partials():
@@ -146,12 +150,20 @@ class ResultFiles:
         return outcome
 
 
-def _to_record(record: dict, completion: str, benchmark: Benchmark) -> dict:
-    """A question's row with its answer, under every key that the benchmarks' scripts and READMEs name."""
-    answer = extract_answer(completion)
-    record = record | {"model_prediction": answer, "model_output": answer}
-    record |= {"answer_prediction": answer} if benchmark.name == "mmar" else {"release": benchmark.release}
-    return record | {"model_completion": completion}
+def to_records(benchmark: Benchmark, completions: dict[str, str]) -> list[dict]:
+    """The benchmark's rows with their answers, under every key that the benchmarks' scripts and READMEs name.
+
+    Args:
+        completions: of every question, by its id.
+    """
+    records = []
+    for question in benchmark.questions:
+        completion = completions[question.id]
+        answer = extract_answer(completion)
+        record = question.record | {"model_prediction": answer, "model_output": answer}
+        record |= {"answer_prediction": answer} if benchmark.name == "mmar" else {"release": benchmark.release}
+        records.append(record | {"model_completion": completion})
+    return records
 
 
 def _to_lines(rows: Iterable) -> str:

@@ -1,7 +1,7 @@
 """Several models on one benchmark, in one process or several: which is evaluated, in which order, by whom.
 
-Every process makes the same batches and takes its share of the open ones; the first one reads and writes what all go
-by. Leaves out what the files look like (`results.py`) and how a question is answered (`answers.py`).
+All processes go through the same models and answer their shares; the first one reads and writes what all go by. Leaves
+out what the files look like (`results.py`) and how a question is answered (`answers.py`).
 """
 
 import sys
@@ -13,15 +13,16 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
+from dataset.audio import SAMPLE_RATE
 from dataset.prompt import DEFAULT_STYLE, load_style
 from dataset.questions import Benchmark
 from dataset.rows import first_problems
 from model.checkpoints import IncompleteCheckpoint, check_whole, fingerprint, label_of, load_model, locate
 from model.qwen2_audio import load_processor
 
-from .answers import EncodedQuestions, Settings, answer_batches, check_clips, find_unusable, make_batches
+from .answers import Clips, EncodedQuestions, answer_batches, load_clips
 from .results import ResultFiles, Run
 
 T = TypeVar("T")
@@ -34,16 +35,6 @@ class Job:
     model: str  # folder or hub name
     label: str  # in the table
     files: ResultFiles
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run may use; in float32 none of it changes an answer."""
-
-    dtype: str  # of the weights
-    device: str  # cuda or cpu
-    workers: int  # processes that decode clips ahead, for each process of the run
-    batch_size: int  # questions at once
 
 
 def processes() -> PartialState:
@@ -107,15 +98,18 @@ def make_jobs(
 def run_sweep(
     benchmark: Benchmark,
     jobs: list[Job],
-    settings: Settings,
-    machine: Machine,
+    run: Run,
+    device: str,
+    workers: int,
     allow_missing: bool = False,
     force: bool = False,
 ) -> int:
     """Evaluate all models, but those that are finished.
 
     Args:
-        settings: the style None means each checkpoint's own.
+        run: what is the same for all of them; the style None means each checkpoint's own.
+        device: cuda or cpu.
+        workers: that decode and encode clips ahead, for each process.
         allow_missing: questions that cannot be asked count as wrong instead of stopping the run.
         force: evaluate again what is finished.
 
@@ -129,19 +123,16 @@ def run_sweep(
     clips, evaluated = None, 0
     for job in jobs:
         try:
-            run = from_main_process(lambda job=job: describe_run(benchmark, job, settings, machine))
+            job_run, finished = from_main_process(lambda job=job: examine_job(benchmark, job, run))
         except ValueError as error:
             say(f"{job.label}: skipped. {error}")
             continue
-        differences = from_main_process(lambda job=job, run=run: job.files.find_differences(run))
-        if differences:
-            say(f"{job.files.results}: is of another run ({', '.join(differences)} differ): evaluated again")
-        if differences == [] and not force:
+        if finished and not force:
             say(f"{job.label}: finished before, skipped (--force repeats it)")
         else:
-            clips = clips or check_all_clips(benchmark, machine.workers, settings.channels)
+            clips = clips or load_clips(benchmark.questions, run.channels, workers)
             try:
-                evaluate_model(benchmark, job, run, machine, *clips, allow_missing)
+                evaluate_model(benchmark, clips, job, job_run, device, workers, allow_missing)
             except IncompleteCheckpoint as error:
                 say(f"{job.label}: skipped. {error}")
                 continue
@@ -149,8 +140,8 @@ def run_sweep(
     return evaluated
 
 
-def describe_run(benchmark: Benchmark, job: Job, settings: Settings, machine: Machine) -> Run:
-    """What is asked of a job.
+def examine_job(benchmark: Benchmark, job: Job, run: Run) -> tuple[Run, bool]:
+    """A job's own run, and whether its results are there already.
 
     Raises:
         ValueError: the checkpoint is not there, or not whole, or its style record is damaged.
@@ -158,45 +149,34 @@ def describe_run(benchmark: Benchmark, job: Job, settings: Settings, machine: Ma
     folder = locate(job.model)
     check_whole(folder)
     recorded = load_style(folder)
-    if settings.style and recorded and settings.style != recorded:
-        say(
-            f"warning: {folder} was trained with prompt style {recorded!r}; "
-            f"--prompt_style {settings.style} overrides it"
-        )
-    return Run(
+    if run.style and recorded and run.style != recorded:
+        say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {run.style} overrides it")
+    run = replace(
+        run,
         label=job.label,
         weights=fingerprint(folder),
         benchmark=benchmark.name,
         release=benchmark.release,
         questions=benchmark.digest,
-        dtype=machine.dtype,
-        settings=replace(settings, style=settings.style or recorded or DEFAULT_STYLE),
-        batch_size=None if machine.dtype == "float32" else machine.batch_size,
+        style=run.style or recorded or DEFAULT_STYLE,
     )
-
-
-def check_all_clips(benchmark: Benchmark, workers: int, channels: str) -> tuple[dict, dict]:
-    """`check_clips` on all clips of a benchmark, each process on its share; all of them know all lengths then."""
-    paths = sorted({question.audio_path for question in benchmark.questions})
-    state = processes()
-    samples, decoded = check_clips(paths[state.process_index :: state.num_processes], workers, channels)
-    return dict(gather_object(list(samples.items()))), decoded
+    differences = job.files.find_differences(run)
+    if differences:
+        say(f"{job.files.results}: is of another run ({', '.join(differences)} differ): evaluated again")
+    return run, differences == []
 
 
 def evaluate_model(
-    benchmark: Benchmark, job: Job, run: Run, machine: Machine, samples: dict, decoded: dict, allow_missing: bool
+    benchmark: Benchmark, clips: Clips, job: Job, run: Run, device: str, workers: int, allow_missing: bool
 ) -> None:
     """Ask one model all questions and write its results.
-
-    Args:
-        samples, decoded: what `check_clips` found.
 
     Raises:
         ValueError: questions cannot be asked, and `allow_missing` was not given.
     """
     folder, state = locate(job.model), processes()
-    questions = EncodedQuestions(benchmark.questions, load_processor(folder), run.settings, decoded)
-    missing = find_unusable(questions, samples)
+    questions = EncodedQuestions(benchmark.questions, clips, load_processor(folder), run)
+    missing = questions.find_unusable()
     if missing:
         listed = [f"{id_}: {problem}" for id_, problem in missing.items()]
         if not allow_missing:
@@ -206,28 +186,20 @@ def evaluate_model(
             )
         say(f"{len(missing)} questions cannot be asked and count as wrong:\n  " + "\n  ".join(listed))
         questions = questions.without(missing)
-    cut = sum(samples[question.audio_path] > questions.window for question in questions.questions)
+    cut = questions.count_cut()
     if cut:
-        say(f"{cut} clips are longer than the model's {questions.window_seconds:g} s: cut, as the paper did")
+        say(f"{cut} clips are longer than the model's {questions.window / SAMPLE_RATE:g} s: cut, as the paper did")
 
-    done, others = from_main_process(lambda: job.files.resume(run))
-    for path in others:
-        say(f"{path}: is of another run, dropped")
+    done = from_main_process(lambda: job.files.resume(run))
     if done:
         say(f"{job.label}: {len(done)} answers are there already")
     # A batch is done as a whole or again, so that batches keep their shape.
     names = [question.id for question in questions.questions]
-    batches = make_batches(questions, samples, machine.batch_size)
-    open_batches = [batch for batch in batches if not all(names[index] in done for index in batch)]
-    if share := open_batches[state.process_index :: state.num_processes]:
-        device = torch.device(machine.device, state.local_process_index if machine.device == "cuda" else None)
-        model = load_model(folder, getattr(torch, machine.dtype), device)
+    open_batches = [batch for batch in questions.batches() if not all(names[index] in done for index in batch)]
+    if open_batches:  # by all processes, with a share or without, so that all know of a model that cannot be loaded
+        place = torch.device(device, state.local_process_index if device == "cuda" else None)
+        model = load_model(folder, getattr(torch, run.dtype), place)
         with job.files.open_partial(run, state.process_index) as write:
-            quiet = not state.is_main_process
-            answer_batches(model, questions, share, machine.workers, write, job.label, quiet)
+            answer_batches(model, questions, open_batches, workers, write, job.label)
     state.wait_for_everyone()
-    if state.is_main_process:
-        completions, _ = job.files.read_partials(run)
-        clips = {"missing": sorted(missing), "cut": cut}
-        say(f"{job.label}: {job.files.finish(run, benchmark, completions, clips)}")
-    state.wait_for_everyone()
+    say(f"{job.label}: {from_main_process(lambda: job.files.finish(run, benchmark, sorted(missing), cut))}")

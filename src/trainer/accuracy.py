@@ -11,24 +11,20 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl.models import unwrap_model_for_generation
 
-from dataset.prompt import build_question, extract_answer
+from dataset.prompt import build_question
 from dataset.questions import Benchmark
-from evaluation.answers import EncodedQuestions, Settings, answer_batches, check_clips, find_unusable, make_batches
+from dataset.rows import first_problems
+from evaluation.answers import EncodedQuestions, answer_batches, load_clips
 from evaluation.mmau import Scores, evaluate
+from evaluation.results import Run, to_records
 from model.qwen2_audio import base_model
 
 
 def as_eval_dataset(benchmark: Benchmark, style: str) -> Dataset:
     """The questions as the data set that `Trainer` wants to know of."""
-    return Dataset.from_list(
-        [
-            {
-                "prompt": build_question(question.record["question"], question.record["choices"], style),
-                "audio_path": question.audio_path,
-            }
-            for question in benchmark.questions
-        ]
-    )
+    asked = [(question.record, question.audio_path) for question in benchmark.questions]
+    texts = [build_question(record["question"], record["choices"], style) for record, _ in asked]
+    return Dataset.from_dict({"prompt": texts, "audio_path": [path for _, path in asked]})
 
 
 class GreedyAccuracy:
@@ -52,32 +48,26 @@ class GreedyAccuracy:
         return metrics
 
     def _score_eval_questions(self) -> Scores:
-        args, accelerator = self.args, self.accelerator
-        channels = self.audio_channels
-        settings = Settings(self.prompt_style, channels=channels, max_new_tokens=self.eval_max_new_tokens)
-        paths = sorted({question.audio_path for question in self.eval_questions.questions})
-        samples, decoded = check_clips(paths, args.dataloader_num_workers, channels)
-        questions = EncodedQuestions(self.eval_questions.questions, self.processing_class, settings, decoded)
-        if problems := find_unusable(questions, samples):
-            listed = "\n  ".join(f"{id_}: {problem}" for id_, problem in list(problems.items())[:10])
+        args, benchmark = self.args, self.eval_questions
+        run = Run(
+            style=self.prompt_style,
+            channels=self.audio_channels,
+            max_new_tokens=self.eval_max_new_tokens,
+            batch_size=args.per_device_eval_batch_size,
+        )
+        clips = load_clips(benchmark.questions, run.channels, args.dataloader_num_workers)
+        questions = EncodedQuestions(benchmark.questions, clips, self.processing_class, run)
+        if problems := questions.find_unusable():
+            listed = first_problems(f"{id_}: {problem}" for id_, problem in problems.items())
             raise ValueError(f"{len(problems)} questions of --eval_file cannot be asked:\n  {listed}")
-        batches = make_batches(questions, samples, args.per_device_eval_batch_size)
-        share = batches[accelerator.process_index :: accelerator.num_processes]
         completions = {}
         was_training = self.model.training
         with (
-            unwrap_model_for_generation(self.model_wrapped, accelerator) as model,
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
             torch.no_grad(),
-            accelerator.autocast(),
+            self.accelerator.autocast(),
         ):
-            model.eval()
-            quiet = args.disable_tqdm or not accelerator.is_main_process
-            answer_batches(base_model(model), questions, share, 0, completions.update, "evaluation", quiet)
-            model.train(was_training)
-        answers = dict(gather_object(list(completions.items())))
-        return evaluate(
-            [
-                question.record | {"model_prediction": extract_answer(answers[question.id])}
-                for question in self.eval_questions.questions
-            ]
-        )
+            model, batches = base_model(model.eval()), questions.batches()
+            answer_batches(model, questions, batches, 0, completions.update, "evaluation", args.disable_tqdm)
+        self.model.train(was_training)
+        return evaluate(to_records(benchmark, dict(gather_object(list(completions.items())))))
