@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from safetensors.torch import load_file, save_file
 
 import test_mmau
 from conftest import ROOT, SHARED, write_tone
@@ -263,14 +264,28 @@ def test_an_incomplete_checkpoint_is_named_and_skipped(few, trained, checkpoint,
     assert sorted(path.name for path in out.iterdir()) == ["test_200"]
 
 
-def test_a_missing_tensor_is_not_replaced_by_random_ones(few, trained, checkpoint, capsys):
-    from safetensors.torch import load_file, save_file
-
+def remove_tensor(checkpoint: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors[sorted(tensors)[0]]
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_missing_tensor_is_not_replaced_by_random_ones(few, checkpoint, capsys):
+    remove_tensor(checkpoint)
     assert sweep("--model_path", checkpoint, "--data_file", few) == 0
     assert "lacks 1 tensors" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_process_without_questions_skips_a_broken_model_with_the_others(few, trained, checkpoint, tmp_path):
+    """Two processes, one batch: the one without it must not wait for the other, which has gone on to the next model."""
+    remove_tensor(checkpoint)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT[1]]
+    command += ["--model_path", checkpoint, trained / "checkpoint-200", "--data_file", few, "--out_dir", tmp_path]
+    command += [*TOKENS, "--device", "cpu", "--batch_size", "32"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("100: skipped") == 1 and len(read(tmp_path, "200")) == 6
 
 
 def test_missing_and_unreadable_clips_stop_the_run_before_the_first_batch(tmp_path, checkpoint, capsys):
