@@ -78,7 +78,7 @@ def _try_to_load(path: str, channels: str) -> np.ndarray | str:
         return str(error)
 
 
-def swap_clips(paths: list[str]) -> dict[str, str]:
+def _swap_clips(paths: list[str]) -> dict[str, str]:
     """Every clip -> another one of them, by the names alone, so that neither order nor machine matters.
 
     Raises:
@@ -97,7 +97,7 @@ class EncodedQuestions(Dataset):
         self.questions, self.clips, self.processor, self.run = questions, clips, processor, run
         self.window = processor.feature_extractor.n_samples
         shuffled = run.audio == "shuffled"
-        self.swapped = swap_clips([question.audio_path for question in questions]) if shuffled else {}
+        self.swapped = _swap_clips([question.audio_path for question in questions]) if shuffled else {}
 
     def __len__(self) -> int:
         return len(self.questions)

@@ -9,7 +9,7 @@ Leaves out the model and the reading of answers: a record already carries the pr
 import argparse
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script
@@ -27,7 +27,7 @@ MODALITIES = TASKS + ("mix-sound-music", "mix-sound-speech", "mix-music-speech",
 RULE = "*" * 30
 
 
-def words(text) -> set[str]:
+def _words(text) -> set[str]:
     r"""The set of lower-cased `\b\w+\b` words by which MMAU compares texts: order, repetition and signs are lost."""
     return set(WORD.findall(str(text).lower()))
 
@@ -38,10 +38,10 @@ def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
     All words of the answer must be in the prediction, and no word of a wrong choice that is not also in the answer.
     So a permutation of the answer is right, and "not X" for X, "C" for "C#", "4" for "4/4": theirs, reproduced.
     """
-    predicted, right = words(prediction), words(answer)
+    predicted, right = _words(prediction), _words(answer)
     if not predicted:
         return False
-    wrong = set().union(*(words(choice) - right for choice in choices))
+    wrong = set().union(*(_words(choice) - right for choice in choices))
     return right <= predicted and not wrong & predicted
 
 
@@ -53,7 +53,6 @@ class Scores:
     right: int = 0
     questions: int = 0
     without_prediction: int = 0  # records that carry none: skipped, as MMAU's script skips them
-    matches: list[bool] = field(default_factory=list)  # per scored record, in their order
 
     @property
     def accuracy(self) -> float:
@@ -90,18 +89,10 @@ def evaluate(records: list[dict]) -> Scores:
         ValueError: an answer is blank (as in MMAU's full test set: no score can be had here), or a key is missing.
     """
     if any("modality" in record for record in records):
-        keys = {
-            "Modality": ("modality", MODALITIES),
-            "Category": ("category", ()),
-            "Sub-category": ("sub-category", ()),
-        }
+        names = {"Modality": MODALITIES, "Category": (), "Sub-category": ()}
     else:
-        keys = {
-            "Task": ("task", TASKS),
-            "Difficulty": ("difficulty", DIFFICULTIES),
-            "Sub-category": ("sub-category", ()),
-        }
-    scores = Scores({title: {name: [0, 0] for name in names} for title, (_, names) in keys.items()})
+        names = {"Task": TASKS, "Difficulty": DIFFICULTIES, "Sub-category": ()}
+    scores = Scores({title: {name: [0, 0] for name in known} for title, known in names.items()})
     for number, record in enumerate(records, start=1):
         prediction = get_prediction(record)
         if prediction is None:
@@ -111,16 +102,13 @@ def evaluate(records: list[dict]) -> Scores:
             if key not in record:
                 raise ValueError(f"record {number} ({record.get('id')}) has no `{key}`: it cannot be scored")
         if not str(record["answer"]).strip():
-            raise ValueError(
-                f"record {number} ({record.get('id')}) has a blank answer: no score can be computed for it"
-            )
+            raise ValueError(f"record {number} ({record.get('id')}) has a blank answer: there is no score for it")
         match = string_match(record["answer"], prediction, record["choices"])
-        scores.matches.append(match)
         scores.right += match
         scores.questions += 1
-        for title, (key, _) in keys.items():
-            if record.get(key) is not None:
-                count = scores.groups[title].setdefault(record[key], [0, 0])
+        for title, group in scores.groups.items():
+            if (name := record.get(title.lower())) is not None:
+                count = group.setdefault(name, [0, 0])
                 count[0] += match
                 count[1] += 1
     return scores

@@ -49,7 +49,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def from_main_process(compute: Callable[[], T]) -> T:
+def _from_main_process(compute: Callable[[], T]) -> T:
     """`compute()` of the first process, in all of them; a `ValueError` or `OSError` of it likewise."""
     outcome = [None]
     if processes().is_main_process:
@@ -123,7 +123,7 @@ def run_sweep(
     clips, evaluated = None, 0
     for job in jobs:
         try:
-            job_run, finished = from_main_process(lambda job=job: examine_job(benchmark, job, run))
+            job_run, finished = _from_main_process(lambda job=job: _examine_job(benchmark, job, run))
         except ValueError as error:
             say(f"{job.label}: skipped. {error}")
             continue
@@ -132,7 +132,7 @@ def run_sweep(
         else:
             clips = clips or load_clips(benchmark.questions, run.channels, workers)
             try:
-                evaluate_model(benchmark, clips, job, job_run, device, workers, allow_missing)
+                _evaluate_model(benchmark, clips, job, job_run, device, workers, allow_missing)
             except IncompleteCheckpoint as error:
                 say(f"{job.label}: skipped. {error}")
                 continue
@@ -140,7 +140,7 @@ def run_sweep(
     return evaluated
 
 
-def examine_job(benchmark: Benchmark, job: Job, run: Run) -> tuple[Run, bool]:
+def _examine_job(benchmark: Benchmark, job: Job, run: Run) -> tuple[Run, bool]:
     """A job's own run, and whether its results are there already.
 
     Raises:
@@ -166,7 +166,7 @@ def examine_job(benchmark: Benchmark, job: Job, run: Run) -> tuple[Run, bool]:
     return run, differences == []
 
 
-def evaluate_model(
+def _evaluate_model(
     benchmark: Benchmark, clips: Clips, job: Job, run: Run, device: str, workers: int, allow_missing: bool
 ) -> None:
     """Ask one model all questions and write its results.
@@ -190,7 +190,7 @@ def evaluate_model(
     if cut:
         say(f"{cut} clips are longer than the model's {questions.window / SAMPLE_RATE:g} s: cut, as the paper did")
 
-    done = from_main_process(lambda: job.files.resume(run))
+    done = _from_main_process(lambda: job.files.resume(run))
     if done:
         say(f"{job.label}: {len(done)} answers are there already")
     # A batch is done as a whole or again, so that batches keep their shape.
@@ -202,4 +202,4 @@ def evaluate_model(
         with job.files.open_partial(run, state.process_index) as write:
             answer_batches(model, questions, open_batches, workers, write, job.label)
     state.wait_for_everyone()
-    say(f"{job.label}: {from_main_process(lambda: job.files.finish(run, benchmark, sorted(missing), cut))}")
+    say(f"{job.label}: {_from_main_process(lambda: job.files.finish(run, benchmark, sorted(missing), cut))}")
