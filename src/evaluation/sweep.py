@@ -49,7 +49,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _from_main_process(compute: Callable[[], T]) -> T:
+def from_main_process(compute: Callable[[], T]) -> T:
     """`compute()` of the first process, in all of them; a `ValueError` or `OSError` of it likewise."""
     outcome = [None]
     if processes().is_main_process:
@@ -123,7 +123,7 @@ def run_sweep(
     clips, evaluated = None, 0
     for job in jobs:
         try:
-            job_run, finished = _from_main_process(lambda job=job: _examine_job(benchmark, job, run))
+            job_run, finished = from_main_process(lambda job=job: _examine_job(benchmark, job, run))
         except ValueError as error:
             say(f"{job.label}: skipped. {error}")
             continue
@@ -190,7 +190,7 @@ def _evaluate_model(
     if cut:
         say(f"{cut} clips are longer than the model's {questions.window / SAMPLE_RATE:g} s: cut, as the paper did")
 
-    done = _from_main_process(lambda: job.files.resume(run))
+    done = from_main_process(lambda: job.files.resume(run))
     if done:
         say(f"{job.label}: {len(done)} answers are there already")
     # A batch is done as a whole or again, so that batches keep their shape.
@@ -202,4 +202,4 @@ def _evaluate_model(
         with job.files.open_partial(run, state.process_index) as write:
             answer_batches(model, questions, open_batches, workers, write, job.label)
     state.wait_for_everyone()
-    say(f"{job.label}: {_from_main_process(lambda: job.files.finish(run, benchmark, sorted(missing), cut))}")
+    say(f"{job.label}: {from_main_process(lambda: job.files.finish(run, benchmark, sorted(missing), cut))}")
