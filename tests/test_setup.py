@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from launch.check_requirements import find_problems, read_pins
+from launch.check_requirements import compare_versions, read_pins
 from launch.preflight import find_model_problem, parse_flags
 from running import run
 
@@ -16,7 +16,7 @@ def test_pins_are_exact_and_installed_here():
     assert {"torch", "transformers", "trl", "pytest"} <= set(pins)
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         assert line.startswith("#") or "==" in line
-    lacking, _ = find_problems(pins)
+    lacking, _ = compare_versions(pins)
     assert lacking == []
 
 
@@ -47,7 +47,7 @@ def test_an_environment_is_ignored_as_a_folder_and_as_a_link(tmp_path):
 def test_what_an_environment_lacks_is_named(tmp_path):
     file = tmp_path / "requirements.txt"
     file.write_text('no-such-package==1.0\ntrl==0.0.1\nnumpy==0.1\nalso-not-here==2.0; sys_platform == "plan9"\n')
-    lacking, differing = find_problems(read_pins(file))
+    lacking, differing = compare_versions(read_pins(file))
     assert len(lacking) == 2 and lacking[0] == "no-such-package==1.0 (not installed)" and "trl==0.0.1" in lacking[1]
     assert len(differing) == 1 and differing[0].startswith("numpy==0.1 (found:")
     done = run(sys.executable, "src/launch/check_requirements.py", file, check=False)

@@ -26,7 +26,7 @@ def read_pins(path: Path) -> dict[str, str]:
     return pins
 
 
-def find_problems(pins: dict[str, str]) -> tuple[list[str], list[str]]:
+def compare_versions(pins: dict[str, str]) -> tuple[list[str], list[str]]:
     """(what is missing or must be another version, what merely differs), each as `name==pinned (found: ...)`."""
     lacking, differing = [], []
     for name, pinned in pins.items():
@@ -46,7 +46,7 @@ def main() -> int:
         found = platform.python_version()
         print(f"Python 3.11 or newer is needed; the active environment has {found}", file=sys.stderr)
         return 1
-    lacking, differing = find_problems(read_pins(path))
+    lacking, differing = compare_versions(read_pins(path))
     if differing:
         print("other versions than the tested ones: " + ", ".join(differing), file=sys.stderr)
     if lacking:
