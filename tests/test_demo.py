@@ -292,6 +292,7 @@ def test_a_demo_that_was_not_run_is_named(tmp_path):
     assert done.returncode == 1 and "sh run_grpo.sh demo makes it" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_table_names_every_model_and_an_unfinished_one_apart(data, tmp_path):
     """What the demo ends with: all models that are whole, best first, and again without doing anything twice."""
     prepare(data, tmp_path, seed=1, max_steps=1, target_loss=0.0)

@@ -164,7 +164,8 @@ def plain_steps(small_model, questions, tmp_path_factory):
     return steps_on_fixed_completions(small_model, questions, tmp_path_factory.mktemp("plain"), 1, "")
 
 
-@pytest.mark.parametrize("engine", ["", *(pytest.param(name, marks=pytest.mark.slow) for name in DEEPSPEED)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["", *DEEPSPEED])
 def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, small_model, questions, tmp_path, engine):
     if engine and not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
@@ -253,6 +254,7 @@ def test_a_bad_row_stops_the_run_without_a_traceback(small_model, tmp_path):
     assert "no usable row is left" in done.stdout and "`multi_choice` is missing" in done.stdout
 
 
+@pytest.mark.slow
 def test_bad_rows_are_dropped_with_a_table_and_the_run_goes_on(small_model, questions, tmp_path):
     """Among eight good rows one that cannot be used: dropped on all processes, named, and recorded."""
     rows = questions.read_text().splitlines()
