@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from dataset.questions import read_records
+from dataset.rows import read_records
 from evaluation.mmau import evaluate, get_prediction, string_match
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "string_match.json").read_text(encoding="utf-8"))["cases"]

@@ -15,7 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dataset.questions import read_records
+from dataset.rows import read_records
 
 WORD = re.compile(r"\b\w+\b")
 # Where a prediction may stand: MMAU's script reads the first, its README documents the second, MMAR uses the third.
