@@ -3,24 +3,32 @@
     python src/ask.py --model_path exp/model/checkpoint-500 --audio clip.wav \
         --question "What makes the sound?" --choices dog cat bell car
 
-Prints the answer, the completion as the model wrote it, and the probability of each choice: that the reply is exactly
-this choice, in the shape that the prompt asks for, divided by the sum over the choices. With `--prompt_style think`
-the choices come after the model's own thinking.
+Prints the answer (and says when MMAU's score would count it for none of the choices), the completion as the model wrote
+it, and the probability of each choice: that the reply is exactly this choice, in the shape that the prompt asks for,
+divided by the sum over the choices; in style `think`, after the model's own thinking. `--json`: all for a program.
 """
 
 import argparse
+import contextlib
+import json
 import os
+import signal
 import sys
 
+if __name__ == "__main__":  # Ctrl-C ends it at once, the imports' seconds included: there is nothing to clean up
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"ask: interrupted\n"), os._exit(130)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads shall not spin
 
 import torch
 from transformers.utils import logging
 
-from dataset.audio import SAMPLE_RATE, load_audio
-from dataset.encode import encode
+from dataset.audio import CHANNELS, SAMPLE_RATE, load_audio
+from dataset.dataset import check_choices
+from dataset.encode import check_clip_length, check_no_special_token, encode
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer, load_style
-from model.checkpoints import check_whole, load_model, locate
+from dataset.rows import DataError, get_field
+from evaluation.mmau import string_match
+from model.checkpoints import IncompleteCheckpoint, check_whole, load_model, locate
 from model.generation import MAX_NEW_TOKENS, generate, score
 from model.qwen2_audio import end_ids, load_processor
 
@@ -33,74 +41,87 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--question", required=True)
     add("--choices", required=True, nargs="+", help="the options, two or more")
     add("--prompt_style", choices=STYLES, help=f"prompt style; default: the checkpoint's own, else {DEFAULT_STYLE}")
-    add("--start", type=float, help="hear a clip that is too long from this second on, for as long as the model can")
-    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS)
+    add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of the clip to hear; paper: first")
+    add("--start", type=float, help="hear the clip from this second on, for as long as the model can")
+    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest completion")
+    add("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
-    if len(args.choices) < 2:
-        parser.error("--choices needs at least two")
+    if args.max_new_tokens < 1:
+        parser.error("--max_new_tokens must be at least 1")
     return args
 
 
-def cut_clip(path: str, start: float | None, window: int):
-    """Decode a clip; from second `start` on, at most `window` samples of it.
-
-    Raises:
-        FileNotFoundError, ValueError: it cannot be decoded, is over the window without a `start`, or ends before it.
-    """
-    clip = load_audio(path)
-    seconds, limit = len(clip) / SAMPLE_RATE, window / SAMPLE_RATE
-    if start is None:
-        if len(clip) > window:
-            raise ValueError(f"{path} lasts {seconds:.2f} s, the model hears {limit:g} s; --start SECOND picks a part")
-        return clip
+def cut_clip(clip, start: float, window: int):
+    """At most `window` samples of a clip (samples,) from second `start` on; a `DataError` if there are none."""
+    seconds = len(clip) / SAMPLE_RATE
     if not 0 <= start < seconds:
-        raise ValueError(f"--start {start:g} is outside of {path}, which lasts {seconds:.2f} s")
-    first = round(start * SAMPLE_RATE)
-    return clip[first : first + window]
+        raise DataError(f"--start {start:g} is outside of the clip, which lasts {seconds:.2f} s")
+    return clip[round(start * SAMPLE_RATE) :][:window]
 
 
 def ask(model, processor, clip, question: str, choices: list[str], style: str, max_new_tokens: int = MAX_NEW_TOKENS):
-    """One question about one clip.
-
-    Args:
-        model, processor: as `load_model` and `load_processor` give them.
-        clip: float32 of shape (samples,), 16 kHz.
-
-    Returns:
-        The completion, and the probability of each choice (they sum to 1).
-
-    Raises:
-        ValueError: the clip is too long or too short.
-    """
+    """The completion about one clip, float32 of shape (samples,) at 16 kHz, and each choice's probability (sum 1)."""
     batch = encode(processor, [build_question(question, choices, style)], [clip]).to(model.device)
     ids = generate(model, batch, end_ids(processor), max_new_tokens)[0]
     tokenizer = processor.tokenizer
     completion = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     replies = [STYLES[style].reply(choice, completion) for choice in choices]
-    # As token ids, each reply ends as the chat template ends a turn.
-    reply_ids = [tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id] for reply in replies]
+    reply_ids = [tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id] for reply in replies]  # as a turn ends
     return completion, score(model, batch, reply_ids).softmax(dim=0).tolist()
+
+
+def run(args: argparse.Namespace) -> dict:
+    """What `--json` prints: `prompt` is the user's text, `seconds` how much is heard. Raises whatever keeps it."""
+    question, *choices = get_field({"command line": [args.question, *args.choices]}, "command line", list)
+    if check_choices(question, choices, "--choices") or not all(map(str.strip, choices)):
+        raise DataError(f"--choices {choices} holds an empty choice, or one twice; give different words")
+    folder = locate(args.model_path)
+    check_whole(folder)
+    processor = load_processor(folder)
+    style = args.prompt_style or load_style(folder) or DEFAULT_STYLE
+    prompt = build_question(question, choices, style)
+    check_no_special_token(prompt, processor)
+    clip = load_audio(args.audio, args.audio_channels)
+    if args.start is not None:
+        clip = cut_clip(clip, args.start, processor.feature_extractor.n_samples)
+    check_clip_length(len(clip), processor)
+    dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
+    model = load_model(folder, dtype, torch.device(device))
+    completion, probabilities = ask(model, processor, clip, question, choices, style, args.max_new_tokens)
+    answer = extract_answer(completion)
+    named = any(string_match(choice, answer, choices) for choice in choices)
+    asked = {"model": args.model_path, "style": style, "prompt": prompt, "audio": args.audio}
+    said = {"seconds": len(clip) / SAMPLE_RATE, "answer": answer, "completion": completion, "names_a_choice": named}
+    return asked | said | {"probabilities": dict(zip(choices, probabilities, strict=True))}
+
+
+def describe(error: Exception, model: str) -> str:
+    """One line about what went wrong, without what the rules advise to do to a row of a file: there is none here."""
+    message = " ".join(str(error).splitlines())
+    if not isinstance(error, (DataError, IncompleteCheckpoint)) and type(error) is not ValueError:  # a library's own
+        return f"{model}: cannot be used ({type(error).__name__}: {message}); if its files are damaged, get them again"
+    found, _, remedy = message.rpartition("; ")
+    if not isinstance(error, DataError) or "row" not in remedy.split():
+        return message
+    return found + ("; --start SECOND picks a part" if error.reason == "clip too long" else "")
 
 
 def main() -> int:
     args = parse_args()
     logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="backslashreplace")  # models write what a terminal may not be able to
     try:
-        folder = locate(args.model_path)
-        check_whole(folder)
-        processor = load_processor(folder)
-        clip = cut_clip(args.audio, args.start, processor.feature_extractor.n_samples)
-        style = args.prompt_style or load_style(folder) or DEFAULT_STYLE
-        on_gpu = torch.cuda.is_available()
-        dtype, device = (torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")
-        model = load_model(folder, dtype, torch.device(device))
-        completion, probabilities = ask(model, processor, clip, args.question, args.choices, style, args.max_new_tokens)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"ask: {error}", file=sys.stderr)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
+            result = run(args)
+    except Exception as error:  # over damaged files of a model, libraries raise anything from KeyError to jinja2's
+        print(f"ask: {describe(error, args.model_path)}", file=sys.stderr)
         return 1
-    print(f"answer:     {extract_answer(completion)}")
-    print(f"completion: {completion}")
-    for probability, choice in sorted(zip(probabilities, args.choices, strict=True), reverse=True):
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(f"answer:     {result['answer']}{'' if result['names_a_choice'] else '  (none of the choices)'}")
+    print(f"completion: {result['completion']}")
+    for choice, probability in sorted(result["probabilities"].items(), key=lambda item: -item[1]):
         print(f"{100 * probability:9.2f}%  {choice}")
     return 0
 
