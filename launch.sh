@@ -25,7 +25,7 @@ set -- \
 PROCESSES=$("$PYTHON" src/launch/preflight.py "$@")
 GPU_NUM=${GPU_NUM:-$PROCESSES} # processes on this machine, one for each GPU
 
-exec "$PYTHON" -m torch.distributed.run \
+exec "$PYTHON" src/launch/start.py \
     --nproc_per_node "$GPU_NUM" \
     --nnodes "$NODE_NUM" \
     --node_rank "$NODE_RANK" \

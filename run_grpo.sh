@@ -7,7 +7,7 @@
 # Machine and paths come from the environment (MODEL_NP, DATA_FILE, CONFIG, GPU_NUM, NODE_NUM ...: launch.sh):
 #   OUT_DIR=exp/x GPU_NUM=4 CONFIG=conf/ds_zero3.json sh run_grpo.sh --max_steps 500 --beta 0.001
 set -eu
-[ -f src/train.py ] || cd "$(dirname "$0")"
+. "$(dirname "$0")/paths.sh"
 
 # The demo: its own data and model, then GRPO as below, on a CPU, and supervised fine-tuning from the same warm start on
 # as many questions (3200), to compare. The seed decides everything.

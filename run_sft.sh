@@ -6,7 +6,7 @@
 #
 # Machine and paths come from the environment, as for run_grpo.sh:  OUT_DIR=exp/x GPU_NUM=4 sh run_sft.sh
 set -eu
-[ -f src/train_sft.py ] || cd "$(dirname "$0")"
+. "$(dirname "$0")/paths.sh"
 
 SCRIPT=src/train_sft.py
 OUT_DIR=${OUT_DIR:-exp/sft}

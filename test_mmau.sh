@@ -6,7 +6,7 @@
 #
 # Machine and paths come from the environment:  OUT_DIR=exp/x STEPS="base 300 500" sh test_mmau.sh --hear silent
 set -eu
-[ -f src/test_mmau.py ] || cd "$(dirname "$0")"
+. "$(dirname "$0")/paths.sh"
 
 case "${1:-}" in
 demo)
@@ -74,10 +74,12 @@ if [ "$MODELS" = 0 ]; then
     exit 1
 fi
 
-GPU_NUM=${GPU_NUM:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} # processes, one for each GPU
-if [ "$GPU_NUM" -gt 1 ]; then
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPU_NUM" src/test_mmau.py --model_path "$@"
-else
-    "$PYTHON" src/test_mmau.py --model_path "$@"
-fi
-"$PYTHON" src/utils/show_acc.py -i "$OUT_DIR"
+# Processes, one for each GPU, or a single one without.
+GPU_NUM=${GPU_NUM:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+STATUS=0
+"$PYTHON" src/launch/start.py --standalone --nproc_per_node "$GPU_NUM" \
+    src/test_mmau.py --model_path "$@" || STATUS=$?
+case $STATUS in
+0 | 3) "$PYTHON" src/utils/show_acc.py -i "$OUT_DIR" ;; # 3: some models were skipped
+esac
+exit "$STATUS"

@@ -94,7 +94,7 @@ def run_ours(
     questions = EncodedQuestions(benchmark.questions, clips, processor, run)
     completions = {}
     answer_batches(model, questions, questions.batches(), workers, completions.update, "ours", quiet=True)
-    return completions
+    return {id_: completion.text for id_, completion in completions.items()}
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ from dataset.encode import check_clip_length, check_no_special_token, encode
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer, load_style
 from dataset.rows import DataError, get_field
 from evaluation.mmau import string_match
+from evaluation.results import MAX_NEW_TOKENS
 from model.checkpoints import IncompleteCheckpoint, check_whole, load_model, locate
-from model.generation import MAX_NEW_TOKENS, generate, score
+from model.generation import generate, score
 from model.qwen2_audio import end_ids, load_processor
 
 

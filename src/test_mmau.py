@@ -23,9 +23,8 @@ from dataset.audio import CHANNELS
 from dataset.prompt import DEFAULT_STYLE, STYLES
 from dataset.questions import load_questions
 from evaluation.answers import AUDIO, default_workers
-from evaluation.results import Run
-from evaluation.sweep import make_jobs, processes, run_sweep, say
-from model.generation import MAX_NEW_TOKENS
+from evaluation.results import MAX_NEW_TOKENS, Run
+from evaluation.sweep import DTYPES, Sweep, make_jobs, processes, run_sweep, say
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,19 +54,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.dtype = args.dtype or DTYPES[args.device]
     if args.workers is None:
         args.workers = default_workers(args.device)
     return args
 
 
 def run(args: argparse.Namespace) -> int:
-    """The sweep that the command line asks for; the number of models that have results in the end. Raises likewise."""
+    """The sweep that the command line asks for; its exit status: 3 if some models were skipped, 1 if all. Raises
+    likewise."""
     benchmark = load_questions(args.data_file, args.audio_dir)
-    name = benchmark.name + ("" if args.hear == "real" else f"_{args.hear}") + ("_sample" if args.sample else "")
-    # Predictions go into the format that the questions came in, which the benchmark's own script reads.
-    suffix = ".jsonl" if Path(args.data_file).suffix == ".jsonl" else ".json"
-    jobs = make_jobs(args.model_path, f"res_{name}{suffix}", args.out_dir, args.out_file)
     asked = Run(
         dtype=args.dtype,
         style=args.prompt_style,
@@ -75,9 +71,17 @@ def run(args: argparse.Namespace) -> int:
         channels=args.audio_channels,
         max_new_tokens=args.max_new_tokens,
         sample_seed=args.seed if args.sample else None,
+        allow_missing=args.allow_missing,
         batch_size=args.batch_size,
     )
-    return run_sweep(benchmark, jobs, asked, args.device, args.workers, args.allow_missing, args.force)
+    # Predictions go into the format that the questions came in, which the benchmark's own script reads.
+    suffix = ".jsonl" if Path(args.data_file).suffix == ".jsonl" else ".json"
+    jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
+    evaluated = run_sweep(Sweep(benchmark, asked, suffix, args.device, args.workers, args.force), jobs)
+    if evaluated == len(jobs):
+        return 0
+    say(f"{len(jobs) - evaluated} of {len(jobs)} models were skipped")
+    return 3 if evaluated else 1
 
 
 def main() -> int:
@@ -85,10 +89,14 @@ def main() -> int:
     logging.disable_progress_bar()
     state = processes()
     try:
-        status = 0 if run(args) else 1
-    except (ValueError, FileNotFoundError) as error:
+        status = run(args)
+    except (ValueError, OSError) as error:
         say(f"test_mmau: {error}")
-        return 1
+        status = 1
+    except KeyboardInterrupt:
+        print("test_mmau: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    state.wait_for_everyone()  # the launcher ends the others as soon as one is gone with a status
     state.destroy_process_group()
     return status
 

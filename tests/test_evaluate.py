@@ -1,9 +1,11 @@
 """test_mmau.py and test_mmau.sh on real (small, untrained) checkpoints and real files: what they write, skip, refuse, resume."""
 
+import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +19,16 @@ import test_mmau
 from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_questions
+from evaluation.collect import read_results
 from evaluation.mmau import evaluate
+from evaluation.results import Run
 from model.checkpoints import fingerprint
 from model.tiny import build_demo_model
+from utils.show_acc import format_tables
 
 SCRIPT = [sys.executable, "src/test_mmau.py"]
 TOKENS = ["--max_new_tokens", "12"]
+MINI = "mmau_mini_tokens-12"  # so the files of results are called then
 # rate, channels, format: what MMAU's files are, all of them named .wav
 KINDS = [(16_000, 1, "WAV"), (8_000, 1, "WAV"), (48_000, 2, "WAV"), (44_100, 6, "WAV"), (32_000, 2, "MP3")]
 CHOICES = [["dog", "cat"], ["a bell", "a horn", "a dog and a cat", "rain"], ["1", "2", "3", "4", "5"]]
@@ -99,7 +105,7 @@ def sweep(*flags) -> int:
     return test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, *TOKENS, "--workers", 0]]))
 
 
-def read(folder: Path, step="100", name="mmau_mini") -> list[dict]:
+def read(folder: Path, step="100", name=MINI) -> list[dict]:
     return json.loads((folder / f"test_{step}" / f"res_{name}.json").read_text())
 
 
@@ -108,7 +114,7 @@ def swept(trained, questions, tmp_path_factory) -> Path:
     """The results of both checkpoints from one process, with a worker."""
     out = tmp_path_factory.mktemp("out")
     flags = ["--model_path", *sorted(trained.glob("checkpoint-*")), "--data_file", questions, "--out_dir", out]
-    assert test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, "--batch_size", 8, *TOKENS]])) == 2
+    assert test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, "--batch_size", 8, *TOKENS]])) == 0
     return out
 
 
@@ -124,33 +130,43 @@ def test_a_sweep_writes_all_that_was_in_the_file_with_predictions_and_scores(swe
         assert all(record["model_prediction"] == record["model_output"] for record in records)
         assert all(record["release"] == load_questions(questions).release for record in records)
         folder = swept / f"test_{step}"
-        assert (folder / "eval_mmau_mini.txt").read_text() == str(evaluate(records))
+        assert (folder / f"eval_{MINI}.txt").read_text() == str(evaluate(records))
         assert sorted(path.name for path in folder.iterdir()) == [
-            "eval_mmau_mini.txt", "res_mmau_mini.json", "run_mmau_mini.json"
+            f"eval_{MINI}.txt", f"res_{MINI}.json", f"run_{MINI}.json"
         ]  # fmt: skip
     answers = {step: [record["model_completion"] for record in read(swept, step)] for step in ("100", "200")}
     assert answers["100"] != answers["200"] and len(set(answers["100"])) > 5
 
 
-def test_the_bytes_of_the_files_stay(swept, trained, questions, few, checkpoint):
-    """What an earlier version finished counts as finished, and other programs find their keys where they were."""
-    benchmark = load_questions(questions)
-    run = {
+def test_the_files_in_full(swept, trained, questions, few, checkpoint):
+    """Other programs find their keys where they were, and a result says what it rests on."""
+    benchmark, folder = load_questions(questions), swept / "test_100"
+    records = read(swept)
+    scores = evaluate(records)
+    run = json.loads((folder / f"run_{MINI}.json").read_text())
+    digests = {key: run[key] for key in ("records", "clips", "prompt_digest")}
+    assert all(len(digest) >= 8 for digest in digests.values()) and len(set(digests.values())) == 3
+    prompt = "QUESTION Please choose the answer from the following options: ['CHOICE', 'CHOICE']."
+    assert run == digests | {
         "label": "100", "weights": fingerprint(trained / "checkpoint-100"), "benchmark": "mmau_mini",
         "release": benchmark.release, "questions": benchmark.digest, "dtype": "float32", "style": "answer",
-        "audio": "real", "channels": "first", "max_new_tokens": 12, "sample_seed": None, "missing": [], "cut": 0,
+        "audio": "real", "channels": "first", "max_new_tokens": 12, "sample_seed": None, "allow_missing": False,
+        "prompt": f"{prompt} Output the final answer in <answer> </answer>.", "decoding": "greedy",
+        "match": "MMAU string_match at 110127f", "missing": [], "cut": 0,
+        "no_choice": scores.no_choice, "several": scores.several, "cut_off": scores.cut_off,
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                  for path in (folder / f"res_{MINI}.json", folder / f"eval_{MINI}.txt")},
     }  # fmt: skip
-    folder = swept / "test_100"
-    assert (folder / "run_mmau_mini.json").read_text() == json.dumps(run, indent=2) + "\n"
+    assert scores.cut_off > 0  # untrained models go on and on
     rows = []
-    for row, record in zip(json.loads(questions.read_text()), read(swept), strict=True):
+    for row, record in zip(json.loads(questions.read_text()), records, strict=True):
         answer, completion = record["model_prediction"], record["model_completion"]
         added = {"model_prediction": answer, "model_output": answer, "release": benchmark.release}
-        rows.append(row | added | {"model_completion": completion})
-    assert (folder / "res_mmau_mini.json").read_text() == json.dumps(rows, indent=2) + "\n"
+        rows.append(row | added | {"model_completion": completion, "model_cut_off": record["model_cut_off"]})
+    assert (folder / f"res_{MINI}.json").read_text() == json.dumps(rows, indent=2) + "\n"
     sweep("--model_path", checkpoint, "--data_file", few, "--dtype", "bfloat16", "--batch_size", 3)
-    run = json.loads((checkpoint.parent / "test_100" / "run_mmau_mini.json").read_text())
-    assert list(run)[-4:] == ["sample_seed", "batch_size", "missing", "cut"] and run["batch_size"] == 3
+    run = json.loads((checkpoint.parent / "test_100" / f"run_{MINI}_bfloat16.json").read_text())
+    assert run["batch_size"] == 3
 
 
 @pytest.mark.slow
@@ -192,7 +208,7 @@ def test_a_killed_run_continues_and_ends_in_the_same_file(swept, trained, questi
     process = subprocess.Popen(
         [*command, "--batch_size", "2"], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
     )
-    partial = tmp_path / "test_100" / "res_mmau_mini.json.partial-0"
+    partial = tmp_path / "test_100" / f"res_{MINI}.json.partial-0"
     deadline = time.monotonic() + 120
     while not partial.exists() or partial.read_text().count("\n") < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
@@ -200,27 +216,184 @@ def test_a_killed_run_continues_and_ends_in_the_same_file(swept, trained, questi
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     done = partial.read_text().count("\n") - 1
-    assert 0 < done < 40 and not (tmp_path / "test_100" / "res_mmau_mini.json").exists()
-    run = json.loads((swept / "test_100" / "run_mmau_mini.json").read_text())
-    assert partial.read_text().split("\n")[0] == json.dumps({key: run[key] for key in list(run)[:-2]})
+    assert 0 < done < 40 and not (tmp_path / "test_100" / f"res_{MINI}.json").exists()
+    run = json.loads((swept / "test_100" / f"run_{MINI}.json").read_text())
+    assert partial.read_text().split("\n")[0] == json.dumps({key: run[key] for key in list(run)[:-6]})
     with open(partial, "a") as file:  # a line that the kill cut off
         file.write('["half a li')
-    assert sweep(*command[len(SCRIPT) : -len(TOKENS)], "--batch_size", 7) == 1
+    assert sweep(*command[len(SCRIPT) : -len(TOKENS)], "--batch_size", 7) == 0
     assert results(tmp_path / "test_100") == results(swept / "test_100")
 
 
 def test_what_is_finished_is_skipped_and_other_settings_are_not(few, checkpoint, capsys):
     flags = ["--model_path", checkpoint, "--data_file", few]
-    assert sweep(*flags) == 1
-    file = checkpoint.parent / "test_100" / "res_mmau_mini.json"
+    assert sweep(*flags) == 0
+    file = checkpoint.parent / "test_100" / f"res_{MINI}.json"
     before = file.stat().st_mtime_ns
-    assert sweep(*flags, "--batch_size", 3) == 1
+    assert sweep(*flags, "--batch_size", 3) == 0
     assert "finished before" in capsys.readouterr().err and file.stat().st_mtime_ns == before
     sweep(*flags, "--force")
     assert file.stat().st_mtime_ns > before
     before = file.stat().st_mtime_ns
-    sweep(*flags, "--prompt_style", "choice")
-    assert "style differ" in capsys.readouterr().err and file.stat().st_mtime_ns > before
+    sweep(*flags, "--prompt_style", "choice")  # beside it
+    assert "differ" not in capsys.readouterr().err and file.stat().st_mtime_ns == before
+    assert (file.parent / "res_mmau_mini_choice_tokens-12.json").is_file()
+
+
+def replace_clip(path: Path, rows: list[dict], folder: Path) -> None:
+    write_tone(path.parent / rows[2]["audio_id"], seconds=1.0, frequency=1234)
+
+
+def rotate_clips(path: Path, rows: list[dict], folder: Path) -> None:
+    clips = [row["audio_id"] for row in rows]
+    for row, clip in zip(rows, clips[1:] + clips[:1], strict=True):
+        row["audio_id"] = clip
+
+
+def relabel(path: Path, rows: list[dict], folder: Path) -> None:
+    for row in rows:
+        row["task"] = "music"
+
+
+def change_choices(path: Path, rows: list[dict], folder: Path) -> None:
+    rows[0]["choices"] = [*rows[0]["choices"], "an alarm"]
+
+
+def change_answer(path: Path, rows: list[dict], folder: Path) -> None:
+    rows[0]["answer"] = next(choice for choice in rows[0]["choices"] if choice != rows[0]["answer"])
+
+
+def reorder(path: Path, rows: list[dict], folder: Path) -> None:
+    rows.reverse()
+
+
+def cut_results_off(path: Path, rows: list[dict], folder: Path) -> None:
+    file = folder / f"res_{MINI}.json"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def change_results(path: Path, rows: list[dict], folder: Path) -> None:
+    file = folder / f"res_{MINI}.json"
+    file.write_text(file.read_text().replace('"model_output": "', '"model_output": "dog ', 1))
+
+
+def delete_scores(path: Path, rows: list[dict], folder: Path) -> None:
+    (folder / f"eval_{MINI}.txt").unlink()
+
+
+def damage_run_file(path: Path, rows: list[dict], folder: Path) -> None:
+    (folder / f"run_{MINI}.json").write_text("{")
+
+
+STALE = {
+    replace_clip: "clips", rotate_clips: "clips, records", relabel: "records", change_choices: "questions, records",
+    change_answer: "questions, records", reorder: "clips, records", cut_results_off: f"res_{MINI}.json",
+    change_results: f"res_{MINI}.json", delete_scores: f"eval_{MINI}.txt", damage_run_file: f"run_{MINI}.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", STALE, ids=lambda change: change.__name__)
+def test_what_is_stale_is_evaluated_anew(tmp_path, checkpoint, capsys, change):
+    """And ends in the same files as if nothing had been there."""
+    rows = make_rows(6)
+    path = write_questions(tmp_path, rows)
+    flags = ["--model_path", checkpoint, "--data_file", path]
+    sweep(*flags)
+    folder = checkpoint.parent / "test_100"
+    change(path, rows, folder)
+    path.write_text(json.dumps(rows))
+    capsys.readouterr()
+    assert sweep(*flags) == 0
+    assert f"({STALE[change]} differ): evaluated again" in capsys.readouterr().err
+    sweep(*flags, "--out_dir", tmp_path / "fresh")
+    assert results(folder) == results(tmp_path / "fresh" / "test_100")
+    assert sweep(*flags) == 0 and "finished before" in capsys.readouterr().err
+
+
+def test_a_clip_that_was_put_back_is_asked_about(tmp_path, checkpoint, capsys):
+    rows = make_rows(6)
+    path = write_questions(tmp_path, rows)
+    clip = (tmp_path / rows[1]["audio_id"]).rename(tmp_path / "away")
+    flags = ["--model_path", checkpoint, "--data_file", path, "--allow_missing"]
+    sweep(*flags)
+    name = f"{MINI}_allow_missing"
+    run = checkpoint.parent / "test_100" / f"run_{name}.json"
+    assert json.loads(run.read_text())["missing"] == [rows[1]["id"]]
+    clip.rename(tmp_path / rows[1]["audio_id"])
+    sweep(*flags)
+    assert "(clips differ): evaluated again" in capsys.readouterr().err
+    assert json.loads(run.read_text())["missing"] == [] and read(checkpoint.parent, name=name)[1]["model_prediction"]
+
+
+def test_without_any_clip_there_is_nothing_to_evaluate(tmp_path, checkpoint):
+    rows = make_rows(2)
+    path = write_questions(tmp_path, rows)
+    for row in rows:
+        (tmp_path / row["audio_id"]).unlink()
+    with pytest.raises(ValueError, match="2 of 2 questions cannot be asked, so there is nothing to evaluate"):
+        sweep("--model_path", checkpoint, "--data_file", path, "--allow_missing")
+
+
+@pytest.mark.parametrize("content", ["of another run", "damaged", "of this run"])
+def test_force_repeats_whatever_partial_files_lie_about(few, checkpoint, capsys, content):
+    """And without it, a damaged one is named and its answers are asked for again."""
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    sweep(*flags)
+    folder = checkpoint.parent / "test_100"
+    before = results(folder)
+    run = json.loads((folder / f"run_{MINI}.json").read_text())
+    described = {key: value for key, value in run.items() if key in Run(max_new_tokens=12).describe()}
+    head = {"of another run": "{}", "damaged": json.dumps(described)}.get(content, json.dumps(described))
+    answers = [[record["id"], "made up", False] for record in read(checkpoint.parent)]
+    lines = [head, "not JSON" if content == "damaged" else "", *map(json.dumps, answers), ""]
+    (folder / f"res_{MINI}.json.partial-0").write_text("\n".join(filter(None, lines)) + "\n")
+    if content == "damaged":
+        (folder / f"run_{MINI}.json").unlink()
+        assert sweep(*flags) == 0 and f"res_{MINI}.json.partial-0: is damaged" in capsys.readouterr().err
+    else:
+        assert sweep(*flags, "--force") == 0
+    assert results(folder) == before
+
+
+def test_two_runs_do_not_write_one_result(few, checkpoint, capsys):
+    """The second one says who holds it; a lock whose owner is dead is taken over."""
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    lock = checkpoint.parent / "test_100" / f"res_{MINI}.json.lock"
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom dataset.lock import hold\n"
+        "with hold(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script, lock], env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE
+    )
+    assert owner.stdout.readline() == b"held\n"
+    try:
+        assert sweep(*flags) == 1
+        said = capsys.readouterr().err
+        assert f"100: skipped. {lock.parent}: process {owner.pid} on {socket.gethostname()} since" in said
+    finally:
+        owner.kill()
+        owner.communicate()
+    assert lock.is_file() and sweep(*flags) == 0 and not lock.exists()
+
+
+def test_other_settings_live_side_by_side(few, checkpoint):
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    variants = {
+        "": [], "_bfloat16": ["--dtype", "bfloat16"], "_channels-mean": ["--audio_channels", "mean"],
+        "_choice": ["--prompt_style", "choice"], "_sample-42": ["--sample"], "_sample-7": ["--sample", "--seed", "7"],
+        "_allow_missing": ["--allow_missing"], "_silent": ["--hear", "silent"],
+    }  # fmt: skip
+    for other in variants.values():
+        assert sweep(*flags, *other) == 0
+    found, skipped = read_results(checkpoint.parent)
+    assert not skipped
+    # The two seeds are one row, silence is another's drop.
+    assert len(found) == len(variants) - 2 and sorted(len(result.runs) for result in found) == [1, 1, 1, 1, 1, 2]
+    assert len(list((checkpoint.parent / "test_100").glob("res_*"))) == len(variants)
+    (table,) = format_tables(found).split("\n\n")
+    assert table.splitlines()[1] == "tokens 12, match MMAU string_match at 110127f"
+    assert table.splitlines()[2].split()[:5] == ["step", "prompt", "decoding", "dtype", "channels"]
 
 
 def test_other_weights_under_the_same_name_are_evaluated_anew(few, trained, checkpoint, capsys):
@@ -237,12 +410,12 @@ def test_the_recorded_style_is_used_and_overriding_it_warns(few, checkpoint, cap
     save_style(checkpoint, "think")
     flags = ["--model_path", checkpoint, "--data_file", few]
     sweep(*flags)
-    run = checkpoint.parent / "test_100" / "run_mmau_mini.json"
-    assert json.loads(run.read_text())["style"] == "think"
+    folder = checkpoint.parent / "test_100"
+    assert json.loads((folder / f"run_{MINI}.json").read_text())["style"] == "think"
     assert "warning" not in capsys.readouterr().err
     sweep(*flags, "--prompt_style", "answer")
     assert "was trained with prompt style 'think'" in capsys.readouterr().err
-    assert json.loads(run.read_text())["style"] == "answer"
+    assert json.loads((folder / "run_mmau_mini_answer_tokens-12.json").read_text())["style"] == "answer"
 
 
 @pytest.mark.parametrize("damage", ["cut off", "no weights", "no processor", "config cut off"])
@@ -258,7 +431,7 @@ def test_an_incomplete_checkpoint_is_named_and_skipped(few, trained, checkpoint,
         (checkpoint / "config.json").write_text('{"model_type": ')
     out = checkpoint.parent / "out"
     models = [checkpoint, trained / "checkpoint-200", checkpoint.parent / "checkpoint-300"]
-    assert sweep("--model_path", *models, "--data_file", few, "--out_dir", out) == 1
+    assert sweep("--model_path", *models, "--data_file", few, "--out_dir", out) == 3
     said = capsys.readouterr().err
     assert "100: skipped" in said and "incomplete" in said and "300: skipped" in said
     assert sorted(path.name for path in out.iterdir()) == ["test_200"]
@@ -272,7 +445,7 @@ def remove_tensor(checkpoint: Path) -> None:
 
 def test_a_missing_tensor_is_not_replaced_by_random_ones(few, checkpoint, capsys):
     remove_tensor(checkpoint)
-    assert sweep("--model_path", checkpoint, "--data_file", few) == 0
+    assert sweep("--model_path", checkpoint, "--data_file", few) == 1
     assert "lacks 1 tensors" in capsys.readouterr().err
 
 
@@ -284,7 +457,7 @@ def test_a_process_without_questions_skips_a_broken_model_with_the_others(few, t
     command += ["--model_path", checkpoint, trained / "checkpoint-200", "--data_file", few, "--out_dir", tmp_path]
     command += [*TOKENS, "--device", "cpu", "--batch_size", "32"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 3, run.stderr
     assert run.stderr.count("100: skipped") == 1 and len(read(tmp_path, "200")) == 6
 
 
@@ -300,9 +473,9 @@ def test_missing_and_unreadable_clips_stop_the_run_before_the_first_batch(tmp_pa
     assert all(row["id"] in str(error.value) for row in rows[1:4]) and rows[0]["id"] not in str(error.value)
     assert not (checkpoint.parent / "test_100").exists()
     capsys.readouterr()
-    assert sweep(*flags, "--allow_missing") == 1
+    assert sweep(*flags, "--allow_missing") == 0
     assert "count as wrong" in capsys.readouterr().err
-    records = read(checkpoint.parent)
+    records = read(checkpoint.parent, name=f"{MINI}_allow_missing")
     assert [record["model_prediction"] == "" for record in records][1:4] == [True] * 3
     assert evaluate(records).questions == 6
 
@@ -312,12 +485,14 @@ def test_silent_and_shuffled_audio(few, checkpoint, trained):
     sweep(*flags)
     sweep(*flags, "--hear", "silent")
     sweep(*flags, "--hear", "shuffled", "--batch_size", 4)
-    heard = [[record["model_completion"] for record in read(checkpoint.parent, name=f"mmau_mini{kind}")]
+    heard = [[record["model_completion"] for record in read(checkpoint.parent, name=f"mmau_mini{kind}_tokens-12")]
              for kind in ("", "_silent", "_shuffled")]  # fmt: skip
     assert heard[0] != heard[1] and heard[0] != heard[2] and heard[1] != heard[2]
     out = checkpoint.parent / "again"
     sweep(*flags, "--hear", "shuffled", "--batch_size", 1, "--out_dir", out)
-    assert read(out, name="mmau_mini_shuffled") == read(checkpoint.parent, name="mmau_mini_shuffled")
+    assert read(out, name="mmau_mini_shuffled_tokens-12") == read(
+        checkpoint.parent, name="mmau_mini_shuffled_tokens-12"
+    )
 
 
 def test_a_long_clip_is_cut_as_the_original_did_and_counted(tmp_path, checkpoint, capsys):
@@ -336,19 +511,19 @@ def test_a_long_clip_is_cut_as_the_original_did_and_counted(tmp_path, checkpoint
 def test_sampling_is_seeded(few, checkpoint):
     flags = ["--model_path", checkpoint, "--data_file", few, "--sample"]
     sweep(*flags, "--seed", 1)
-    first = read(checkpoint.parent, name="mmau_mini_sample")
+    first = read(checkpoint.parent, name="mmau_mini_sample-1_tokens-12")
     sweep(*flags, "--seed", 1, "--force", "--batch_size", 2)
-    assert read(checkpoint.parent, name="mmau_mini_sample") == first
+    assert read(checkpoint.parent, name="mmau_mini_sample-1_tokens-12") == first
     sweep(*flags, "--seed", 2)
-    assert read(checkpoint.parent, name="mmau_mini_sample") != first
+    assert read(checkpoint.parent, name="mmau_mini_sample-2_tokens-12") != first
 
 
 def test_the_full_test_set_has_no_score_but_a_file_to_submit(tmp_path, checkpoint, capsys):
     rows = [row | {"answer": "", "split": "test"} for row in make_rows(3)]
     path = write_questions(tmp_path, rows, "mmau-test.json")
-    assert sweep("--model_path", checkpoint, "--data_file", path) == 1
-    assert "no score" in capsys.readouterr().err
-    assert all("model_prediction" in record for record in read(checkpoint.parent, name="mmau"))
+    assert sweep("--model_path", checkpoint, "--data_file", path) == 0
+    assert "written, ready to submit" in capsys.readouterr().err
+    assert all("model_prediction" in record for record in read(checkpoint.parent, name="mmau_tokens-12"))
     assert not list((checkpoint.parent / "test_100").glob("eval_*"))
 
 
@@ -365,21 +540,23 @@ def test_mmar_is_read_written_and_scored_by_modality(tmp_path, checkpoint):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     sweep("--model_path", checkpoint, "--data_file", path)
     folder = checkpoint.parent / "test_100"
-    written = [json.loads(line) for line in (folder / "res_mmar.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (folder / "res_mmar_tokens-12.jsonl").read_text().splitlines()]
     assert [{key: record[key] for key in line} for line, record in zip(lines, written, strict=True)] == lines
     assert all("answer_prediction" in record for record in written)
-    assert "mix-sound-music : " in (folder / "eval_mmar.txt").read_text()
+    assert "mix-sound-music : " in (folder / "eval_mmar_tokens-12.txt").read_text()
 
 
 def test_labels_and_output_files(few, trained, tmp_path):
     models = [f"warm start={trained / 'checkpoint-200'}", trained / "checkpoint-100"]
-    assert sweep("--model_path", *models, "--data_file", few, "--out_dir", tmp_path) == 2
+    assert sweep("--model_path", *models, "--data_file", few, "--out_dir", tmp_path) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test_100", "test_warm start"]
     sweep("--model_path", trained / "checkpoint-100", "--data_file", few, "--out_file", tmp_path / "x" / "my.json")
-    assert (tmp_path / "x" / "my.json").read_bytes() == (tmp_path / "test_100" / "res_mmau_mini.json").read_bytes()
+    assert (tmp_path / "x" / "my.json").read_bytes() == (tmp_path / "test_100" / f"res_{MINI}.json").read_bytes()
     assert (tmp_path / "x" / "eval_my.txt").exists()
     with pytest.raises(ValueError, match="the same file"):
-        sweep("--model_path", trained / "checkpoint-100", models[1], "--data_file", few, "--out_dir", tmp_path)
+        sweep("--model_path", f"{trained}/../run/checkpoint-100", models[1], "--data_file", few, "--out_dir", tmp_path)
+    flags = ["--model_path", models[1], models[1], "--data_file", few, "--out_dir", tmp_path]  # STEPS="200 200"
+    assert sweep(*flags) == 0
 
 
 def test_bad_question_files_are_named_by_row(tmp_path, checkpoint):

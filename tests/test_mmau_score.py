@@ -1,4 +1,4 @@
-"""utils/mmau.py: MMAU's official score, against what its own script gave (tests/fixtures, ../shared)."""
+"""evaluation/mmau.py: MMAU's official score, against what its own script gave (tests/fixtures, ../shared)."""
 
 import json
 import subprocess
@@ -62,12 +62,28 @@ def test_the_official_text_for_all_1000_predictions(shared, tmp_path):
         assert run.stdout == case["stdout"]
 
 
-def test_records_without_prediction_are_skipped_and_counted():
-    without = record()
+@pytest.mark.parametrize("change", [{}, {"model_output": None}, {"prediction": "dog"}])
+def test_a_record_without_prediction_is_refused_by_name(change):
+    """The official script leaves it out of the score without a word."""
+    without = record(id="id-2")
     del without["model_output"]
-    scores = evaluate([record(), without, record(prediction=None)])
-    assert (scores.right, scores.questions, scores.without_prediction) == (1, 2, 1)
-    assert "over 2 samples" in str(scores)
+    with pytest.raises(ValueError, match=r"record 2 \(id-2\) carries no prediction"):
+        evaluate([record(), without | change])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "named"),
+    [("dog", 1), ("a dog", 1), ("a dog and a cat", 1), ("cat dog", 2), ("a horse", 0), ("", 0), ("DOG!", 1)],
+)
+def test_answers_that_name_no_choice_or_several_are_counted(prediction, named):
+    """A choice whose words lie within a longer one that is named, too, is not meant."""
+    scores = evaluate([record(prediction=prediction, model_cut_off=True), record()])
+    assert (scores.no_choice, scores.several, scores.cut_off) == (named == 0, named == 2, 1)
+
+
+def test_a_group_that_is_no_text_is_refused_by_name():
+    with pytest.raises(ValueError, match="record 1 .*`task` is"):
+        evaluate([record(task=["sound"])])
 
 
 def test_predictions_are_found_under_any_of_the_keys():
@@ -84,7 +100,9 @@ def test_mmar_is_scored_by_modality():
     scores = evaluate(records)
     assert scores.groups["Modality"]["mix-sound-speech"] == [1, 1]
     assert scores.groups["Modality"]["music"] == [0, 1]
-    assert scores.groups["Category"] == {"Signal Layer": [1, 2]}
+    layers = {"Signal Layer": [1, 2]} | dict.fromkeys(["Perception Layer", "Semantic Layer", "Cultural Layer"], [0, 0])
+    assert scores.groups["Category"] == layers
+    assert list(scores.groups["Category"]) == list(layers)  # in the order of its script
     assert "Modality-wise Accuracy:" in str(scores) and "Task" not in str(scores)
 
 

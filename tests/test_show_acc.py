@@ -1,6 +1,7 @@
 """show_acc.py: the table, from results on disk that may be anything."""
 
 import csv
+import hashlib
 import io
 import json
 import random
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from utils.show_acc import build_tables, confidence_interval, format_tables, plot, read_results, to_table
+from evaluation.collect import build_tables, read_results
+from evaluation.statistics import Difference, confidence_interval
+from utils.show_acc import format_tables, plot, to_table
 
 TASKS = ["sound", "music", "speech"]
 
@@ -52,7 +55,8 @@ def test_best_first_sorted_as_numbers(folder):
     results, skipped = read_results(folder)
     assert not skipped
     table = to_table(build_tables(results)[0][1])
-    assert list(table) == ["step", "sound", "music", "speech", "total", "95% interval"]
+    counts = ["no choice", "several", "cut off"]
+    assert list(table) == ["step", "sound", "music", "speech", "total", "95% interval", "to the best", *counts]
     assert list(table["step"]) == ["1000", "200", "100", "base"]  # 70, 60, 50 and 9%
     assert list(table.iloc[0, 1:5]) == ["70.00 (100)"] * 3 + ["70.00 (300)"]
     assert list(to_table(build_tables(results, "step")[0][1])["step"]) == ["100", "200", "1000", "base"]
@@ -73,7 +77,7 @@ def test_silent_and_shuffled_runs_show_as_drops(folder):
     write_result(folder, "300", 100, audio="_shuffled")
     results, skipped = read_results(folder)
     table = to_table(build_tables(results)[0][1])
-    assert list(table)[-1] == "silent"
+    assert "silent" in table and "shuffled" not in table
     assert dict(zip(table["step"], table["silent"], strict=True)) == {
         "1000": "-",
         "200": "40.00 (-20.00)",
@@ -87,14 +91,14 @@ def test_releases_do_not_share_a_table(folder):
     write_result(folder, "300", 200, questions=rows(revised=" really"))
     run = show(folder)
     assert run.returncode == 0 and "do not compare" in run.stderr
-    tables = [[line.split()[0] for line in text.splitlines()[2:]] for text in run.stdout.split("\n\n")]
+    tables = [[line.split()[0] for line in text.splitlines()[3:]] for text in run.stdout.split("\n\n")]
     assert tables == [["1000", "200", "100", "base"], ["300"]]
 
 
 def test_markdown_and_csv(folder):
     results, _ = read_results(folder)
     lines = format_tables(results, style="markdown").splitlines()
-    assert lines[2].startswith("| step | sound |") and lines[3] == "|---|---|---|---|---|---|"
+    assert lines[3].startswith("| step | sound |") and lines[4] == "|---|---|---|---|---|---|---|---|---|---|"
     table = list(csv.DictReader(io.StringIO(format_tables(results, style="csv"))))
     assert [row["step"] for row in table] == ["1000", "200", "100", "base"]
     assert float(table[0]["total"]) == 70 and table[0]["sound_questions"] == "100"
@@ -104,7 +108,7 @@ def test_markdown_and_csv(folder):
 def test_text_is_right_aligned_and_a_task_may_be_missing(folder):
     write_result(folder, "300", 200, questions=[row for row in rows() if row["task"] != "music"])
     results, _ = read_results(folder)
-    _, header, *lines = format_tables(results).split("\n\n")[0].splitlines()
+    _, _, header, *lines = format_tables(results).split("\n\n")[0].splitlines()
     assert header.startswith("step        sound        music") and len({len(line) for line in [header, *lines]}) == 1
     assert lines[0].startswith("1000  70.00 (100)  70.00 (100)")
     table = list(csv.DictReader(io.StringIO(format_tables(results, style="csv"))))
@@ -113,8 +117,10 @@ def test_text_is_right_aligned_and_a_task_may_be_missing(folder):
 
 
 def test_styles_show_where_they_differ(folder):
-    write_result(folder, "300", 200, style="think")
-    assert list(to_table(build_tables(read_results(folder)[0])[0][1]))[:2] == ["step", "style"]
+    write_result(folder, "300", 200, style="think", prompt_digest="12345678")
+    results, _ = read_results(folder)
+    assert list(to_table(build_tables(results)[0][1]))[:2] == ["step", "prompt"]
+    assert "300 (think 12345678)" in [result.name for result in results]
 
 
 def test_results_of_the_original_layout_without_run_file_are_read(tmp_path):
@@ -149,16 +155,88 @@ def test_nothing_it_finds_makes_it_fail(folder):
     for number in range(1, 15):
         assert f"test_{number}" in run.stderr, number
     assert "not finished" in run.stderr
-    assert [line.split()[0] for line in run.stdout.splitlines()[2:6]] == ["1000", "200", "100", "base"]
+    assert [line.split()[0] for line in run.stdout.splitlines()[3:7]] == ["1000", "200", "100", "base"]
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_an_empty_or_absent_folder(tmp_path, exists):
-    folder = tmp_path / "x"
-    if exists:
-        folder.mkdir()
-    run = show(folder)
+def test_an_empty_folder_and_an_absent_one(tmp_path):
+    (tmp_path / "x").mkdir()
+    run = show(tmp_path / "x")
     assert run.returncode == 0 and "no results" in run.stderr and run.stdout == ""
+    run = show(tmp_path / "gone")
+    assert run.returncode == 1 and run.stderr == f"show_acc: {tmp_path / 'gone'}: no such folder\n"
+
+
+def test_only_like_is_compared_with_silent_audio(folder):
+    """The same weights and settings."""
+    write_result(folder, "300", 200, weights="a", dtype="float32")
+    for audio, weights, dtype in (("_silent", "b", "float32"), ("_shuffled", "a", "bfloat16")):
+        write_result(folder, "300", 100, audio=audio, weights=weights, dtype=dtype)
+    results, skipped = read_results(folder)
+    assert not any(result.drops for result in results)
+    assert len(skipped) == 2 and all("same weights and settings" in line for line in skipped)
+
+
+def test_seeds_of_one_model_are_one_row(folder):
+    for seed, right in ((1, 180), (2, 210), (3, 150)):
+        questions = rows()
+        file = write_result(folder, "300", right, questions, decoding="sampled", sample_seed=seed)
+        for path in (file, file.with_name("run_mmau_mini.json")):
+            path.rename(path.with_stem(f"{path.stem}_sample-{seed}"))
+    results, skipped = read_results(folder)
+    assert not skipped and len(results) == 5
+    table = to_table(build_tables(results)[0][1]).set_index("step")
+    assert table["total"]["300"] == "60.00 +- 10.00 (3 seeds)" and table["sound"]["300"] == "60.00 (100)"
+    assert table["decoding"]["300"] == "sampled"
+
+
+def test_questions_that_were_not_asked_are_counted(folder):
+    write_result(folder, "300", 200, missing=["7", "8"])
+    table = to_table(build_tables(read_results(folder)[0])[0][1])
+    assert dict(zip(table["step"], table["not asked"], strict=True))["300"] == "2"
+
+
+def test_rows_of_two_folders_carry_their_names(folder, tmp_path):
+    other = tmp_path / "other"
+    write_result(other, "100", 151)
+    run = show(folder, other)
+    names = [line.split()[0] for line in run.stdout.splitlines()[3:]]
+    assert f"{folder}/100" in names and f"{other}/100" in names and len(names) == 5
+
+
+def test_what_has_changed_since_it_was_written_is_left_out(folder):
+    digest = hashlib.sha256(write_result(folder, "300", 200).read_bytes()).hexdigest()[:16]
+    file = write_result(folder, "300", 200, files={"res_mmau_mini.json": digest})
+    assert "300" in [result.label for result in read_results(folder)[0]]
+    file.write_text(file.read_text().replace("cat", "dog", 1))
+    results, skipped = read_results(folder)
+    assert "300" not in [result.label for result in results] and "it has changed since" in skipped[0]
+
+
+def test_two_rows_are_compared_on_the_same_questions(folder):
+    """1000 has 60 questions right that 100 has wrong, and none the other way round; one more is spoiled here."""
+    file = folder / "test_1000" / "res_mmau_mini.json"
+    records = json.loads(file.read_text())
+    records[0]["model_output"] = "cat"
+    file.write_text(json.dumps(records))
+    run = show(folder, "--compare", "100", "1000")
+    first, *changed = run.stdout.splitlines()
+    assert "1000 - 100: +19.67 points" in first and "60 became right, 1 wrong" in first
+    assert f"p = {2 * (1 + 61) / 2**61:.3g}" in first  # two-sided: 0 or 1 of 61 tosses
+    assert len(changed) == 61 and changed[0] == "- 0: What is 0? 'dog' -> 'cat', right is 'dog'"
+    assert changed[1].startswith("+ 150: ")
+    table = to_table(build_tables(read_results(folder)[0])[0][1]).set_index("step")
+    assert table["to the best"]["1000"] == "-" and table["to the best"]["100"].startswith("-19.67 (p 5.4e-17)")
+    run = show(folder, "--compare", "100", "7")
+    assert run.returncode == 1 and "0 results are called '7'; choose among: 100, 1000" in run.stderr
+
+
+def test_the_interval_of_a_difference_is_that_of_a_bootstrap_over_pairs():
+    low, high = Difference(60, 40, 1000).interval
+    draw = random.Random(0)
+    pairs = [1] * 60 + [-1] * 40 + [0] * 900
+    means = sorted(sum(draw.choices(pairs, k=1000)) / 10 for _ in range(2000))
+    assert low == pytest.approx(means[50], abs=0.3) and high == pytest.approx(means[-51], abs=0.3)
+    assert Difference(0, 0, 10).p_value == 1 and Difference(0, 0, 10).interval == (0, 0)
 
 
 def test_plot(folder):

@@ -36,7 +36,7 @@ from model.generation import Sampler, generate, single_thread
 from model.qwen2_audio import end_ids
 
 from .mmau import string_match
-from .results import Run
+from .results import Completion, Run, digest
 
 KEPT_SAMPLES = 300_000_000  # decoded audio held in memory by a process, 1.2 GB: all of test-mini's 10 s clips, and more
 AUDIO = ("real", "silent", "shuffled")
@@ -56,26 +56,36 @@ class Clips:
 
     samples: dict[str, int | str]  # how many at 16 kHz, or what is wrong with the clip
     decoded: dict[str, np.ndarray]  # as many as `KEPT_SAMPLES` allow: a sweep need not decode them for every model
+    digest: str  # of all files' bytes, in the order of the questions
 
 
 def load_clips(questions: list[Question], channels: str, workers: int) -> Clips:
-    """Decode every clip once. Each process takes its share, in `workers` threads; all of them know all lengths then."""
-    state, decoded, samples, room = PartialState(), {}, {}, KEPT_SAMPLES
+    """Read and decode every clip once. Each process takes its share, in `workers` threads; all know of all then."""
+    state, decoded, found, room = PartialState(), {}, {}, KEPT_SAMPLES
     paths = sorted({question.audio_path for question in questions})[state.process_index :: state.num_processes]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for path, clip in zip(paths, pool.map(partial(_try_to_load, channels=channels), paths), strict=True):
-            samples[path] = clip if isinstance(clip, str) else len(clip)
+        read = pool.map(partial(_read_clip, channels=channels), paths)
+        for path, (content, clip) in zip(paths, read, strict=True):
+            found[path] = content, clip if isinstance(clip, str) else len(clip)
             if not isinstance(clip, str) and len(clip) <= room:
                 decoded[path] = clip
                 room -= len(clip)
-    return Clips(dict(gather_object(list(samples.items()))), decoded)
+    found = dict(gather_object(list(found.items())))
+    contents = " ".join(found[question.audio_path][0] for question in questions)
+    return Clips({path: samples for path, (_, samples) in found.items()}, decoded, digest(contents.encode()))
 
 
-def _try_to_load(path: str, channels: str) -> np.ndarray | str:
+def _read_clip(path: str, channels: str) -> tuple[str, np.ndarray | str]:
+    """What a clip's file hashes to, and the clip, or what is wrong with it."""
     try:
-        return load_audio(path, channels)
+        clip = load_audio(path, channels)
     except (DataError, OSError) as error:
-        return str(error)
+        clip = str(error)
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), clip
+    except (OSError, ValueError):
+        return "missing", clip
 
 
 def _swap_clips(paths: list[str]) -> dict[str, str]:
@@ -84,7 +94,7 @@ def _swap_clips(paths: list[str]) -> dict[str, str]:
     Raises:
         ValueError: there is only one.
     """
-    clips = sorted(set(paths), key=lambda path: hashlib.sha256(Path(path).name.encode()).digest())
+    clips = sorted(set(paths), key=lambda path: (hashlib.sha256(Path(path).name.encode()).digest(), path))
     if len(clips) < 2:
         raise ValueError("shuffled audio needs at least two clips")
     return dict(zip(clips, clips[1:] + clips[:1], strict=True))
@@ -160,7 +170,7 @@ def answer_batches(
     questions: EncodedQuestions,
     batches: list[list[int]],
     workers: int,
-    write: Callable[[dict[str, str]], None],
+    write: Callable[[dict[str, Completion]], None],
     title: str,
     quiet: bool = False,
 ) -> None:
@@ -198,7 +208,8 @@ def answer_batches(
             choose = None if seed is None else Sampler(model, batch, [question.id for question in asked], seed)
             ids = generate(model, batch, ends, questions.run.max_new_tokens, choose)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            write({question.id: text for question, text in zip(asked, texts, strict=True)})
+            cut_off = [tokens[-1] not in ends for tokens in ids]
+            write({question.id: Completion(*it) for question, *it in zip(asked, texts, cut_off, strict=True)})
             for question, text in zip(asked, texts, strict=True):
                 if answer := question.record.get("answer"):
                     right += string_match(answer, extract_answer(text), question.record["choices"])

@@ -2,12 +2,14 @@
 
     test_300/res_mmau_mini.json     the questions with `model_prediction` (and `model_output`, the same)
     test_300/eval_mmau_mini.txt     the official scores; none where the answers are blank
-    test_300/run_mmau_mini.json     what was evaluated, and how: `Run`
+    test_300/run_mmau_mini.json     what was evaluated, how, and what the two other files hash to: `Run`
     test_300/res_mmau_mini.json.partial-*   answers as they come, one file a process; a killed run goes on from there
 
-Leaves out how the answers are found (`answers.py`) and scored (`mmau.py`).
+Settings other than the defaults are part of the names: `res_mmau_mini_sample-7_tokens-64.json`. Leaves out how the
+answers are found (`answers.py`) and scored (`mmau.py`).
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -15,37 +17,71 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from dataset.prompt import extract_answer
+from dataset.prompt import DEFAULT_STYLE, build_question, extract_answer
 from dataset.questions import Benchmark
 from dataset.rows import write_whole
 
-from .mmau import evaluate
+from .mmau import CUT_OFF, MATCH_RULE, evaluate
+
+MAX_NEW_TOKENS = 256  # as in the original
+
+
+class Completion(NamedTuple):
+    """What a model wrote."""
+
+    text: str
+    cut_off: bool  # by the token limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What decides the answers: two runs with equal descriptions end in the same files.
+    """What decides the files of a run: two runs with equal descriptions end in the same ones.
 
-    The first five fields, which a sweep fills in for each model, only tell runs apart.
+    The first seven fields are filled in by a sweep, for each model.
     """
 
     label: str = ""  # of the model, in the table
-    weights: str = ""  # fingerprint
+    weights: str = ""  # fingerprint of the checkpoint
     benchmark: str = ""
     release: str = ""
-    questions: str = ""  # digest
+    questions: str = ""  # digest of what is asked: results compare where it is equal
+    records: str = ""  # digest of the rows with all they hold, in their order
+    clips: str = ""  # digest of the clips' bytes; a missing one counts as such
     dtype: str = "float32"  # of the weights
     style: str | None = None  # of the prompts; a sweep takes None for each checkpoint's own
     audio: str = "real"  # or `silent`: zeros of the clip's length; or `shuffled`: another question's clip
     channels: str = "first"  # see `load_audio`
-    max_new_tokens: int
+    max_new_tokens: int = MAX_NEW_TOKENS
     sample_seed: int | None = None  # greedy if None
+    allow_missing: bool = False  # whether questions that cannot be asked count as wrong
     batch_size: int = 1  # questions at once
 
     def describe(self) -> dict:
         """As it stands in the run file. In float32 the batch size changes nothing."""
-        return {key: value for key, value in vars(self).items() if key != "batch_size" or self.dtype != "float32"}
+        described = {key: value for key, value in vars(self).items() if key != "batch_size" or self.dtype != "float32"}
+        prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], self.style or DEFAULT_STYLE)
+        described |= {"prompt": prompt, "prompt_digest": digest(prompt.encode())[:8]}
+        return described | {"decoding": "greedy" if self.sample_seed is None else "sampled", "match": MATCH_RULE}
+
+    def name(self, usual_style: str, usual_dtype: str) -> str:
+        """Of the files: the benchmark, and whatever is not as usual."""
+        other = {
+            self.audio: self.audio != "real",
+            f"sample-{self.sample_seed}": self.sample_seed is not None,
+            str(self.style): self.style != usual_style,
+            f"tokens-{self.max_new_tokens}": self.max_new_tokens != MAX_NEW_TOKENS,
+            self.dtype: self.dtype != usual_dtype,
+            f"channels-{self.channels}": self.channels != "first",
+            "allow_missing": self.allow_missing,
+        }
+        return "_".join([self.benchmark, *(part for part, differs in other.items() if differs)])
+
+
+def digest(data: bytes) -> str:
+    """16 hex digits that tell data apart."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -62,6 +98,10 @@ class ResultFiles:
     def scores(self) -> Path:
         return self._beside("eval", ".txt")
 
+    @property
+    def lock(self) -> Path:
+        return self.results.with_name(f"{self.results.name}.lock")
+
     def partial(self, process: int | str) -> Path:
         """Where a process leaves its answers until all are there."""
         return self.results.with_name(f"{self.results.name}.partial-{process}")
@@ -72,59 +112,72 @@ class ResultFiles:
     def _beside(self, kind: str, suffix: str) -> Path:
         return self.results.with_name(f"{kind}_{self.results.stem.removeprefix('res_')}{suffix}")
 
+    def _digests(self) -> dict[str, str | None]:
+        """Names of the files of results -> what they hash to; None without such a file."""
+        return {
+            path.name: digest(path.read_bytes()) if path.is_file() else None for path in (self.results, self.scores)
+        }
+
     def find_differences(self, run: Run) -> list[str] | None:
-        """In what the finished run whose results are there differs from `run`; None where there are no results.
+        """In what the finished run whose results are there differs from `run`, a changed or missing file of results
+        included; None where nothing is there.
 
         The label is a name, and of the batch size only the fact counts that it might have changed rounding.
         """
-        if not self.results.is_file():
+        if not self.run.is_file() and not self.results.is_file():
             return None
         try:
             found = json.loads(self.run.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
+            files = dict(found["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return [self.run.name]
         asked = run.describe()
-        return sorted(key for key in asked if key not in ("label", "batch_size") and found.get(key) != asked[key])
+        settings = sorted(key for key in asked if key not in ("label", "batch_size") and found.get(key) != asked[key])
+        return settings + [name for name, content in self._digests().items() if files.get(name) != content]
 
-    def resume(self, run: Run) -> dict[str, str]:
-        """{id: completion} of a run that did not end, now in one partial file; what is of other runs is dropped."""
+    def resume(self, run: Run, force: bool = False) -> dict[str, Completion]:
+        """{id: completion} of a run that did not end, now in one partial file; what is of other runs is dropped, with
+        `force` all there is."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
-        done = self._read_partials(run)
-        write_whole(self.partial(0), _to_lines([run.describe(), *map(list, done.items())]))
+        done = {} if force else self._read_partials(run)
+        write_whole(self.partial(0), _to_lines([run.describe(), *_to_rows(done)]))
         for path in self.partials():
             if path != self.partial(0):
                 path.unlink()
         return done
 
-    def _read_partials(self, run: Run) -> dict[str, str]:
-        """{id: completion} of all partial files of this very run."""
+    def _read_partials(self, run: Run) -> dict[str, Completion]:
+        """{id: completion} of all partial files of this very run; a damaged one is named, and asked again."""
         done = {}
         for path in self.partials():
             # The last line was cut off, or is empty.
             *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-            if lines and lines[0] == json.dumps(run.describe()):
-                done |= dict(json.loads(line) for line in lines[1:])
-            elif lines:
-                print(f"{path}: is of another run, dropped", file=sys.stderr, flush=True)
+            try:
+                if lines and lines[0] == json.dumps(run.describe()):
+                    done |= {id_: Completion(text, cut_off) for id_, text, cut_off in map(json.loads, lines[1:])}
+                elif lines:
+                    print(f"{path}: is of another run, dropped", file=sys.stderr, flush=True)
+            except (ValueError, TypeError) as error:
+                print(f"{path}: is damaged ({error}), dropped", file=sys.stderr, flush=True)
         return done
 
     @contextmanager
-    def open_partial(self, run: Run, process: int) -> Iterator[Callable[[dict[str, str]], None]]:
+    def open_partial(self, run: Run, process: int) -> Iterator[Callable[[dict[str, Completion]], None]]:
         """A function that appends a batch's {id: completion} to a process's partial file, at once and as a whole."""
         path = self.partial(process)
         if not path.exists():
             write_whole(path, _to_lines([run.describe()]))
         with open(path, "a", encoding="utf-8") as file:
 
-            def write(completions: dict[str, str]) -> None:
-                file.write(_to_lines(map(list, completions.items())))
+            def write(completions: dict[str, Completion]) -> None:
+                file.write(_to_lines(_to_rows(completions)))
                 file.flush()
                 os.fsync(file.fileno())
 
             yield write
 
     def finish(self, run: Run, benchmark: Benchmark, missing: list[str], cut: int) -> str:
-        """Partial files -> results of a whole run, the predictions last: where they are, all is there.
+        """Partial files -> results of a whole run, `run_*.json` the last: where it is, all is there.
 
         Args:
             missing: ids of the questions that could not be asked.
@@ -133,24 +186,26 @@ class ResultFiles:
         Returns:
             What came out, in a line.
         """
-        records = to_records(benchmark, self._read_partials(run) | dict.fromkeys(missing, ""))
-        self.results.unlink(missing_ok=True)  # of another run
+        records = to_records(benchmark, self._read_partials(run) | dict.fromkeys(missing, Completion("", False)))
+        self.run.unlink(missing_ok=True)  # of another run
+        described = run.describe() | {"missing": missing, "cut": cut}
         if benchmark.has_answers:
             scores = evaluate(records)
+            described |= {"no_choice": scores.no_choice, "several": scores.several, "cut_off": scores.cut_off}
             write_whole(self.scores, str(scores))
             outcome = f"{scores.accuracy:.2f}% of {scores.questions} questions, {self.results}"
         else:
             self.scores.unlink(missing_ok=True)
-            outcome = f"the answers are blank, so there is no score; {self.results} is the file to submit"
-        write_whole(self.run, json.dumps(run.describe() | {"missing": missing, "cut": cut}, indent=2) + "\n")
+            outcome = f"{self.results}: written, ready to submit (the answers are blank, so there is no score)"
         in_lines = self.results.suffix == ".jsonl"
         write_whole(self.results, _to_lines(records) if in_lines else json.dumps(records, indent=2) + "\n")
+        write_whole(self.run, json.dumps(described | {"files": self._digests()}, indent=2) + "\n")
         for path in self.partials():
             path.unlink()
         return outcome
 
 
-def to_records(benchmark: Benchmark, completions: dict[str, str]) -> list[dict]:
+def to_records(benchmark: Benchmark, completions: dict[str, Completion]) -> list[dict]:
     """The benchmark's rows with their answers, under every key that the benchmarks' scripts and READMEs name.
 
     Args:
@@ -159,11 +214,16 @@ def to_records(benchmark: Benchmark, completions: dict[str, str]) -> list[dict]:
     records = []
     for question in benchmark.questions:
         completion = completions[question.id]
-        answer = extract_answer(completion)
+        answer = extract_answer(completion.text)
         record = question.record | {"model_prediction": answer, "model_output": answer}
         record |= {"answer_prediction": answer} if benchmark.name == "mmar" else {"release": benchmark.release}
-        records.append(record | {"model_completion": completion})
+        records.append(record | {"model_completion": completion.text, CUT_OFF: completion.cut_off})
     return records
+
+
+def _to_rows(completions: dict[str, Completion]) -> Iterator[list]:
+    """As they stand in a partial file."""
+    return ([id_, *completion] for id_, completion in completions.items())
 
 
 def _to_lines(rows: Iterable) -> str:

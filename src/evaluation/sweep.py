@@ -4,8 +4,10 @@ All processes go through the same models and answer their shares; the first one 
 out what the files look like (`results.py`) and how a question is answered (`answers.py`).
 """
 
+import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,19 +15,22 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from dataset.audio import SAMPLE_RATE
+from dataset.lock import hold
 from dataset.prompt import DEFAULT_STYLE, load_style
 from dataset.questions import Benchmark
-from dataset.rows import first_problems
-from model.checkpoints import IncompleteCheckpoint, check_whole, fingerprint, label_of, load_model, locate
+from dataset.rows import DataError, first_problems
+from model.checkpoints import check_whole, fingerprint, label_of, load_model, locate
 from model.qwen2_audio import load_processor
 
 from .answers import Clips, EncodedQuestions, answer_batches, load_clips
-from .results import ResultFiles, Run
+from .mmau import evaluate
+from .results import Completion, ResultFiles, Run, digest, to_records
 
 T = TypeVar("T")
+DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # of the weights, if nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,20 @@ class Job:
 
     model: str  # folder or hub name
     label: str  # in the table
-    files: ResultFiles
+    folder: Path  # for the results
+    file: Path | None = None  # of the results, if its name is given
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is the same for all models."""
+
+    benchmark: Benchmark
+    run: Run  # the style None means each checkpoint's own
+    suffix: str = ".json"  # of the files of results
+    device: str = "cpu"  # or cuda
+    workers: int = 1  # that decode and encode clips ahead, for each process
+    force: bool = False  # evaluate again what is finished
 
 
 def processes() -> PartialState:
@@ -49,36 +67,34 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def from_main_process(compute: Callable[[], T]) -> T:
-    """`compute()` of the first process, in all of them; a `ValueError` or `OSError` of it likewise."""
-    outcome = [None]
-    if processes().is_main_process:
+def together(compute: Callable[[], T], main: bool = False) -> T:
+    """`compute()` in every process, or with `main` in the first one, whose outcome all get. A `ValueError` or `OSError`
+    of one is raised in all, so that none waits for another that has gone on."""
+    outcome = error = None
+    if not main or processes().is_main_process:
         try:
-            outcome = [compute()]
-        except (ValueError, OSError) as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+            outcome = compute()
+        except (ValueError, OSError) as raised:
+            error = raised
+    for raised in gather_object([error]):
+        if raised is not None:
+            raise raised
+    return broadcast_object_list([outcome])[0] if main else outcome
 
 
-def make_jobs(
-    models: list[str], results_name: str, out_dir: str | None = None, out_file: str | None = None
-) -> list[Job]:
+def make_jobs(models: list[str], out_dir: str | None = None, out_file: str | None = None) -> list[Job]:
     """One job for each model, checkpoints in the order of their steps.
 
     Args:
         models: folders or hub names, each as MODEL or LABEL=MODEL.
-        results_name: of the file of results, e.g. `res_mmau_mini.json`.
         out_dir: results go to its test_LABEL; by default the folder that holds the checkpoint.
         out_file: results of a single model go here instead.
 
     Raises:
-        ValueError: two of them would write the same file.
+        ValueError: two of them would write the same files.
     """
     jobs = []
-    for given in models:
+    for given in dict.fromkeys(models):
         label, model = None, given
         if "=" in given and not Path(given).exists():
             label, _, model = given.partition("=")
@@ -86,120 +102,124 @@ def make_jobs(
                 raise ValueError(f"{given}: no such folder, and {label!r} cannot be a label")
         label = label or label_of(model)
         folder = Path(out_dir) if out_dir else Path(model).parent if Path(model).exists() else Path("exp") / label
-        results = Path(out_file) if out_file else folder / f"test_{label}" / results_name
-        jobs.append(Job(model, label, ResultFiles(results)))
-    if len({job.files for job in jobs}) < len(jobs):
+        jobs.append(Job(model, label, folder / f"test_{label}", Path(out_file) if out_file else None))
+    if len({job.file or job.folder for job in jobs}) < len(jobs):
         raise ValueError(
             "two models would write to the same file; give them labels (--model_path base=PATH ...) and --out_dir"
         )
     return sorted(jobs, key=lambda job: int(job.label) if job.label.isdecimal() else -1)
 
 
-def run_sweep(
-    benchmark: Benchmark,
-    jobs: list[Job],
-    run: Run,
-    device: str,
-    workers: int,
-    allow_missing: bool = False,
-    force: bool = False,
-) -> int:
-    """Evaluate all models, but those that are finished.
-
-    Args:
-        run: what is the same for all of them; the style None means each checkpoint's own.
-        device: cuda or cpu.
-        workers: that decode and encode clips ahead, for each process.
-        allow_missing: questions that cannot be asked count as wrong instead of stopping the run.
-        force: evaluate again what is finished.
+def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
+    """Evaluate all models, but those that are finished. One that cannot be evaluated is named and skipped.
 
     Returns:
         How many have results in the end.
 
     Raises:
-        ValueError: questions cannot be asked, and `allow_missing` was not given.
+        ValueError: the rows cannot be scored.
+        DataError: questions cannot be asked, and the run does not allow it.
     """
+    benchmark, evaluated = sweep.benchmark, 0
     say(benchmark.title)
-    clips, evaluated = None, 0
+    if benchmark.has_answers:  # what could not be scored in the end shall not be asked for hours
+        evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
+    clips = together(lambda: load_clips(benchmark.questions, sweep.run.channels, sweep.workers))
     for job in jobs:
         try:
-            job_run, finished = from_main_process(lambda job=job: _examine_job(benchmark, job, run))
-        except ValueError as error:
+            folder, run, files = together(lambda job=job: _describe(sweep, clips, job), main=True)
+            _evaluate_model(sweep, clips, folder, run, files)
+            evaluated += 1
+        except DataError:
+            raise
+        except (ValueError, OSError) as error:
             say(f"{job.label}: skipped. {error}")
-            continue
-        if finished and not force:
-            say(f"{job.label}: finished before, skipped (--force repeats it)")
-        else:
-            clips = clips or load_clips(benchmark.questions, run.channels, workers)
-            try:
-                _evaluate_model(benchmark, clips, job, job_run, device, workers, allow_missing)
-            except IncompleteCheckpoint as error:
-                say(f"{job.label}: skipped. {error}")
-                continue
-        evaluated += 1
     return evaluated
 
 
-def _examine_job(benchmark: Benchmark, job: Job, run: Run) -> tuple[Run, bool]:
-    """A job's own run, and whether its results are there already.
+def _describe(sweep: Sweep, clips: Clips, job: Job) -> tuple[Path, Run, ResultFiles]:
+    """A model's folder, its own run, and the files of it.
 
     Raises:
         ValueError: the checkpoint is not there, or not whole, or its style record is damaged.
     """
-    folder = locate(job.model)
+    folder, benchmark = locate(job.model), sweep.benchmark
     check_whole(folder)
-    recorded = load_style(folder)
-    if run.style and recorded and run.style != recorded:
-        say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {run.style} overrides it")
+    recorded, asked = load_style(folder), sweep.run.style
+    if asked and recorded and asked != recorded:
+        say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {asked} overrides it")
+    usual = recorded or DEFAULT_STYLE
     run = replace(
-        run,
+        sweep.run,
         label=job.label,
         weights=fingerprint(folder),
         benchmark=benchmark.name,
         release=benchmark.release,
         questions=benchmark.digest,
-        style=run.style or recorded or DEFAULT_STYLE,
+        records=digest(json.dumps([question.record for question in benchmark.questions]).encode()),
+        clips=clips.digest,
+        style=asked or usual,
     )
-    differences = job.files.find_differences(run)
-    if differences:
-        say(f"{job.files.results}: is of another run ({', '.join(differences)} differ): evaluated again")
-    return run, differences == []
+    name = f"res_{run.name(usual, DTYPES[sweep.device])}{sweep.suffix}"
+    return folder, run, ResultFiles(job.file or job.folder / name)
 
 
-def _evaluate_model(
-    benchmark: Benchmark, clips: Clips, job: Job, run: Run, device: str, workers: int, allow_missing: bool
-) -> None:
-    """Ask one model all questions and write its results.
+def _evaluate_model(sweep: Sweep, clips: Clips, folder: Path, run: Run, files: ResultFiles) -> None:
+    """Ask one model all questions and write its results, unless they are there.
 
     Raises:
-        ValueError: questions cannot be asked, and `allow_missing` was not given.
+        DataError: questions cannot be asked.
+        ValueError, OSError: the model cannot be loaded, or the results not written.
     """
-    folder, state = locate(job.model), processes()
-    questions = EncodedQuestions(benchmark.questions, clips, load_processor(folder), run)
-    missing = questions.find_unusable()
-    if missing:
-        listed = [f"{id_}: {problem}" for id_, problem in missing.items()]
-        if not allow_missing:
-            raise ValueError(
-                f"{len(missing)} of {len(benchmark.questions)} questions cannot be asked "
-                f"(--allow_missing counts them as wrong):\n  {first_problems(listed)}"
-            )
-        say(f"{len(missing)} questions cannot be asked and count as wrong:\n  " + "\n  ".join(listed))
-        questions = questions.without(missing)
+    differences = together(lambda: files.find_differences(run), main=True)
+    if differences == [] and not sweep.force:
+        say(f"{run.label}: finished before, skipped (--force repeats it)")
+        return
+    if differences:
+        say(f"{files.results}: is of another run ({', '.join(differences)} differ): evaluated again")
+    processor = together(lambda: load_processor(folder))
+    questions = EncodedQuestions(sweep.benchmark.questions, clips, processor, run)
+    missing = _find_missing(questions)
+    questions = questions.without(missing)
     cut = questions.count_cut()
     if cut:
         say(f"{cut} clips are longer than the model's {questions.window / SAMPLE_RATE:g} s: cut, as the paper did")
+    with ExitStack() as held:
+        together(lambda: held.enter_context(hold(files.lock)), main=True)
+        _answer(sweep, questions, folder, run, files)
+        line = together(lambda: files.finish(run, sweep.benchmark, sorted(missing), cut), main=True)
+    say(f"{run.label}: {line}")
 
-    done = from_main_process(lambda: job.files.resume(run))
+
+def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, run: Run, files: ResultFiles) -> None:
+    """Have the model answer what is not answered yet; the answers stay in the partial files."""
+    done, state = together(lambda: files.resume(run, sweep.force), main=True), processes()
     if done:
-        say(f"{job.label}: {len(done)} answers are there already")
+        say(f"{run.label}: {len(done)} answers are there already")
     # A batch is done as a whole or again, so that batches keep their shape.
     names = [question.id for question in questions.questions]
     open_batches = [batch for batch in questions.batches() if not all(names[index] in done for index in batch)]
-    if open_batches:  # by all processes, with a share or without, so that all know of a model that cannot be loaded
-        place = torch.device(device, state.local_process_index if device == "cuda" else None)
-        model = load_model(folder, getattr(torch, run.dtype), place)
-        with job.files.open_partial(run, state.process_index) as write:
-            answer_batches(model, questions, open_batches, workers, write, job.label)
-    state.wait_for_everyone()
-    say(f"{job.label}: {from_main_process(lambda: job.files.finish(run, benchmark, sorted(missing), cut))}")
+    if not open_batches:
+        return
+    place = torch.device(sweep.device, state.local_process_index if sweep.device == "cuda" else None)
+    model = together(lambda: load_model(folder, getattr(torch, run.dtype), place))
+
+    def answer() -> None:
+        with files.open_partial(run, state.process_index) as write:
+            answer_batches(model, questions, open_batches, sweep.workers, write, run.label)
+
+    together(answer)
+
+
+def _find_missing(questions: EncodedQuestions) -> dict[str, str]:
+    """Id -> what keeps a question from being asked; a `DataError` where that is not allowed, or true of all."""
+    missing = questions.find_unusable()
+    listed = [f"{id_}: {problem}" for id_, problem in missing.items()]
+    count = f"{len(missing)} of {len(questions)} questions cannot be asked"
+    if missing and not questions.run.allow_missing:
+        raise DataError(f"{count} (--allow_missing counts them as wrong):\n  {first_problems(listed)}")
+    if missing and len(missing) == len(questions):
+        raise DataError(f"{count}, so there is nothing to evaluate:\n  {first_problems(listed)}")
+    if missing:
+        say(f"{count} and count as wrong:\n  " + "\n  ".join(listed))
+    return missing

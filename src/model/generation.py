@@ -38,7 +38,6 @@ from .qwen2_audio import audio_token_id, embed_prompts, group_by_length
 
 logger = logging.get_logger(__name__)
 
-MAX_NEW_TOKENS = 256  # as in the original
 # Tokens are nearly tied when their logits differ by less than this share of the row's largest logit. Batch and lone
 # computation were seen to differ by 2e-6 of it (12 layers, width 512).
 NEAR_TIE = 3e-4
@@ -49,7 +48,7 @@ def generate(
     model: Qwen2AudioForConditionalGeneration,
     batch: Batch,
     ends: list[int],
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int,
     choose: Callable[[torch.Tensor, list[int], list[list[int]]], torch.Tensor] | None = None,
 ) -> list[list[int]]:
     """The completions of N prompts.

@@ -1,0 +1,174 @@
+"""Results of evaluations, read back from disk: which compare with one another, and in what they differ.
+
+Everything is computed anew from the predictions in `test_*/res_*.json`; what cannot be read, or is not what was
+written, is named and left out. Leaves out how results are shown (`utils/show_acc.py`).
+"""
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dataset.questions import Benchmark, to_benchmark
+from dataset.rows import read_records
+
+from .mmau import Scores, evaluate
+from .results import digest
+from .statistics import confidence_interval
+
+# What a result rests on, as the run file has it: column -> keys.
+SETTINGS = {
+    "prompt": ("style", "prompt_digest"),
+    "decoding": ("decoding",),
+    "dtype": ("dtype",),
+    "tokens": ("max_new_tokens",),
+    "channels": ("channels",),
+    "match": ("match",),
+}
+
+
+@dataclass
+class Result:
+    """One model on one benchmark; several runs of it if it was sampled with several seeds."""
+
+    label: str  # step, or a name
+    folder: str  # that holds it
+    benchmark: Benchmark
+    settings: dict[str, str]  # see `SETTINGS`
+    runs: list[Scores]
+    records: dict[str, dict]  # question's id -> its row with the answer (of the first run)
+    not_asked: int = 0  # questions that could not be, and count as wrong
+    prefix: str = ""  # of its name, where there are results of several folders
+    variant: str = ""  # of the settings, those in which the rows of its table differ
+    drops: dict[str, float] = field(default_factory=dict)  # `silent`, `shuffled` -> total accuracy in %
+
+    @property
+    def step(self) -> int | None:
+        return int(self.label) if self.label.isdecimal() else None
+
+    @property
+    def row(self) -> str:
+        return self.prefix + self.label
+
+    @property
+    def name(self) -> str:
+        return f"{self.row} ({self.variant})" if self.variant else self.row
+
+    @property
+    def scores(self) -> Scores:
+        return self.runs[0]
+
+    @property
+    def accuracy(self) -> float:
+        """Percent; the mean over the runs."""
+        return statistics.fmean(run.accuracy for run in self.runs)
+
+    @property
+    def tasks(self) -> dict[str, tuple[float, int]]:
+        """Task or modality -> (right, the mean over the runs; questions), those that have questions."""
+        groups = [next(iter(run.groups.values())) for run in self.runs]
+        asked = {name: questions for name, (_, questions) in groups[0].items() if questions}
+        return {name: (statistics.fmean(group[name][0] for group in groups), asked[name]) for name in asked}
+
+    @property
+    def counts(self) -> dict[str, tuple[float, int]]:
+        questions = self.scores.questions
+        return self.tasks | {"total": (self.accuracy * questions / 100, questions)}
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return confidence_interval(*self.counts["total"])
+
+    @property
+    def right(self) -> dict[str, bool]:
+        """Question's id -> whether the (first run's) answer is right."""
+        return dict(zip(self.records, self.scores.matches, strict=True))
+
+
+def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
+    """All results below some folders.
+
+    Returns:
+        The results, and one line for everything that was skipped, with the reason.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    found, skipped = {}, []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+        for path in sorted(folder.glob("test_*")):
+            files = sorted([*path.glob("res_*.json"), *path.glob("res_*.jsonl")])  # none if the path is a file
+            if not files:
+                unfinished = any(path.glob("res_*.partial-*"))
+                skipped.append(f"{path}: {'not finished yet' if unfinished else 'holds no results'}")
+            for file in files:
+                if any(path.glob(f"{file.name}.partial-*")):
+                    skipped.append(f"nothing of {file}, but it is being evaluated again: the row is the run before")
+                try:
+                    result, key, audio = _read_result(file, folder, f"{folder}/" if len(folders) > 1 else "")
+                    first = found.setdefault((key, audio), result)
+                    if first is not result:  # another seed
+                        first.runs += result.runs
+                except (ValueError, OSError) as error:
+                    skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+                except (KeyError, TypeError, AttributeError, RecursionError):
+                    skipped.append(f"{file}: not results of test_mmau.py")
+    for (key, audio), result in found.items():
+        heard = found.get((key, "real"))
+        if not heard:
+            place = f"{result.folder}/test_{result.label}"
+            skipped.append(f"{place}: {audio} audio, but no real one with the same weights and settings to compare to")
+        elif heard is not result:
+            heard.drops[audio] = result.accuracy
+    return [result for (_, audio), result in found.items() if audio == "real"], skipped
+
+
+def _read_result(file: Path, folder: Path, prefix: str) -> tuple[Result, tuple, str]:
+    """One file of predictions; what tells it from others, apart from a sample's seed; and the audio that was heard:
+    `real`, `silent` or `shuffled`."""
+    records = read_records(file)
+    benchmark = to_benchmark(records, file, file.parent)
+    if not benchmark.has_answers:
+        raise ValueError(f"{file.name} has blank answers, so there is no score; it is the file to submit")
+    scores = evaluate(records)
+    name = file.stem.removeprefix("res_")
+    try:
+        run = json.loads(file.with_name(f"run_{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the predictions of another program, say: what is known stands in the name
+        run = {"audio": next((audio for audio in ("silent", "shuffled") if audio in name), "real")}
+    if run.get("files", {}).get(file.name, digest(file.read_bytes())) != digest(file.read_bytes()):
+        raise ValueError(f"{file.name} is not what test_mmau.py wrote: it has changed since; evaluate it again")
+    label = str(run.get("label") or file.parent.name.removeprefix("test_"))
+    settings = {column: " ".join(str(run.get(key, "")) for key in keys).strip() for column, keys in SETTINGS.items()}
+    missing = len(run.get("missing", []))
+    by_id = {question.id: question.record for question in benchmark.questions}
+    result = Result(label, str(folder), benchmark, settings, [scores], by_id, missing, prefix)
+    decides = ("weights", "records", "clips", "allow_missing")
+    key = (str(folder), label, benchmark.digest, *(run.get(key) for key in decides), *settings.values())
+    return result, key, run.get("audio", "real")
+
+
+def build_tables(results: list[Result], sort: str = "total") -> list[tuple[Benchmark, list[Result]]]:
+    """Results that compare with one another, together; within a table best first, or by step."""
+    tables: dict[str, list[Result]] = {result.benchmark.digest: [] for result in results}
+    ranked = sorted(results, key=lambda result: (result.step is None, result.step or 0, result.row))
+    if sort == "total":
+        ranked.sort(key=lambda result: -result.accuracy)  # equal ones stay by step
+    for result in ranked:
+        tables[result.benchmark.digest].append(result)
+    for rows in tables.values():
+        for result in rows:
+            result.variant = ", ".join(result.settings[column] for column in differing(rows))
+    return [(rows[0].benchmark, rows) for rows in tables.values()]
+
+
+def differing(results: list[Result]) -> list[str]:
+    """Settings in which these results differ."""
+    return [column for column in SETTINGS if len({result.settings[column] for result in results}) > 1]
+
+
+def list_tasks(results: list[Result]) -> list[str]:
+    """Tasks of these results, in the order of MMAU's script."""
+    return list(dict.fromkeys(task for result in results for task in result.tasks))

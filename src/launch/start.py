@@ -1,0 +1,42 @@
+"""Start a script in several processes, as torchrun does: `python start.py [torchrun's flags] SCRIPT [its flags]`.
+
+What a process says is the last thing printed: torchrun's own account of a failure, a traceback of 40 lines that names
+none, is left out. A process that a signal ended could not say anything; that is said here. The exit status is that of
+the process that failed first. A single process on a single machine is not wrapped at all.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser, run
+
+
+def main() -> int:
+    args = get_args_parser().parse_args()
+    if not args.nproc_per_node.isdecimal() or int(args.nproc_per_node) < 1:
+        print(f"GPU_NUM is {args.nproc_per_node!r}; it must be the number of processes, from 1 on", file=sys.stderr)
+        return 1
+    if args.standalone and args.nproc_per_node == "1":
+        os.execv(sys.executable, [sys.executable, args.training_script, *args.training_script_args])
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        hint = ": out of memory, if nobody sent it" if name == "SIGKILL" else ""
+        print(f"process {rank} was ended by {name}{hint}; the others were stopped", file=sys.stderr)
+        return 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
