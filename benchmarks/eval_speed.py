@@ -35,7 +35,7 @@ from evaluation.answers import EncodedQuestions, answer_batches, default_workers
 from evaluation.results import Run
 from model.checkpoints import load_model
 from model.qwen2_audio import end_ids
-from model.tiny import build_demo_model
+from model.tiny import build_demo_model, build_processor
 
 CHOICES = ["a dog", "a church bell", "a passing car", "rain on a roof"]
 
@@ -118,7 +118,7 @@ def main() -> None:
         if not args.model_path:
             # A vocabulary learned from the questions, so that prompts are as long in tokens as the real ones.
             texts = [build_question(question.record["question"], CHOICES) for question in benchmark.questions]
-            build_demo_model(folder / "model", texts, seconds=30, mel_bins=128, initializer_range=0.1)
+            build_demo_model(folder / "model", build_processor(texts, seconds=30, mel_bins=128))
         processor = AutoProcessor.from_pretrained(args.model_path or folder / "model")
         processor.tokenizer.padding_side = "left"
         model = load_model(args.model_path or folder / "model", dtype, device)

@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from transformers import Qwen2AudioForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 import row_by_row
+from model.tiny import build_model, build_processor
 from trainer import shared_prompt
 from trainer.grpo_trainer import AUDIO_INPUTS
 from trainer.shared_prompt import pack, score, unpack
@@ -31,26 +32,18 @@ from trainer.shared_prompt import pack, score, unpack
 AUDIO_TOKENS, FRAMES, TEXT_TOKENS = 250, 1000, 60
 
 
-def build_model() -> Qwen2AudioForConditionalGeneration:
+def build_small() -> Qwen2AudioForConditionalGeneration:
     """About 70 M parameters, the real 30 s window, a vocabulary of 32,000."""
-    config = Qwen2AudioConfig(
-        audio_config=dict(
-            model_type="qwen2_audio_encoder", d_model=384, encoder_layers=6, encoder_attention_heads=6,
-            encoder_ffn_dim=1536,
-        ),
-        text_config=dict(
-            model_type="qwen2", vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
-            num_attention_heads=8, num_key_value_heads=8,
-        ),
-        audio_token_index=31_999,
-    )  # fmt: skip
-    return Qwen2AudioForConditionalGeneration(config)
+    processor = build_processor([], mel_bins=128, seconds=30)
+    processor.tokenizer.add_tokens([f"word {number}" for number in range(32_000 - len(processor.tokenizer))])
+    audio = {"audio_size": 384, "audio_layers": 6, "audio_heads": 6}
+    return build_model(processor, **audio, hidden_size=512, layers=8, heads=8, initializer_range=0.02)
 
 
 def make_question(model, generations: int, length: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """(prompt tensors of one question, completion ids and mask (1, G, C)), drawn at random."""
     config, device = model.config, model.device
-    text = torch.randint(1, 1000, (1, TEXT_TOKENS))
+    text = torch.randint(10, 1000, (1, TEXT_TOKENS))  # no special token of the small model
     audio = torch.full((1, AUDIO_TOKENS), config.audio_token_id)
     prompt = torch.cat([text[:, :20], audio, text[:, 20:]], dim=1)
     window = config.audio_config.max_source_positions * 2
@@ -60,7 +53,7 @@ def make_question(model, generations: int, length: int) -> tuple[dict, torch.Ten
         "input_features": torch.randn(1, config.audio_config.num_mel_bins, window, dtype=model.dtype),
         "feature_attention_mask": (torch.arange(window) < FRAMES).long()[None],
     }
-    ids = torch.randint(1, 1000, (1, generations, length), device=device)
+    ids = torch.randint(10, 1000, (1, generations, length), device=device)
     return {key: value.to(device) for key, value in prompts.items()}, ids, torch.ones_like(ids)
 
 
@@ -101,7 +94,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(args.model) if args.model else build_model()
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(args.model) if args.model else build_small()
     model = model.to(args.device, getattr(torch, args.dtype)).train()
     add_fused_lm_head(model)
     question = make_question(model, args.generations, args.length)

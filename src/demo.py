@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from dataset.dataset import load_train_dataset
-from model.tiny import build_demo_model
+from model.tiny import build_demo_model, build_processor
 from trainer.sft_trainer import AudioSFTTrainer
 
 UNTRAINED, WARM_START, SFT = "untrained", "warm_start", "sft"  # folders below the demo's output
@@ -68,7 +68,8 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int = MAX_STEPS, target
     for pattern in (UNTRAINED, WARM_START, SFT, "checkpoint-*", "test_*"):
         for folder in out.glob(pattern):
             shutil.rmtree(folder)
-    model, processor = build_demo_model(out / UNTRAINED, [*dataset["prompt"], *dataset["solution"]], seed=seed)
+    processor = build_processor([*dataset["prompt"], *dataset["solution"]])
+    model = build_demo_model(out / UNTRAINED, processor, seed)
     size, words = model.num_parameters(), len(processor.tokenizer)
     print(f"{out / UNTRAINED}: a Qwen2-Audio of {size / 1e6:.2f} M parameters, vocabulary {words}", flush=True)
     recipe = TrainingArguments(

@@ -23,7 +23,7 @@ from dataset.questions import load_questions
 from dataset.rows import read_records
 from demo import SFT, UNTRAINED, WARM_START, prepare
 from make_demo import MMAU_FILE, SOUNDS, TRAIN_FILE, WARM_START_FILE, make_demo, synthesise
-from model.tiny import IM_END, SPECIAL_TOKENS, build_demo_model, build_tokenizer
+from model.tiny import IM_END, SPECIAL_TOKENS, build_demo_model, build_processor, build_tokenizer
 from running import run
 from utils.show_acc import read_results
 
@@ -44,7 +44,8 @@ def rows(data) -> Dataset:
 def built(rows, tmp_path_factory):
     """(folder, model, processor) of the demo's own model."""
     folder = tmp_path_factory.mktemp("demo") / "model"
-    return folder, *build_demo_model(folder, [*rows["prompt"], *rows["solution"]], seed=1)
+    processor = build_processor([*rows["prompt"], *rows["solution"]])
+    return folder, build_demo_model(folder, processor, seed=1), processor
 
 
 # Data
@@ -165,7 +166,7 @@ def test_audio_tokens_are_as_many_as_the_model_makes_of_the_clip(built, seconds)
 
 
 def test_positions_are_whispers_sinusoids_and_frozen(tmp_path):
-    model, _ = build_demo_model(tmp_path / "model", ["text"], audio_size=16, hidden_size=32)
+    model = build_demo_model(tmp_path / "model", build_processor(["text"]), audio_size=16, hidden_size=32)
     embedding = model.model.audio_tower.embed_positions.weight
     assert not embedding.requires_grad and embedding.shape == (100, 16)
     position, channel = 7, 3  # sin(p / 10000^(c / 7)), then cos
@@ -176,9 +177,10 @@ def test_positions_are_whispers_sinusoids_and_frozen(tmp_path):
 
 
 def test_sizes_and_seed_are_the_callers(tmp_path):
-    model, processor = build_demo_model(
-        tmp_path / "a", ["text"], seed=3, vocab_size=300, mel_bins=80, seconds=3, audio_size=32, audio_layers=1,
-        audio_heads=2, hidden_size=48, layers=3, heads=2, style="think",
+    processor = build_processor(["text"], vocab_size=300, mel_bins=80, seconds=3)
+    model = build_demo_model(
+        tmp_path / "a", processor, seed=3, audio_size=32, audio_layers=1, audio_heads=2, hidden_size=48, layers=3,
+        heads=2, style="think",
     )  # fmt: skip
     audio, text = model.config.audio_config, model.config.text_config
     assert (audio.num_mel_bins, audio.d_model, audio.encoder_layers, audio.max_source_positions) == (80, 32, 1, 150)
@@ -187,7 +189,7 @@ def test_sizes_and_seed_are_the_callers(tmp_path):
     assert load_style(tmp_path / "a") == "think"
     weights = []
     for seed in (3, 3, 4):
-        other, _ = build_demo_model(tmp_path / "b", ["text"], seed=seed, hidden_size=32, audio_size=16)
+        other = build_demo_model(tmp_path / "b", processor, seed=seed, hidden_size=32, audio_size=16)
         weights.append(other.lm_head.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 

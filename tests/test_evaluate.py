@@ -23,7 +23,7 @@ from evaluation.collect import read_results
 from evaluation.mmau import evaluate
 from evaluation.results import Run
 from model.checkpoints import fingerprint
-from model.tiny import build_demo_model
+from model.tiny import build_demo_model, build_processor
 from utils.show_acc import format_tables
 
 SCRIPT = [sys.executable, "src/test_mmau.py"]
@@ -81,11 +81,11 @@ def few(tmp_path_factory) -> Path:
 def trained(tmp_path_factory) -> Path:
     """A folder of a run: checkpoint-100 and checkpoint-200, with different weights."""
     folder = tmp_path_factory.mktemp("exp") / "run"
-    texts = [row["question"] for row in make_rows(40)]
+    processor = build_processor([row["question"] for row in make_rows(40)])
     for step in (100, 200):
         build_demo_model(
             folder / f"checkpoint-{step}",
-            texts,
+            processor,
             seed=step,
             initializer_range=0.2,
             hidden_size=32,
