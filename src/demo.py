@@ -2,15 +2,15 @@
 
     python src/demo.py --data data/demo --out exp/demo --seed 1    makes exp/demo/untrained and exp/demo/warm_start
 
-A user of the project like any other: the model is `model/tiny.py`'s, the warm start `AudioSFTTrainer`'s. Leaves out the
-rest of `sh run_grpo.sh demo`: the sounds are `data/make_demo.py`'s, GRPO and the supervised comparison run through
-`train.py` and `train_sft.py`, the table through `test_mmau.py` and `utils/show_acc.py`, as for the real model.
+Leaves out the rest of `sh run_grpo.sh demo`: the sounds are `data/make_demo.py`'s, GRPO and the supervised comparison
+run through `train.py` and `train_sft.py`, the table through `test_mmau.py` and `utils/show_acc.py`, as for any model.
 """
 
 import argparse
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
@@ -20,8 +20,6 @@ from model.tiny import build_demo_model, build_processor
 from trainer.sft_trainer import AudioSFTTrainer
 
 UNTRAINED, WARM_START, SFT = "untrained", "warm_start", "sft"  # folders below the demo's output
-MAX_STEPS = 80
-TARGET_LOSS = 0.25  # nats per answer token; 0.4 is the right shape and a random word, 0 is a finished model
 SMOOTHED = 5  # steps over which the loss is averaged
 
 
@@ -39,24 +37,17 @@ class StopAtLoss(TrainerCallback):
         if "loss" not in logs:  # the summary at the end
             return
         self.losses.append(logs["loss"])
-        recent = self.losses[-SMOOTHED:]
-        mean = sum(recent) / len(recent)
+        mean = fmean(self.losses[-SMOOTHED:])
         control.should_training_stop |= len(self.losses) >= SMOOTHED and mean <= self.target_loss
         if control.should_training_stop or len(self.losses) % SMOOTHED == 0:
             print(f"warm start: step {len(self.losses)}, loss {mean:.3f} (until {self.target_loss})", flush=True)
 
 
-def prepare(data: Path, out: Path, seed: int, max_steps: int = MAX_STEPS, target_loss: float = TARGET_LOSS) -> int:
+def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float) -> int:
     """Build the model and warm it up: `out`/untrained and `out`/warm_start. What an earlier demo left there goes.
 
-    Args:
-        data: what `data/make_demo.py` wrote.
-        out: for the models.
-        seed: decides weights and order.
-        max_steps, target_loss: the warm start ends at whichever comes first.
-
-    Returns:
-        The warm start's steps.
+    The arguments are the command line's. The warm start ends at `max_steps` or `target_loss` (nats per answer token),
+    whichever comes first; its steps are returned.
 
     Raises:
         FileNotFoundError: there is no demo data.
@@ -70,8 +61,8 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int = MAX_STEPS, target
             shutil.rmtree(folder)
     processor = build_processor([*dataset["prompt"], *dataset["solution"]])
     model = build_demo_model(out / UNTRAINED, processor, seed)
-    size, words = model.num_parameters(), len(processor.tokenizer)
-    print(f"{out / UNTRAINED}: a Qwen2-Audio of {size / 1e6:.2f} M parameters, vocabulary {words}", flush=True)
+    size = f"{model.num_parameters() / 1e6:.2f} M parameters, vocabulary {len(processor.tokenizer)}"
+    print(f"{out / UNTRAINED}: a Qwen2-Audio of {size}", flush=True)
     recipe = TrainingArguments(
         output_dir=str(out / WARM_START),
         max_steps=max_steps,
@@ -82,7 +73,6 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int = MAX_STEPS, target
         seed=seed,
         logging_steps=1,
         save_strategy="no",
-        report_to="none",
         disable_tqdm=True,
         use_cpu=True,
     )
@@ -99,12 +89,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="what data/make_demo.py wrote")
     parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="for the models")
     parser.add_argument("--seed", type=int, default=1, help="decides weights and order")
-    parser.add_argument("--max_steps", type=int, default=MAX_STEPS, help="end the warm start here at the latest")
-    parser.add_argument("--target_loss", type=float, default=TARGET_LOSS, help="end it at this loss")
+    parser.add_argument("--max_steps", type=int, default=80, help="end the warm start here at the latest")
+    # 0.4 is the right shape and a random word, 0 a finished model
+    parser.add_argument("--target_loss", type=float, default=0.25, help="end it at this loss")
     args = parser.parse_args()
     logging.disable_progress_bar()
     try:
-        prepare(args.data, args.out, args.seed, args.max_steps, args.target_loss)
+        prepare(**vars(args))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"demo: {error}")
 

@@ -1,7 +1,6 @@
 """Adapter checkpoint -> full model: python src/merge_lora.py --adapter exp/model/checkpoint-500 --out exp/merged
 
-The result loads with `AutoProcessor` and `Qwen2AudioForConditionalGeneration` alone and has the base model's tensor
-names; the prompt style that the adapter was trained with goes along.
+The result loads by itself, under the base model's tensor names. Leaves out the merging (`load_merged`).
 """
 
 import argparse
@@ -14,11 +13,8 @@ from model.qwen2_audio import load_processor
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
-    """Write the merged model, its processor and its prompt style to `out`.
-
-    Raises:
-        ValueError: see `load_merged`; or `out` is there already.
-    """
+    """Write the merged model, its processor and its prompt style to `out`; a `ValueError` if `out` is there already, or
+    from `load_merged`."""
     if Path(out).exists():
         raise ValueError(f"{out}: is there already; choose another --out")
     model = load_merged(adapter, base, dtype=dtype)
@@ -37,7 +33,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     args = parser.parse_args()
     try:
-        merge(args.adapter, args.out, args.base, args.dtype)
+        merge(**vars(args))
     except ValueError as error:
         sys.exit(f"merge_lora.py: {error}")
     print(f"{args.out}: written")

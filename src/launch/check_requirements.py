@@ -1,8 +1,7 @@
 """Whether the running interpreter has what a requirements file pins: `python check_requirements.py requirements.txt`.
 
-Standard library only, since it runs before anything is known to be installed. Installs nothing: it says the one
-command that would. Another version than the pinned one is only reported, except for the packages whose private
-methods this project overrides.
+Installs nothing: it says the one command that would. Another version than the pinned one is only reported, except for
+the packages whose private methods this project overrides.
 """
 
 import platform
@@ -40,21 +39,19 @@ def compare_versions(pins: dict[str, str]) -> tuple[list[str], list[str]]:
     return lacking, differing
 
 
-def main() -> int:
+def main() -> None:
     path = Path(sys.argv[1])
     if sys.version_info < (3, 11):  # noqa: UP036, this runs on whatever is there
-        found = platform.python_version()
-        print(f"Python 3.11 or newer is needed; the active environment has {found}", file=sys.stderr)
-        return 1
+        sys.exit(f"Python 3.11 or newer is needed; the active environment has {platform.python_version()}")
     lacking, differing = compare_versions(read_pins(path))
     if differing:
         print("other versions than the tested ones: " + ", ".join(differing), file=sys.stderr)
     if lacking:
-        print("the active environment lacks " + ", ".join(lacking), file=sys.stderr)
-        print(f"run:  python -m pip install -r {path}", file=sys.stderr)
-        print("or leave the environment (deactivate), and a .venv is made here", file=sys.stderr)
-    return 1 if lacking else 0
+        sys.exit(
+            f"the active environment lacks {', '.join(lacking)}\nrun:  python -m pip install -r {path}\n"
+            "or leave the environment (deactivate), and a .venv is made here"
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,7 +6,6 @@ each GPU; all that is missing goes to standard error, with its remedy, and the e
 
 import argparse
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -22,12 +21,12 @@ def find_model_problem(model: str) -> str | None:
         return f"model: {model} has no config.json, so it is no model's folder"
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         return f"model: there is no folder {model}; set MODEL_NP to a folder or to a name on the hub"
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(model, "config.json"), str):
         return None
     remedy = f"download it where there is a network (hf download {model}) and set MODEL_NP to its folder"
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+    if constants.HF_HUB_OFFLINE:
         return f"model: {model} is not in the cache and HF_HUB_OFFLINE is set; {remedy}"
     try:
         HfApi().model_info(model, timeout=10)
@@ -36,8 +35,20 @@ def find_model_problem(model: str) -> str | None:
     return None
 
 
-def find_problems(flags: argparse.Namespace, gpus: int) -> list[str]:
-    """Every missing thing, with its remedy."""
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """The few flags that matter here, spelled as the training scripts take them; the last one given counts."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model_name_or_path", "--model-name-or-path", default="")
+    parser.add_argument("--data_file", "--data-file", default="")
+    parser.add_argument("--deepspeed", "--config_path", "--config-path", default="")
+    parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const="true", default="false")
+    flags, _ = parser.parse_known_args(arguments)
+    flags.use_cpu = flags.use_cpu.lower() in ("true", "t", "yes", "y", "1")
+    return flags
+
+
+def main() -> None:
+    flags, count = parse_flags(sys.argv[1:]), 1
     problems = [find_model_problem(flags.model_name_or_path)]
     if not Path(flags.data_file).is_file():
         problems.append(
@@ -47,40 +58,18 @@ def find_problems(flags: argparse.Namespace, gpus: int) -> list[str]:
         problems.append(f"engine: there is no file {flags.deepspeed}; CONFIG names one of conf/*.json")
     if flags.deepspeed and importlib.util.find_spec("deepspeed") is None:
         problems.append("engine: DeepSpeed is not installed (it is for Linux); an empty CONFIG trains without it")
-    if not flags.use_cpu and gpus == 0:
-        problems.append("GPU: PyTorch sees none; --use_cpu true trains without, which only small models are fit for")
-    return [problem for problem in problems if problem]
-
-
-def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """The few flags that matter here, spelled as the training scripts take them; the last one given counts."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names in (
-        ("--model_name_or_path", "--model-name-or-path"),
-        ("--data_file", "--data-file"),
-        ("--deepspeed", "--config_path", "--config-path"),
-    ):
-        parser.add_argument(*names, default="")
-    parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const="true", default="false")
-    flags, _ = parser.parse_known_args(arguments)
-    flags.use_cpu = flags.use_cpu.lower() in ("true", "t", "yes", "y", "1")
-    return flags
-
-
-def main() -> int:
-    flags = parse_flags(sys.argv[1:])
-    gpus = 0
     if not flags.use_cpu:
         import torch
 
-        gpus = torch.cuda.device_count()
-    problems = find_problems(flags, gpus)
-    if problems:
-        print("This run cannot start:", *problems, DEMO, sep="\n  ", file=sys.stderr)
-        return 1
-    print(max(gpus, 1))
-    return 0
+        count = torch.cuda.device_count()
+        if count == 0:
+            problems.append(
+                "GPU: PyTorch sees none; --use_cpu true trains without, which only small models are fit for"
+            )
+    if any(problems):
+        sys.exit("\n  ".join(["This run cannot start:", *filter(None, problems), DEMO]))
+    print(count)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

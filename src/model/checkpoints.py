@@ -123,7 +123,7 @@ def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch
     """A model with an adapter checkpoint merged into its weights.
 
     Args:
-        adapter: folder with an `adapter_config.json`.
+        adapter: its folder.
         base: folder or hub name of the base model; by default the one that the adapter names.
         dtype: of the merged model; `auto` is the base model's.
 
@@ -148,8 +148,13 @@ def keep_base_names(model: PreTrainedModel) -> None:
 
 
 def complete_checkpoint(folder: str | Path, processor: ProcessorMixin) -> None:
-    """Give a folder with a saved model or adapter what it lacks to be read by everybody; `processor` is the model's."""
-    folder = Path(folder)
+    """Give a folder with a saved model or adapter what it lacks to be read by everybody.
+
+    The files that its `processor` was loaded from are copied byte for byte, from their folder or the hub's cache:
+    training never changes them, and `save_pretrained` of transformers 5 writes what transformers 4 cannot read. It is
+    left to processors that were built in memory or whose files are gone.
+    """
+    folder, name = Path(folder), processor.tokenizer.name_or_path
     if not (folder / "adapter_config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # transformers 4 looks for these elsewhere, and else takes its own defaults.
@@ -159,25 +164,16 @@ def complete_checkpoint(folder: str | Path, processor: ProcessorMixin) -> None:
     for path in folder.glob("*.safetensors"):  # written for their owner only, whatever the umask
         os.umask(umask := os.umask(0o077))
         path.chmod(0o666 & ~umask)
-    _save_processor(processor, folder)
-
-
-def _save_processor(processor: ProcessorMixin, folder: Path) -> None:
-    """Copy the files that the processor was loaded from, byte for byte, from their folder or the hub's cache.
-
-    Training never changes them, and `save_pretrained` of transformers 5 writes what transformers 4 cannot read. It is
-    left to processors that were built in memory or whose files are gone.
-    """
-    name = processor.tokenizer.name_or_path
     try:
         found = cached_files(name, PROCESSOR_FILES, local_files_only=True, _raise_exceptions_for_missing_entries=False)
     except OSError:  # neither a folder nor a name that the hub could have
         found = None
     sources = {Path(path).name: Path(path) for path in found or ()}
-    for name in PROCESSOR_FILES:
-        if name not in sources:
-            (folder / name).unlink(missing_ok=True)  # an earlier run's
-        elif sources[name].resolve() != (folder / name).resolve():
-            shutil.copyfile(sources[name], folder / name)
+    for target in (folder / name for name in PROCESSOR_FILES):
+        source = sources.get(target.name)
+        if source is None:
+            target.unlink(missing_ok=True)  # an earlier run's
+        elif source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
     if not sources:
         processor.save_pretrained(folder)

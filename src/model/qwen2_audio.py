@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoProcessor, Qwen2AudioModel, Qwen2AudioProcessor
+from transformers import AutoProcessor, ProcessorMixin, Qwen2AudioModel, Qwen2AudioProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -28,29 +28,19 @@ PARTS = {
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
-def load_processor(model: str | Path) -> Qwen2AudioProcessor:
-    """A model's processor, padding on the left as prompts need it.
-
-    Raises:
-        ValueError: it is not Qwen2-Audio's.
-    """
-    return as_qwen2_audio(AutoProcessor.from_pretrained(model), str(model))
-
-
-def as_qwen2_audio(processor, name: str) -> Qwen2AudioProcessor:
-    """`processor` itself, padding on the left; a `ValueError` that names its model where it is not Qwen2-Audio's."""
+def load_processor(model: str | Path, processor: ProcessorMixin | None = None) -> Qwen2AudioProcessor:
+    """A model's processor, or the given one, padding on the left; a `ValueError` where it is not Qwen2-Audio's."""
+    processor = processor or AutoProcessor.from_pretrained(model)
     if not isinstance(processor, Qwen2AudioProcessor):
-        raise ValueError(f"{name}: its processor is a {type(processor).__name__}, not Qwen2-Audio's")
+        raise ValueError(f"{model}: its processor is a {type(processor).__name__}, not Qwen2-Audio's")
     processor.tokenizer.padding_side = "left"
     return processor
 
 
 def end_ids(processor: Qwen2AudioProcessor) -> list[int]:
     """Ids that end an answer: both of Qwen2-Audio's, and the tokenizer's own."""
-    vocabulary = processor.tokenizer.get_vocab()
-    return sorted(
-        {vocabulary[token] for token in END_TOKENS if token in vocabulary} | {processor.tokenizer.eos_token_id}
-    )
+    tokenizer = processor.tokenizer
+    return sorted({*tokenizer.convert_tokens_to_ids(END_TOKENS), tokenizer.eos_token_id})
 
 
 def audio_token_id(model) -> int:
@@ -63,19 +53,15 @@ def base_model(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def freeze_parts(model: torch.nn.Module, parts: Sequence[str]) -> None:
-    """Exclude parts of a Qwen2-Audio, adapters on them included, from training; its sinusoids are in any case.
-
-    Args:
-        model: a `Qwen2AudioForConditionalGeneration`, or one with adapters.
-        parts: keys of `PARTS`.
+def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
+    """Exclude `parts` (keys of `PARTS`) of a Qwen2-Audio, adapters on them included, from training.
 
     Raises:
         ValueError: an unknown part, or nothing is left to train.
     """
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"cannot freeze {', '.join(sorted(unknown))}: the model's parts are {', '.join(PARTS)}")
-    # transformers 5 loads the sinusoids as trainable; the original never trained them.
+    # The sinusoids in any case: transformers 5 loads them as trainable, the original never trained them.
     frozen = {"embed_positions", *(module for part in parts for module in PARTS[part])}
     for name, parameter in model.named_parameters():
         if frozen & set(name.split(".")):
@@ -84,19 +70,13 @@ def freeze_parts(model: torch.nn.Module, parts: Sequence[str]) -> None:
         raise ValueError(f"--freeze {' '.join(parts)} leaves nothing to train")
 
 
-# Clips and prompts -> embeddings
-
-
 @contextmanager
 def needed_frames_only(model: nn.Module) -> Iterator[None]:
     """Within this context, forward passes of a Qwen2-Audio take mel frames of any number that `encode` makes.
 
     The model's own forward insists on the whole window of 30 s. Here its backbone gets the embeddings instead of tokens
-    and features, made as evaluation makes them. That happens inside the forward pass, so that engines (DDP, ZeRO),
-    adapters and gradient checkpointing see nothing unusual.
-
-    Args:
-        model: the `Qwen2AudioForConditionalGeneration`, below adapters and engines.
+    and features. That happens inside the forward pass, so that engines (DDP, ZeRO), adapters and gradient checkpointing
+    see nothing unusual; `model` is the one below them.
     """
 
     def embed(backbone, args, kwargs):
@@ -116,18 +96,15 @@ def needed_frames_only(model: nn.Module) -> Iterator[None]:
 def embed_prompts(
     backbone: Qwen2AudioModel, input_ids: torch.Tensor, features: torch.Tensor, frames: torch.Tensor
 ) -> torch.Tensor:
-    """Token embeddings (N, T, H) of N rows, with the clips' in the places of their `<|AUDIO|>` tokens.
+    """Embeddings (N, T, H) of `input_ids` (N, T), the clips' in the places of their `<|AUDIO|>` tokens.
 
-    Args:
-        backbone: the model without its head.
-        input_ids: (N, T).
-        features, frames: as for `embed_audio`.
+    Features and frames are as for `embed_audio`. A `ValueError` says that clips and tokens differ in number.
     """
     embeddings = backbone.get_input_embeddings()(input_ids)
     audio = embed_audio(backbone, features, frames).to(embeddings.dtype)
     places = input_ids == audio_token_id(backbone)
-    if int(places.sum()) != len(audio):
-        raise ValueError(f"the prompts hold {int(places.sum())} audio tokens, their clips make {len(audio)}")
+    if (tokens := int(places.sum())) != len(audio):
+        raise ValueError(f"the prompts hold {tokens} audio tokens, their clips make {len(audio)}")
     return embeddings.masked_scatter(places[..., None], audio)
 
 
@@ -142,13 +119,11 @@ def embed_audio(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch
         (sum of the clips' audio tokens, H), clip after clip.
     """
     lengths = frames.tolist()
-    embedded: list[torch.Tensor | None] = [None] * len(lengths)
+    embedded: dict[int, torch.Tensor] = {}
     for group in group_by_length(lengths):
         longest = needed_frames(max(lengths[clip] for clip in group), features.shape[2])
-        tokens = _encode_clips(backbone, features[group, :, :longest], frames[group])
-        for clip, kept in zip(group, tokens, strict=True):
-            embedded[clip] = kept
-    return torch.cat(embedded)
+        embedded |= zip(group, _encode_clips(backbone, features[group, :, :longest], frames[group]), strict=True)
+    return torch.cat([embedded[clip] for clip in range(len(lengths))])
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
@@ -169,8 +144,7 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
 def _encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch.Tensor) -> list[torch.Tensor]:
     """Encoder and projector on `needed_frames` of N clips: for each clip (its audio tokens, H).
 
-    The steps of `Qwen2AudioEncoder.forward`, which itself takes whole windows only; without LayerDrop, which no
-    Qwen2-Audio has.
+    The steps of `Qwen2AudioEncoder.forward`, without LayerDrop, which no Qwen2-Audio has.
     """
     encoder = backbone.audio_tower
     positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # (N,), (N,)

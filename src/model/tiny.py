@@ -83,7 +83,7 @@ def build_model(
     """
     tokenizer, extractor = processor.tokenizer, processor.feature_extractor
     pad = {"bos_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
-    audio_config = Qwen2AudioEncoderConfig(
+    audio = Qwen2AudioEncoderConfig(
         num_mel_bins=extractor.feature_size,
         d_model=audio_size,
         encoder_layers=audio_layers,
@@ -92,7 +92,7 @@ def build_model(
         max_source_positions=extractor.nb_max_frames // 2,  # the second convolution halves the frames
         initializer_range=initializer_range,
     )
-    text_config = Qwen2Config(
+    text = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         num_hidden_layers=layers,
@@ -103,9 +103,8 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         **pad,
     )
-    model = Qwen2AudioForConditionalGeneration(
-        Qwen2AudioConfig(audio_config=audio_config, text_config=text_config, audio_token_index=processor.audio_token_id)
-    )
+    config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=processor.audio_token_id)
+    model = Qwen2AudioForConditionalGeneration(config)
     positions = model.model.audio_tower.embed_positions  # fixed, as in Qwen2-Audio's checkpoint
     positions.weight = torch.nn.Parameter(sinusoids(*positions.weight.shape), requires_grad=False)
     # Qwen2-Audio-Instruct's own defaults: who sets nothing inherits them here as there.

@@ -36,13 +36,7 @@ from dataset.encode import Batch, check_clip_length, encode
 from dataset.prompt import DEFAULT_STYLE
 from dataset.questions import Benchmark
 from model.generation import prefill
-from model.qwen2_audio import (
-    as_qwen2_audio,
-    audio_token_id,
-    base_model,
-    freeze_parts,
-    load_processor,
-)
+from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
 
 from .accuracy import GreedyAccuracy, as_eval_dataset
 from .resample import find_uniform_groups, replace_groups
@@ -93,7 +87,7 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         args = args if args is not None else GRPOConfig(f"{Path(name).name}-GRPO")
-        processor = as_qwen2_audio(processing_class, name) if processing_class else load_processor(name)
+        processor = load_processor(name, processing_class)
         _check_config(args)
         style = _one_style(train_dataset)
         if eval_questions is not None:
