@@ -1,5 +1,5 @@
-"""Checkpoints: which folder a path or hub name means, whether it is whole and what tells it apart (by sizes, headers
-and samples), how it is loaded, and what it gets beside its weights so that everybody reads it. Leaves out when to save.
+"""Checkpoints: which folder a path or hub name means, whether it is whole (by sizes and headers), what tells it apart
+(every byte), how it is loaded, and what it gets beside its weights so that everybody reads it. Leaves out when to save.
 """
 
 import hashlib
@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from transformers import PreTrainedModel, ProcessorMixin, Qwen2AudioForCondition
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_files
 
+from dataset.rows import write_whole
+
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
 # All that a processor may consist of, copied in this order: `check_whole` finds a folder incomplete until the last.
 PROCESSOR_FILES = (
@@ -24,7 +28,7 @@ PROCESSOR_FILES = (
     "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "vocab.json", "tokenizer.json",
 )  # fmt: skip
 PROCESSOR = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
-SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weight file for its fingerprint
+FINGERPRINTS = ".fingerprint.json"  # in a checkpoint's folder: its files' hashes, see `_hash_files`
 
 
 class IncompleteCheckpoint(ValueError):
@@ -91,16 +95,52 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits that change with the weights: hash of the files' names, sizes and evenly spaced samples."""
+    """16 hex digits that change with what decides a checkpoint's answers: the bytes of its weights, configuration and
+    processor, and for an adapter those of its base model.
+
+    Raises:
+        IncompleteCheckpoint: it holds no weights, or its base model cannot be found.
+    """
     digest = hashlib.sha256()
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(size * sample // SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
+    if (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        try:
+            digest.update(fingerprint(locate(str(base))).encode())
+        except (ValueError, OSError) as error:
+            message = f"{folder}: an adapter whose base model {base} is not there, or not whole ({error})"
+            raise IncompleteCheckpoint(message) from error
+    small = (folder / name for name in ("adapter_config.json", "config.json", *PROCESSOR_FILES))
+    paths = [*weight_files(folder), *filter(Path.is_file, small)]
+    for path, hashed in zip(paths, _hash_files(paths, folder / FINGERPRINTS), strict=True):
+        digest.update(f"{path.name} {hashed} ".encode())
     return digest.hexdigest()[:16]
+
+
+def _hash_files(paths: list[Path], record: Path) -> list[str]:
+    """SHA-256 of files, by threads, since reading and hashing leave Python's lock to others.
+
+    A file is hashed once: `record`, where it can be written, remembers name, size, mtime and ctime. The latter, which
+    programs cannot set, tells apart what copying tools exchange under an unchanged mtime.
+    """
+    try:
+        remembered = dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        remembered = {}
+
+    def hash_file(path: Path) -> tuple[str, str]:
+        state = path.stat()  # before reading, so that what is written meanwhile is hashed the next time
+        key = f"{path.name} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+        if key in remembered:
+            return key, remembered[key]
+        with open(path, "rb", buffering=0) as file:
+            return key, hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as threads:
+        hashed = list(threads.map(hash_file, paths))
+    if dict(hashed) != remembered:
+        with suppress(OSError):
+            write_whole(record, json.dumps(dict(hashed), indent=2) + "\n")
+    return [value for _, value in hashed]
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Qwen2AudioForConditionalGeneration:
