@@ -95,8 +95,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits that change with what decides a checkpoint's answers: the bytes of its weights, configuration and
-    processor, and for an adapter those of its base model.
+    """16 hex digits that change with any byte that decides a checkpoint's answers: of its weights, configuration and
+    processor, and for an adapter of its base model's.
 
     Raises:
         IncompleteCheckpoint: it holds no weights, or its base model cannot be found.
@@ -130,17 +130,15 @@ def _hash_files(paths: list[Path], record: Path) -> list[str]:
     def hash_file(path: Path) -> tuple[str, str]:
         state = path.stat()  # before reading, so that what is written meanwhile is hashed the next time
         key = f"{path.name} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
-        if key in remembered:
-            return key, remembered[key]
         with open(path, "rb", buffering=0) as file:
-            return key, hashlib.file_digest(file, "sha256").hexdigest()
+            return key, remembered.get(key) or hashlib.file_digest(file, "sha256").hexdigest()
 
     with ThreadPoolExecutor() as threads:
-        hashed = list(threads.map(hash_file, paths))
-    if dict(hashed) != remembered:
+        hashed = dict(threads.map(hash_file, paths))
+    if hashed != remembered:
         with suppress(OSError):
-            write_whole(record, json.dumps(dict(hashed), indent=2) + "\n")
-    return [value for _, value in hashed]
+            write_whole(record, json.dumps(hashed, indent=2) + "\n")
+    return list(hashed.values())
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Qwen2AudioForConditionalGeneration:
@@ -163,7 +161,6 @@ def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch
     """A model with an adapter checkpoint merged into its weights.
 
     Args:
-        adapter: its folder.
         base: folder or hub name of the base model; by default the one that the adapter names.
         dtype: of the merged model; `auto` is the base model's.
 

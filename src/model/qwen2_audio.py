@@ -86,11 +86,8 @@ def needed_frames_only(model: nn.Module) -> Iterator[None]:
         kwargs["inputs_embeds"] = embed_prompts(backbone, kwargs.pop("input_ids"), kwargs.pop("input_features"), frames)
         return args, kwargs
 
-    handle = model.model.register_forward_pre_hook(embed, with_kwargs=True)
-    try:
+    with model.model.register_forward_pre_hook(embed, with_kwargs=True):  # removed at the end
         yield
-    finally:
-        handle.remove()
 
 
 def embed_prompts(
