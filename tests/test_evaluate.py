@@ -418,7 +418,7 @@ def test_the_recorded_style_is_used_and_overriding_it_warns(few, checkpoint, cap
     assert json.loads((folder / "run_mmau_mini_answer_tokens-12.json").read_text())["style"] == "answer"
 
 
-@pytest.mark.parametrize("damage", ["cut off", "no weights", "no processor", "config cut off"])
+@pytest.mark.parametrize("damage", ["cut off", "no weights", "no processor", "config cut off", "no base"])
 def test_an_incomplete_checkpoint_is_named_and_skipped(few, trained, checkpoint, capsys, damage):
     weights = checkpoint / "model.safetensors"
     if damage == "cut off":
@@ -427,6 +427,9 @@ def test_an_incomplete_checkpoint_is_named_and_skipped(few, trained, checkpoint,
         weights.unlink()
     elif damage == "no processor":
         (checkpoint / "tokenizer.json").unlink()
+    elif damage == "no base":
+        weights.rename(checkpoint / "adapter_model.safetensors")
+        (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base"}')
     else:
         (checkpoint / "config.json").write_text('{"model_type": ')
     out = checkpoint.parent / "out"

@@ -107,7 +107,7 @@ def fingerprint(folder: Path) -> str:
         try:
             digest.update(fingerprint(locate(str(base))).encode())
         except (ValueError, OSError) as error:
-            message = f"{folder}: an adapter whose base model {base} is not there, or not whole ({error})"
+            message = f"{folder}: incomplete, its base model {base} is not there or not whole ({error})"
             raise IncompleteCheckpoint(message) from error
     small = (folder / name for name in ("adapter_config.json", "config.json", *PROCESSOR_FILES))
     paths = [*weight_files(folder), *filter(Path.is_file, small)]
