@@ -29,7 +29,7 @@ from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer
 from dataset.rows import DataError, get_field
 from evaluation.mmau import string_match
 from evaluation.results import MAX_NEW_TOKENS
-from model.checkpoints import IncompleteCheckpoint, check_whole, load_model, locate
+from model.checkpoints import check_whole, load_model, locate
 from model.generation import generate, score
 from model.qwen2_audio import end_ids, load_processor
 
@@ -96,11 +96,9 @@ def run(args: argparse.Namespace) -> dict:
     return asked | said | {"probabilities": dict(zip(choices, probabilities, strict=True))}
 
 
-def describe(error: Exception, model: str) -> str:
+def describe(error: Exception) -> str:
     """One line about what went wrong, without what the rules advise to do to a row of a file: there is none here."""
     message = " ".join(str(error).splitlines())
-    if not isinstance(error, (DataError, IncompleteCheckpoint)) and type(error) is not ValueError:  # a library's own
-        return f"{model}: cannot be used ({type(error).__name__}: {message}); if its files are damaged, get them again"
     found, _, remedy = message.rpartition("; ")
     if not isinstance(error, DataError) or "row" not in remedy.split():
         return message
@@ -114,8 +112,8 @@ def main() -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
             result = run(args)
-    except Exception as error:  # over damaged files of a model, libraries raise anything from KeyError to jinja2's
-        print(f"ask: {describe(error, args.model_path)}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"ask: {describe(error)}", file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(result))

@@ -452,6 +452,35 @@ def test_a_missing_tensor_is_not_replaced_by_random_ones(few, checkpoint, capsys
     assert "lacks 1 tensors" in capsys.readouterr().err
 
 
+def poison(checkpoint: Path, value: float = float("nan")) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors[sorted(tensors)[7]].view(-1)[3] = value
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (poison, "holds NaN or infinite weights"),
+        (lambda folder: poison(folder, float("inf")), "holds NaN or infinite weights"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "its processor cannot be loaded"),
+        (lambda folder: (folder / "processor_config.json").write_text("[]"), "its processor cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "config.json is missing or cut off"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "cannot be loaded"),
+        (lambda folder: (folder.parent / "out" / "test_100").write_text("a file"), "test_100"),
+    ],
+)
+def test_one_bad_model_does_not_end_the_sweep(few, trained, checkpoint, capsys, damage, message):
+    out = checkpoint.parent / "out"
+    out.mkdir()
+    damage(checkpoint)
+    flags = ["--model_path", checkpoint, trained / "checkpoint-200", "--data_file", few, "--out_dir", out]
+    assert sweep(*flags) == 3
+    said = capsys.readouterr().err
+    assert "100: skipped" in said and message in said and "1 of 2 models were skipped" in said
+    assert len(read(out, "200")) == 6
+
+
 @pytest.mark.slow
 def test_a_process_without_questions_skips_a_broken_model_with_the_others(few, trained, checkpoint, tmp_path):
     """Two processes, one batch: the one without it must not wait for the other, which has gone on to the next model."""

@@ -63,10 +63,11 @@ def locate(model: str) -> Path:
 
 def check_whole(folder: Path) -> None:
     """Raise an `IncompleteCheckpoint` that says what is missing or cut off; reads headers and sizes, no tensors."""
-    config = "adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json"
+    is_adapter = (folder / "adapter_config.json").is_file()
+    config, key = ("adapter_config.json", "base_model_name_or_path") if is_adapter else ("config.json", "model_type")
     try:
-        json.loads((folder / config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        json.loads((folder / config).read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{folder}: incomplete, {config} is missing or cut off") from error
     for path in weight_files(folder):
         try:
@@ -145,16 +146,30 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
     """Load a checkpoint for evaluation; an adapter's is merged into its base model.
 
     Raises:
-        IncompleteCheckpoint: it lacks tensors (transformers itself would go on with random ones).
+        IncompleteCheckpoint: it lacks tensors (transformers itself would go on with random ones), holds NaN or infinite
+            ones, or cannot be loaded at all.
     """
+    try:
+        model = _load(folder, dtype).to(device).eval()
+    except IncompleteCheckpoint:
+        raise
+    except Exception as error:  # over damaged files libraries raise anything
+        raise IncompleteCheckpoint(f"{folder}: cannot be loaded ({type(error).__name__}: {error})") from error
+    for name, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise IncompleteCheckpoint(f"{folder}: {name} holds NaN or infinite weights; training failed before it")
+    return model
+
+
+def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that are to be the same in any batch
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if (Path(folder) / "adapter_config.json").is_file():
-        return load_merged(folder, dtype=dtype).to(device).eval()
+        return load_merged(folder, dtype=dtype)
     model, info = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise IncompleteCheckpoint(f"{folder}: lacks {len(missing)} tensors, e.g. {missing[0]}; save it again")
-    return model.to(device).eval()
+    return model
 
 
 def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

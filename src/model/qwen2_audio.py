@@ -29,8 +29,12 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def load_processor(model: str | Path, processor: ProcessorMixin | None = None) -> Qwen2AudioProcessor:
-    """A model's processor, or the given one, padding on the left; a `ValueError` where it is not Qwen2-Audio's."""
-    processor = processor or AutoProcessor.from_pretrained(model)
+    """A model's processor, or the given one, padding on the left; a `ValueError` where it is damaged, or another's."""
+    try:
+        processor = processor or AutoProcessor.from_pretrained(model)
+    except Exception as error:  # over damaged files libraries raise anything, from KeyError to jinja2's
+        message = f"{model}: its processor cannot be loaded ({type(error).__name__}: {error})"
+        raise ValueError(f"{message}; get its files again, if they are damaged") from error
     if not isinstance(processor, Qwen2AudioProcessor):
         raise ValueError(f"{model}: its processor is a {type(processor).__name__}, not Qwen2-Audio's")
     processor.tokenizer.padding_side = "left"
