@@ -7,7 +7,7 @@ import torch
 
 from running import free_port, run
 from test_grpo_trainer import first_rows, make_trainer
-from trainer.resample import find_uniform_groups, replace_groups
+from trainer.resample import find_uniform_groups, replace_uniform_groups
 
 
 def test_uniform_groups():
@@ -17,17 +17,17 @@ def test_uniform_groups():
 
 
 def test_replaced_groups_keep_their_padding_sides():
-    def batch(value, prompt, completion):
+    def batch(value, prompt, completion, uniform):
         return {
             "prompt_ids": torch.full((2, 3, prompt), value),
             "prompt_mask": torch.ones(2, 3, prompt, dtype=torch.long),
             "completion_ids": torch.full((2, 3, completion), value),
             "completion_mask": torch.ones(2, 3, completion, dtype=torch.long),
-            "advantages": torch.full((2, 3), float(value)),
+            "advantages": torch.full((2, 3), float(value)) + torch.arange(3) * (torch.arange(2) != uniform)[:, None],
             "num_items_in_batch": torch.tensor(value),
         }
 
-    merged = replace_groups(batch(1, 4, 2), torch.tensor([1]), batch(2, 2, 5), torch.tensor([0]), pad_id=9)
+    merged = replace_uniform_groups(batch(1, 4, 2, uniform=1), batch(2, 2, 5, uniform=0), pad_id=9)
     assert merged["prompt_ids"][:, 0].tolist() == [[1, 1, 1, 1], [9, 9, 2, 2]]
     assert merged["prompt_mask"][:, 0].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert merged["completion_ids"][:, 0].tolist() == [[1, 1, 9, 9, 9], [2, 2, 2, 2, 2]]

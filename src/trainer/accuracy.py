@@ -8,30 +8,23 @@ import re
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from trl.models import unwrap_model_for_generation
 
-from dataset.prompt import build_question
+from dataset.prompt import DEFAULT_STYLE
 from dataset.questions import Benchmark
 from dataset.rows import first_problems
 from evaluation.answers import EncodedQuestions, answer_batches, load_clips
 from evaluation.mmau import Scores, evaluate
 from evaluation.results import Run, to_records
+from model.generation import MAX_NEW_TOKENS
 from model.qwen2_audio import base_model
 
 
-def as_eval_dataset(benchmark: Benchmark, style: str) -> Dataset:
-    """The questions as the data set that `Trainer` wants to know of."""
-    asked = [(question.record, question.audio_path) for question in benchmark.questions]
-    texts = [build_question(record["question"], record["choices"], style) for record, _ in asked]
-    return Dataset.from_dict({"prompt": texts, "audio_path": [path for _, path in asked]})
-
-
 class GreedyAccuracy:
-    """Mixin, to stand before the trainer class; `eval_questions` are asked by `evaluate` if they are set."""
+    """To stand before the trainer class, which is to be given the questions themselves as its `eval_dataset`, too."""
 
     eval_questions: Benchmark | None = None
-    eval_max_new_tokens: int = 256
+    max_completion_length: int = MAX_NEW_TOKENS  # GRPO's is its setting
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Ask `eval_questions`; without any, or with a data set given, what the trainer itself does."""
@@ -50,9 +43,9 @@ class GreedyAccuracy:
     def _score_eval_questions(self) -> Scores:
         args, benchmark = self.args, self.eval_questions
         run = Run(
-            style=self.prompt_style,
+            style=self.prompt_style or DEFAULT_STYLE,
             channels=self.audio_channels,
-            max_new_tokens=self.eval_max_new_tokens,
+            max_new_tokens=self.max_completion_length,
             batch_size=args.per_device_eval_batch_size,
         )
         clips = load_clips(benchmark.questions, run.channels, args.dataloader_num_workers)

@@ -1,8 +1,8 @@
 """GRPO for audio: TRL's `GRPOTrainer`, given ears, with the prompt of a group computed once.
 
 The loop is TRL's: encode the questions, roll out G completions of each, score them, take the log-probs, form the loss.
-Losses, logging, PEFT, DeepSpeed, completion tables and checkpointing are inherited. The overridden methods are private
-ones, which the pinned version (trl 1.16.0) protects:
+Losses, logging, PEFT, DeepSpeed and completion tables are inherited; accuracy and checkpoints are the mixins'. The
+overridden methods are private ones, which the pinned version (trl 1.16.0) protects:
 
     __init__                             refuses what audio does not work with; freezes what the original never trains
     _generate_and_score_completions      decodes each question's clip once; hands out whole groups, (N, G, ...)
@@ -10,8 +10,6 @@ ones, which the pinned version (trl 1.16.0) protects:
     _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
-
-(What is saved and loaded is `model.py`'s.)
 
 TRL shuffles the generation batch before it cuts it into micro-batches. Tensors of shape (N, G, ...) make it shuffle and
 cut questions instead of completions, so that groups stay whole.
@@ -22,10 +20,11 @@ Shapes: N questions, G generations, B = N * G completions, P prompt, C completio
 import logging
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
@@ -33,13 +32,12 @@ from trl.models import unwrap_model_for_generation
 
 from dataset.audio import load_audio
 from dataset.encode import Batch, check_clip_length, encode
-from dataset.prompt import DEFAULT_STYLE
 from dataset.questions import Benchmark
 from model.generation import prefill
 from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
 
-from .accuracy import GreedyAccuracy, as_eval_dataset
-from .resample import find_uniform_groups, replace_groups
+from .accuracy import GreedyAccuracy
+from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
 
@@ -58,13 +56,12 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         args: `trl.GRPOConfig`. Micro-batches count completions and must hold whole groups.
         train_dataset: with the columns `prompt` (the user's text), `audio_path` and what the rewards ask for; a column
             `style` is recorded in the checkpoints. `dataset.dataset.load_train_dataset` makes it.
-        eval_dataset: likewise, or None.
         processing_class: the model's processor; by default it is loaded.
         audio_channels: `first` or `mean`, see `load_audio`.
         eval_questions: asked greedily by `evaluate`, instead of what TRL does with an `eval_dataset` (`accuracy.py`).
         freeze: parts of the model that are not trained, of `PARTS`.
         max_resample_rounds: rounds of replacing questions whose G rewards are all equal by fresh ones; 0: none.
-        **kwargs: passed on to `trl.GRPOTrainer` (`callbacks`, `optimizers`, `peft_config`, ...).
+        **kwargs: passed on to `trl.GRPOTrainer` (`eval_dataset`, `callbacks`, `peft_config`, ...).
 
     Raises:
         ValueError: a setting that audio does not work with, with its remedy. (Rows are examined before, by
@@ -75,9 +72,8 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         self,
         model: str | PreTrainedModel,
         reward_funcs,
-        args: GRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        args: GRPOConfig,
+        train_dataset: Dataset,
         processing_class: ProcessorMixin | None = None,
         audio_channels: str = "first",
         eval_questions: Benchmark | None = None,
@@ -86,27 +82,17 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         **kwargs,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
-        args = args if args is not None else GRPOConfig(f"{Path(name).name}-GRPO")
         processor = load_processor(name, processing_class)
         _check_config(args)
-        style = _one_style(train_dataset)
-        if eval_questions is not None:
-            eval_dataset = as_eval_dataset(eval_questions, style or DEFAULT_STYLE)
+        if eval_questions:
+            kwargs["eval_dataset"] = eval_questions.questions
         # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processor.tokenizer,
-            **kwargs,
-        )
+        super().__init__(model, reward_funcs, args, train_dataset, processing_class=processor.tokenizer, **kwargs)
         self.processing_class = processor  # what checkpoints are saved with
-        self.audio_channels = audio_channels
-        self.max_resample_rounds = max_resample_rounds
-        self.prompt_style = style
-        self.eval_questions, self.eval_max_new_tokens = eval_questions, args.max_completion_length
+        self.audio_channels, self.max_resample_rounds = audio_channels, max_resample_rounds
+        self.eval_questions = eval_questions
+        styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
+        self.prompt_style = styles[0] if len(styles) == 1 else None
         self._questions: Batch | None = None  # the generation batch's, encoded
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
 
@@ -161,29 +147,24 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         order = torch.randperm(len(self.train_dataset), generator=generator).tolist()
         order = order[self.accelerator.process_index :: self.accelerator.num_processes]
         fresh = (row for row in map(self.train_dataset.__getitem__, order) if row not in questions)
-        uniform = find_uniform_groups(batch["advantages"])
-        share, rounds = self._share_over_processes(uniform), 0
-        while rounds < self.max_resample_rounds:
-            lacking = int(self.accelerator.gather(uniform.sum()[None]).max())
-            rows = list(islice(fresh, lacking))
-            drawn = int(self.accelerator.gather(torch.tensor([len(rows)], device=self.accelerator.device)).min())
-            if drawn == 0:  # nothing lacks, or a process has tried all its questions
+        shares, rounds = [], 0
+        while True:
+            uniform = find_uniform_groups(batch["advantages"])
+            shares.append(fmean(gather_object(uniform.tolist())))
+            rows = list(islice(fresh, max(gather_object([int(uniform.sum())]))))
+            drawn = min(gather_object([len(rows)]))
+            # No rounds left, nothing lacks, or a process has tried all its questions.
+            if rounds == self.max_resample_rounds or drawn == 0:
                 break
             tried = self._roll_out(rows[:drawn], self.num_generations)
-            picks = (~find_uniform_groups(tried["advantages"])).nonzero().flatten()[: int(uniform.sum())]
-            slots = uniform.nonzero().flatten()[: len(picks)]
-            batch = replace_groups(batch, slots, tried, picks, self._tokenizer.pad_token_id)
-            uniform = find_uniform_groups(batch["advantages"])
+            batch = replace_uniform_groups(batch, tried, self._tokenizer.pad_token_id)
             rounds += 1
         batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
         metrics = self._metrics["train"]
-        metrics["groups/uniform_share"].append(share)
-        metrics["groups/uniform_share_left"].append(self._share_over_processes(uniform))
+        metrics["groups/uniform_share"].append(shares[0])
+        metrics["groups/uniform_share_left"].append(shares[-1])
         metrics["groups/resample_rounds"].append(rounds)
         return batch
-
-    def _share_over_processes(self, flags: torch.Tensor) -> float:
-        return float(self.accelerator.gather(flags).float().mean())
 
     def _load_clips(self, questions: list[dict]) -> tuple[list[dict], list[np.ndarray]]:
         """The questions with their decoded clips; in training, one whose clip has become unusable is replaced.
@@ -210,8 +191,7 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
             usable.append(row)
             clips.append(clip)
         if self.model.training:
-            total = self.accelerator.gather(torch.tensor([replaced], device=self.accelerator.device)).sum()
-            self._metrics["train"]["clips/replaced"].append(float(total))
+            self._metrics["train"]["clips/replaced"].append(float(sum(gather_object([replaced]))))
         return usable, clips
 
     def _tokenize_prompts(self, prompts: list):
@@ -315,11 +295,3 @@ def check_whole_groups(flag: str, size: int, generations: int) -> None:
             f"{flag} {size} counts completions and must hold whole groups of {generations}: "
             f"use {max(size // generations, 1) * generations} or another multiple"
         )
-
-
-def _one_style(dataset: Dataset | None) -> str | None:
-    """The data set's prompt style, to be recorded; None where rows have none or several."""
-    if dataset is None or "style" not in dataset.column_names:
-        return None
-    styles = dataset.unique("style")
-    return styles[0] if len(styles) == 1 else None

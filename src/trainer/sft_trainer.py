@@ -6,6 +6,8 @@ checkpoints, which are those of GRPO. The paper's own supervised settings were n
 Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 """
 
+from collections.abc import Sequence
+
 import torch
 from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
@@ -17,7 +19,7 @@ from dataset.prompt import STYLES, extract_answer
 from dataset.questions import Benchmark
 from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
-from .accuracy import GreedyAccuracy, as_eval_dataset
+from .accuracy import GreedyAccuracy
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import IGNORE
 
@@ -50,17 +52,15 @@ class AnswerCollator:
         """
         clips = [load_audio(row["audio_path"], self.audio_channels) for row in rows]
         batch = encode(self.processor, [row["prompt"] for row in rows], clips)
-        answers = self.processor.tokenizer(
-            [self.target(row) for row in rows], padding=True, padding_side="right", return_tensors="pt"
-        )
+        targets = [self.target(row) for row in rows]
+        answers = self.processor.tokenizer(targets, padding=True, padding_side="right", return_tensors="pt")
+        ids = torch.cat([batch.input_ids, answers["input_ids"]], dim=1)
         mask = torch.cat([batch.attention_mask, answers["attention_mask"]], dim=1)
-        labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, IGNORE)
-        return {
-            "input_ids": torch.cat([batch.input_ids, answers["input_ids"]], dim=1),
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-            "labels": torch.cat([torch.full_like(batch.input_ids, IGNORE), labels], dim=1),
-        } | batch.audio_inputs
+        labels = ids.masked_fill(mask == 0, IGNORE)
+        labels[:, : batch.input_ids.shape[1]] = IGNORE
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+        return tokens | batch.audio_inputs
 
 
 class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
@@ -72,8 +72,8 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
         train_dataset: as `load_train_dataset` makes it, of one prompt style: `choice` or `answer`.
         processor: the model's.
         audio_channels: see `AnswerCollator`.
-        freeze: parts of the model that are not trained, of `PARTS`.
-        eval_questions: asked by `evaluate`, greedily; see `accuracy.py`.
+        freeze, eval_questions: as for `AudioGRPOTrainer`.
+        **kwargs: passed on to `transformers.Trainer` (`callbacks`, ...).
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
         train_dataset: Dataset,
         processor: ProcessorMixin,
         audio_channels: str = "first",
-        freeze: tuple[str, ...] = (),
+        freeze: Sequence[str] = (),
         eval_questions: Benchmark | None = None,
         **kwargs,
     ):
@@ -93,15 +93,9 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
         # The mean log-prob of the answers' tokens, over the whole step, without ever making the prompts' logits.
         add_fused_lm_head(base_model(model))
         freeze_parts(model, freeze)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=as_eval_dataset(eval_questions, train_dataset[0]["style"]) if eval_questions else None,
-            data_collator=collator,
-            processing_class=processor,
-            **kwargs,
-        )
+        if eval_questions:
+            kwargs["eval_dataset"] = eval_questions.questions
+        super().__init__(model, args, collator, train_dataset, processing_class=processor, **kwargs)
         self.prompt_style = train_dataset[0]["style"]
         self.audio_channels, self.eval_questions = audio_channels, eval_questions
 

@@ -24,8 +24,6 @@ Assumes that prompts are left-padded and completions right-padded, as TRL has th
 Shapes: N questions, G generations, P prompt, C completion, K branch tokens, T = P - 1 + K packed tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,39 +61,32 @@ def pack(
         `PackedGroups` with T = P - 1 + the largest number of completion tokens that a group has.
     """
     questions, generations, length = completion_ids.shape
-    assert prompt_ids.shape == prompt_mask.shape and prompt_ids.shape[0] == questions
+    assert prompt_ids.shape == prompt_mask.shape and len(prompt_ids) == questions
     assert bool(prompt_mask[:, -1].all()), "prompts must be left-padded"
-    device = prompt_ids.device
-    valid = completion_mask.bool()
-
     # The branches with their padding: each is the completion shifted right by one, behind the prompt's last token.
-    last = prompt_ids[:, -1:, None].expand(questions, generations, 1)
+    last = prompt_ids[:, -1:, None].expand(-1, generations, 1)
     branch_ids = torch.cat([last, completion_ids[:, :, :-1]], dim=2).flatten(1)  # (N, G * C)
-    labels = completion_ids.masked_fill(~valid, IGNORE).flatten(1)  # (N, G * C)
-    offset = torch.arange(length, device=device).repeat(generations)  # (G * C,), place within the branch
-    branch = torch.arange(generations, device=device).repeat_interleave(length)  # (G * C,)
+    token = completion_mask.bool().flatten(1)  # (N, G * C)
+    labels = completion_ids.flatten(1).masked_fill(~token, IGNORE)  # (N, G * C)
 
     # Drop the padding: tokens to the front in their order, then cut to the longest group of the batch.
-    token = valid.flatten(1)
     kept = max(int(token.sum(dim=1).max()), 1)
     source = (~token).long().argsort(dim=1, stable=True)[:, :kept]  # (N, K)
-    token = token.gather(1, source)
+    branch, offset = source // length, source % length  # (N, K), of which branch, and where in it
 
     prompt = prompt_mask[:, :-1].bool()  # (N, P - 1)
     prompt_length = prompt_mask.long().sum(dim=1, keepdim=True)  # (N, 1)
     prompt_positions = (prompt.long().cumsum(dim=1) - 1).clamp(min=0)
     # Which part of the row a position belongs to: -1 the prompt, else the number of its branch.
-    part = torch.cat([torch.full_like(prompt_ids[:, :-1], -1), branch[source]], dim=1)  # (N, T)
-    is_token = torch.cat([prompt, token], dim=1)  # (N, T)
-    total = part.shape[1]
+    part = torch.cat([torch.full_like(prompt_ids[:, :-1], -1), branch], dim=1)  # (N, T)
+    is_token = torch.cat([prompt, token.gather(1, source)], dim=1)  # (N, T)
     may_see = (part[:, None, :] == -1) | (part[:, None, :] == part[:, :, None])  # (N, T query, T key)
-    may_see &= is_token[:, None, :]
-    may_see &= torch.ones(total, total, dtype=torch.bool, device=device).tril()
-    may_see |= torch.eye(total, dtype=torch.bool, device=device)  # padding sees itself: a softmax over nothing is NaN
+    may_see = (may_see & is_token[:, None, :]).tril()
+    may_see.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: a softmax over nothing is NaN
 
     return PackedGroups(
         input_ids=torch.cat([prompt_ids[:, :-1], branch_ids.gather(1, source)], dim=1),
-        position_ids=torch.cat([prompt_positions, prompt_length - 1 + offset[source]], dim=1),
+        position_ids=torch.cat([prompt_positions, prompt_length - 1 + offset], dim=1),
         attention_mask=may_see[:, None],
         labels=labels.gather(1, source),
         source=source,
@@ -114,41 +105,23 @@ def score(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
     Returns:
         The fused head's output: `log_probs`, and `entropy` where the head was asked for it, (N, K).
     """
-    with needed_frames_only(base), _keep_last_positions(base.model, packed.labels.shape[1]):
+    mask, scored = packed.attention_mask, packed.labels.shape[1]
+    if base.config._attn_implementation == "eager":  # which adds its mask to the attention's scores
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    def keep_scored(backbone, args, output):  # on a CPU, the fused head scores every position that it gets
+        output.last_hidden_state = output.last_hidden_state[:, -scored:]
+        return output
+
+    with needed_frames_only(base), base.model.register_forward_hook(keep_scored):
         return model(
             input_ids=packed.input_ids,
-            attention_mask=_as_model_mask(packed.attention_mask, base.config._attn_implementation),
+            attention_mask=mask,
             position_ids=packed.position_ids,
             shift_labels=packed.labels,
             fused_lm_head=True,
             **clips,
         )
-
-
-def _as_model_mask(may_attend: torch.Tensor, attn_implementation: str) -> torch.Tensor:
-    """The boolean mask (N, 1, T, T) in the form that the model's attention takes."""
-    if attn_implementation == "sdpa":
-        return may_attend
-    scores = torch.zeros(may_attend.shape, device=may_attend.device)  # eager attention adds the mask to its scores
-    return scores.masked_fill(~may_attend, torch.finfo(scores.dtype).min)
-
-
-@contextmanager
-def _keep_last_positions(backbone: torch.nn.Module, kept: int) -> Iterator[None]:
-    """Let `backbone` hand only its last `kept` positions to the head, within this context.
-
-    On a CPU, TRL's fused head scores every position it gets: without this, the prompt's too, which nobody reads.
-    """
-
-    def cut(module, args, output):
-        output.last_hidden_state = output.last_hidden_state[:, -kept:]
-        return output
-
-    handle = backbone.register_forward_hook(cut)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def unpack(values: torch.Tensor, packed: PackedGroups, generations: int, length: int) -> torch.Tensor:
