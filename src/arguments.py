@@ -1,8 +1,10 @@
-"""What the training scripts share of their command lines: data, model, and how many forward passes make a step."""
+"""What the training scripts share of their command lines: data, model, schedule, and the passes that make a step."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from trl import ModelConfig
 
 from dataset.audio import CHANNELS
@@ -15,96 +17,76 @@ from model.qwen2_audio import PARTS
 class DataArguments:
     """What to train on."""
 
-    data_file: str = field(
-        default="data/AVQA/train_qa.data", metadata={"help": "JSONL of questions; data/README.md shows the format."}
+    data_file: str = HfArg(default="data/AVQA/train_qa.data", help="JSONL of questions, as data/README.md shows.")
+    prompt_style: str = HfArg(
+        default=DEFAULT_STYLE, help="The paper's Prompt <1>, <2> or <3>.", metadata={"choices": list(STYLES)}
     )
-    prompt_style: str = field(
-        default=DEFAULT_STYLE,
-        metadata={"help": "What the prompt asks for: the paper's Prompt <1>, <2> or <3>.", "choices": list(STYLES)},
+    max_prompt_length: int = HfArg(
+        default=MAX_PROMPT_LENGTH, help="Tokens, 25 a second of audio. Longer are dropped. Paper: 512, by cutting."
     )
-    max_prompt_length: int = field(
-        default=MAX_PROMPT_LENGTH,
-        metadata={"help": "Tokens, audio included (25 a second). Longer prompts are dropped. Paper: 512, by cutting."},
-    )
-    audio_channels: str = field(
-        default="first", metadata={"help": "Channel(s) of a clip to hear. Paper: first.", "choices": list(CHANNELS)}
-    )
-    max_dropped: float = field(
-        default=0.1, metadata={"help": "Share of the rows that may be unusable; more stop the run before it begins."}
-    )
-    freeze: list[str] = field(
-        default_factory=list, metadata={"help": "Parts not to train. Paper: none.", "choices": list(PARTS)}
-    )
+    audio_channels: str = HfArg(default="first", help="To hear. Paper: first.", metadata={"choices": list(CHANNELS)})
+    max_dropped: float = HfArg(default=0.1, help="Share of the rows that may be unusable; more stop the run.")
+    freeze: list[str] = HfArg(default_factory=list, help="Not trained. Paper: none.", metadata={"choices": list(PARTS)})
 
 
 @dataclass
 class AudioModelConfig(ModelConfig):
     """TRL's `ModelConfig` with the paper's model, and adapters on the layers that both its halves have."""
 
-    model_name_or_path: str = field(
-        default="Qwen/Qwen2-Audio-7B-Instruct", metadata={"help": "Hub name or folder of a Qwen2-Audio model."}
-    )
-    dtype: str | None = field(
+    model_name_or_path: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="Hub name or folder of a Qwen2-Audio.")
+    dtype: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Weights are loaded as this type. Default: bfloat16 under DeepSpeed with bf16, whose optimizer "
-            "keeps float32 weights of its own; else float32.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+        help="Of the weights. Default: bfloat16 under DeepSpeed with bf16, which keeps float32 ones too; else float32.",
+        metadata={"choices": ["auto", "bfloat16", "float16", "float32"]},
     )
-    lora_target_modules: list[str] | None = field(
+    lora_target_modules: list[str] | None = HfArg(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "Layers that get adapters with --use_peft true. Not published by the paper."},
+        help="Layers that get adapters with --use_peft true. Not published by the paper.",
     )
 
-    def init_kwargs(self, bf16: bool, deepspeed: str | None) -> dict:
+    def init_kwargs(self, args: TrainingArguments) -> dict:
         """Keyword arguments for `from_pretrained`, given the run's precision and engine."""
         return {
             "revision": self.model_revision,
             "attn_implementation": self.attn_implementation,
-            "dtype": self.dtype or ("bfloat16" if bf16 and deepspeed else "float32"),
+            "dtype": self.dtype or ("bfloat16" if args.bf16 and args.deepspeed else "float32"),
         }
 
 
 @dataclass
 class RunArguments:
-    """What both recipes add to transformers' `TrainingArguments`; to stand before them as a base class."""
+    """What both recipes have in common beside transformers' `TrainingArguments`, before which it stands as a base."""
 
-    deepspeed: str | None = field(
-        default=None, metadata={"help": "DeepSpeed settings, e.g. conf/ds_zero2.json.", "aliases": ["--config_path"]}
+    deepspeed: str | None = HfArg(default=None, aliases="--config_path", help="Settings, e.g. conf/ds_zero2.json.")
+    lr_scheduler_type: str = HfArg(default="linear", help="Paper: linear decay to 0, no warm-up.")
+    max_steps: int = HfArg(default=1000, help="Optimizer steps. Paper: 1000, the best was 500.")
+    save_steps: float = HfArg(default=100, help="Steps between checkpoints. Paper: 100.")
+    save_only_model: bool = HfArg(default=True, help="No optimizer state: smaller, but no resuming. Paper: true.")
+    logging_steps: float = HfArg(default=1, help="Steps between two lines of metrics.")
+    bf16: bool | None = HfArg(default=None, help="Mixed precision. Default: unless --use_cpu or --fp16.")
+    questions_per_step: int = HfArg(default=16, help="Questions per optimizer step. Paper: 16.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: what makes questions_per_step.")
+    eval_file: str | None = HfArg(
+        default=None, help="Questions in MMAU's or AVQA's format, asked every eval_steps; default: save_steps."
     )
-    questions_per_step: int = field(default=16, metadata={"help": "Questions per optimizer step. Paper: 16."})
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "Default: whatever makes questions_per_step on this number of processes."}
-    )
-    eval_file: str | None = field(
-        default=None,
-        metadata={"help": "Questions in MMAU's or AVQA's format, asked every eval_steps; default: save_steps."},
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter takes part in every step: no need to look."}
-    )
-    use_wandb: bool = field(default=False, metadata={"help": "Short for --report_to wandb."})
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Off: each takes part in every step.")
+    use_wandb: bool = HfArg(default=False, help="Short for --report_to wandb.")
 
-    def settle(self, questions_per_pass: int) -> None:
-        """Fill in what follows from other settings, before transformers' own checks.
-
-        Args:
-            questions_per_pass: per process and forward pass.
-        """
+    def __post_init__(self):
+        """Fill in what follows from other settings, before transformers' own checks."""
         if self.use_wandb:
             self.report_to = "wandb"
         if self.bf16 is None:
             self.bf16 = not (self.use_cpu or self.fp16)
         if self.gradient_accumulation_steps is None:
-            self.gradient_accumulation_steps = derive_accumulation(self.questions_per_step, questions_per_pass)
+            questions = self.per_device_train_batch_size // getattr(self, "num_generations", 1)
+            self.gradient_accumulation_steps = derive_accumulation(self.questions_per_step, questions)
         if self.eval_file is not None:
             if self.eval_strategy == "no":
                 self.eval_strategy = "steps"
-            if self.eval_steps is None:
-                self.eval_steps = self.save_steps
-            if self.metric_for_best_model is None:
-                self.metric_for_best_model, self.greater_is_better = "accuracy", True
+            self.eval_steps = self.eval_steps or self.save_steps
+            self.metric_for_best_model = self.metric_for_best_model or "accuracy"
+        super().__post_init__()
 
 
 def derive_accumulation(questions: int, per_pass: int) -> int:
@@ -124,11 +106,11 @@ def derive_accumulation(questions: int, per_pass: int) -> int:
     at_once = per_pass * processes
     if questions % at_once == 0:
         return questions // at_once
-    lower, upper = questions // at_once * at_once, (questions // at_once + 1) * at_once
+    lower = questions // at_once * at_once
     working = [n for n in range(1, questions + 1) if questions % (n * per_pass) == 0]
     raise ValueError(
         f"{questions} questions per step cannot be split evenly over {processes} processes with {per_pass} at once. "
-        f"What works: --questions_per_step {f'{lower} or ' if lower else ''}{upper}"
+        f"What works: --questions_per_step {f'{lower} or ' if lower else ''}{lower + at_once}"
         + (f", or {', '.join(map(str, working))} processes" if working else "")
         + (", or a smaller --per_device_train_batch_size" if per_pass > 1 else "")
     )

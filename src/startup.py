@@ -11,26 +11,13 @@ from trl import TrlParser
 from arguments import DataArguments
 from dataset.check import Rules, examine_training_file
 from dataset.dataset import load_train_dataset
+from dataset.questions import load_questions
 from evaluation.sweep import from_main_process
 from model.qwen2_audio import load_processor
 
-DROPPED_FILE = "dropped.jsonl"
-
-
-def prepare_run(data: DataArguments, args: TrainingArguments, model: str) -> tuple[ProcessorMixin, Dataset]:
-    """What every training script does before it loads a model: its processor, and the usable rows of its data.
-
-    Raises:
-        ValueError, FileNotFoundError: the checkpoint to resume from, the model or the data cannot be used; says why.
-    """
-    if args.resume_from_checkpoint:
-        check_resumable(args.resume_from_checkpoint)
-    processor = load_processor(model)
-    return processor, load_training_data(data, args, processor)
-
 
 def load_training_data(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Dataset:
-    """The usable rows of the training file; what is dropped is reported in a table and written to DROPPED_FILE.
+    """The usable rows of the training file; what is dropped is reported in a table and written to `dropped.jsonl`.
 
     The main process examines every row and every clip's header; the others learn from it which lines to skip.
 
@@ -38,15 +25,13 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         FileNotFoundError: there is no such file.
         ValueError: more than `max_dropped` of the rows are unusable, or there is none; the table says why.
     """
+    rules = Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels)
     examination = None
 
     def examine() -> list[int]:
         nonlocal examination
         examination = examine_training_file(
-            data.data_file,
-            Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels),
-            dropped_file=Path(args.output_dir) / DROPPED_FILE,
-            progress=not args.disable_tqdm,
+            data.data_file, rules, dropped_file=Path(args.output_dir) / "dropped.jsonl", progress=not args.disable_tqdm
         )
         print(examination.table(), flush=True)
         examination.check_share(data.max_dropped)
@@ -75,15 +60,20 @@ def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> No
 
     Args:
         parser: what it parses begins with the `DataArguments` and ends with the recipe and the `AudioModelConfig`.
-        build_trainer: called with the data set, the processor, and all that was parsed, in this order.
+        build_trainer: called with the data set, the processor, the questions of --eval_file or None, and all that was
+            parsed, in this order.
     """
     try:
         parsed = parser.parse_args_and_config()
         data, *_, args, model = parsed
-        processor, dataset = prepare_run(data, args, model.model_name_or_path)
+        if args.resume_from_checkpoint:
+            check_resumable(args.resume_from_checkpoint)
+        eval_questions = load_questions(args.eval_file) if args.eval_file else None
+        processor = load_processor(model.model_name_or_path)
+        dataset = load_training_data(data, args, processor)
     except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    trainer = build_trainer(dataset, processor, *parsed)
+    trainer = build_trainer(dataset, processor, eval_questions, *parsed)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.end()  # processes that exit with a process group open may abort

@@ -4,17 +4,18 @@ The defaults are the recipe of R1-AQA (arXiv 2503.11197) as its code ran. Machin
 engine's settings are those of `conf/`.
 """
 
-import importlib.util
+import runpy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import ProcessorMixin
+from transformers.hf_argparser import HfArg
 from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
 
 from arguments import AudioModelConfig, DataArguments, RunArguments
-from dataset.questions import load_questions
+from dataset.questions import Benchmark
 from startup import run_training
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
@@ -26,68 +27,48 @@ REWARD_FUNCS = {"accuracy": accuracy_reward, "format": format_reward}
 class RewardArguments:
     """What to reward."""
 
-    reward_funcs: list[str] = field(
+    reward_funcs: list[str] = HfArg(
         default_factory=lambda: list(REWARD_FUNCS),
-        metadata={"help": "Rewards, summed: accuracy, format, or a function of yours as file.py:name."},
+        help="Summed: accuracy, format, or yours as file.py:name.",
     )
-    resample_uniform_groups: bool = field(
-        default=False,
-        metadata={"help": "Replace questions whose completions all got the same reward by fresh ones. Paper: no."},
-    )
-    max_resample_rounds: int = field(
-        default=4, metadata={"help": "Rounds of rollouts for that, per generation batch, beyond the first."}
-    )
+    resample_uniform_groups: bool = HfArg(default=False, help="Replace questions whose rewards all agree. Paper: no.")
+    max_resample_rounds: int = HfArg(default=4, help="Further rounds of rollouts for that, per generation batch.")
 
 
 @dataclass
 class RecipeConfig(RunArguments, GRPOConfig):
     """TRL's `GRPOConfig` with the paper's recipe as defaults, and the accumulation derived from the world size."""
 
-    output_dir: str = field(default="exp/model", metadata={"help": "Checkpoints go here.", "aliases": ["--out_dir"]})
-    per_device_train_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Completions per forward pass, whole groups. Default: num_generations, one question."},
-    )
-    num_generations: int | None = field(default=8, metadata={"help": "Completions per question, G. Paper: 8."})
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak, of AdamW. Paper: 1e-6."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Paper: linear decay to 0, no warm-up."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping. Paper: 1.0."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps. Paper: 1000, the best was 500."})
-    save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints. Paper: 100."})
-    save_only_model: bool = field(
-        default=True, metadata={"help": "Checkpoints without optimizer state: smaller, but no resuming. Paper: true."}
-    )
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics."})
-    beta: float = field(default=0.04, metadata={"help": "KL coefficient. Paper: 0.04; 0.001 was reported as better."})
-    loss_type: str = field(default="grpo", metadata={"help": "As TRL names them. Paper: grpo."})
-    use_bias_correction_kl: bool = field(
-        default=False, metadata={"help": "Weight the KL by the importance ratio (TRL's default). Paper: no."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling. Paper: 1.0."})
-    top_k: int = field(default=50, metadata={"help": "Of sampling; 0 is off. Paper: 50, its library's default."})
-    max_completion_length: int | None = field(default=256, metadata={"help": "New tokens at most. Paper: 256."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Old name of activation_checkpointing. Paper: off."}
-    )
+    output_dir: str = HfArg(default="exp/model", aliases="--out_dir", help="Checkpoints go here.")
+    per_device_train_batch_size: int | None = HfArg(default=None, help="Completions, whole groups. Default: one.")
+    num_generations: int | None = HfArg(default=8, help="Completions per question, G. Paper: 8.")
+    learning_rate: float = HfArg(default=1e-6, help="Peak, of AdamW. Paper: 1e-6.")
+    max_grad_norm: float = HfArg(default=1.0, help="Gradient clipping. Paper: 1.0.")
+    beta: float = HfArg(default=0.04, help="KL coefficient. Paper: 0.04; 0.001 was reported as better.")
+    loss_type: str = HfArg(default="grpo", help="As TRL names them. Paper: grpo.")
+    use_bias_correction_kl: bool = HfArg(default=False, help="KL weighted by the importance ratio. Paper: no.")
+    temperature: float = HfArg(default=1.0, help="Of sampling. Paper: 1.0.")
+    top_k: int = HfArg(default=50, help="Of sampling; 0 is off. Paper: 50, its library's default.")
+    max_completion_length: int | None = HfArg(default=256, help="New tokens at most. Paper: 256.")
+    gradient_checkpointing: bool | None = HfArg(default=None, help="Now activation_checkpointing. Paper: off.")
 
     def __post_init__(self):
-        if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = self.num_generations
+        self.per_device_train_batch_size = self.per_device_train_batch_size or self.num_generations
         check_whole_groups("per_device_train_batch_size", self.per_device_train_batch_size, self.num_generations)
-        self.settle(self.per_device_train_batch_size // self.num_generations)
         super().__post_init__()
 
 
 def build_trainer(
     dataset: Dataset,
     processor: ProcessorMixin,
+    eval_questions: Benchmark | None,
     data: DataArguments,
     rewards: RewardArguments,
     args: RecipeConfig,
     model: AudioModelConfig,
 ) -> AudioGRPOTrainer:
     """The trainer, its model loaded; the data set has been examined."""
-    args.model_init_kwargs = model.init_kwargs(args.bf16, args.deepspeed) | (args.model_init_kwargs or {})
+    args.model_init_kwargs = model.init_kwargs(args) | (args.model_init_kwargs or {})
     trainer = AudioGRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=[load_reward(name) for name in rewards.reward_funcs],
@@ -96,15 +77,14 @@ def build_trainer(
         processing_class=processor,
         audio_channels=data.audio_channels,
         freeze=data.freeze,
-        eval_questions=load_questions(args.eval_file) if args.eval_file else None,
+        eval_questions=eval_questions,
         max_resample_rounds=rewards.max_resample_rounds if rewards.resample_uniform_groups else 0,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
     trainer.accelerator.print(
-        f"{len(trainer.train_dataset)} questions, style {data.prompt_style}; a step is "
-        f"{args.gradient_accumulation_steps} x {args.per_device_train_batch_size} completions on "
-        f"{args.world_size} process(es)"
+        f"{len(dataset)} questions, style {data.prompt_style}; a step is {args.gradient_accumulation_steps} x "
+        f"{args.per_device_train_batch_size} completions on {args.world_size} process(es)"
     )
     return trainer
 
@@ -125,12 +105,10 @@ def load_reward(name: str) -> Callable[..., list[float]]:
         raise ValueError(f"unknown reward {name!r}: it is one of {', '.join(REWARD_FUNCS)}, or file.py:function")
     if not Path(path).is_file():
         raise ValueError(f"reward {name}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    reward = runpy.run_path(path).get(function)
+    if not callable(reward):
         raise ValueError(f"reward {name}: {path} has no function {function!r}")
-    return getattr(module, function)
+    return reward
 
 
 def make_parser() -> TrlParser:

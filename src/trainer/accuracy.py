@@ -21,10 +21,15 @@ from model.qwen2_audio import base_model
 
 
 class GreedyAccuracy:
-    """To stand before the trainer class, which is to be given the questions themselves as its `eval_dataset`, too."""
+    """To stand before the trainer class, to whose arguments it adds `eval_questions`."""
 
-    eval_questions: Benchmark | None = None
     max_completion_length: int = MAX_NEW_TOKENS  # GRPO's is its setting
+
+    def __init__(self, *args, eval_questions: Benchmark | None = None, **kwargs):
+        if eval_questions:
+            kwargs["eval_dataset"] = eval_questions.questions  # `Trainer` wants one; `evaluate` looks at them alone
+        super().__init__(*args, **kwargs)
+        self.eval_questions = eval_questions
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Ask `eval_questions`; without any, or with a data set given, what the trainer itself does."""

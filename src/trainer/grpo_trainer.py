@@ -32,7 +32,6 @@ from trl.models import unwrap_model_for_generation
 
 from dataset.audio import load_audio
 from dataset.encode import Batch, check_clip_length, encode
-from dataset.questions import Benchmark
 from model.generation import prefill
 from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
 
@@ -58,10 +57,10 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
             `style` is recorded in the checkpoints. `dataset.dataset.load_train_dataset` makes it.
         processing_class: the model's processor; by default it is loaded.
         audio_channels: `first` or `mean`, see `load_audio`.
-        eval_questions: asked greedily by `evaluate`, instead of what TRL does with an `eval_dataset` (`accuracy.py`).
         freeze: parts of the model that are not trained, of `PARTS`.
         max_resample_rounds: rounds of replacing questions whose G rewards are all equal by fresh ones; 0: none.
-        **kwargs: passed on to `trl.GRPOTrainer` (`eval_dataset`, `callbacks`, `peft_config`, ...).
+        **kwargs: `eval_questions`, asked greedily by `evaluate` instead of what TRL does with an `eval_dataset` (see
+            `accuracy.py`); the others are passed on to `trl.GRPOTrainer` (`callbacks`, `peft_config`, ...).
 
     Raises:
         ValueError: a setting that audio does not work with, with its remedy. (Rows are examined before, by
@@ -76,21 +75,23 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         train_dataset: Dataset,
         processing_class: ProcessorMixin | None = None,
         audio_channels: str = "first",
-        eval_questions: Benchmark | None = None,
         freeze: Sequence[str] = (),
         max_resample_rounds: int = 0,
         **kwargs,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         processor = load_processor(name, processing_class)
-        _check_config(args)
-        if eval_questions:
-            kwargs["eval_dataset"] = eval_questions.questions
+        for flag in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(args, flag):
+                raise ValueError(f"{flag} cannot take audio in trl's GRPO; leave it off")
+        check_whole_groups("per_device_train_batch_size", args.per_device_train_batch_size, args.num_generations)
+        if args.eval_strategy != "no":
+            generations = args.num_generations_eval or args.num_generations
+            check_whole_groups("per_device_eval_batch_size", args.per_device_eval_batch_size, generations)
         # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.
         super().__init__(model, reward_funcs, args, train_dataset, processing_class=processor.tokenizer, **kwargs)
         self.processing_class = processor  # what checkpoints are saved with
         self.audio_channels, self.max_resample_rounds = audio_channels, max_resample_rounds
-        self.eval_questions = eval_questions
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
         self.prompt_style = styles[0] if len(styles) == 1 else None
         self._questions: Batch | None = None  # the generation batch's, encoded
@@ -131,11 +132,8 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         self._clips = self._questions.audio_inputs
 
         output = super()._generate_and_score_completions([row for row in questions for _ in range(generations)])
-        grouped = {
-            key: value.unflatten(0, (len(questions), generations)) if value.ndim else value
-            for key, value in output.items()
-        }
-        return grouped | self._clips
+        shape = len(questions), generations
+        return {key: value.unflatten(0, shape) if value.ndim else value for key, value in output.items()} | self._clips
 
     def _resample_uniform_groups(self, batch: dict, questions: list[dict]) -> dict[str, torch.Tensor]:
         """Replace groups whose rewards are all equal by groups of fresh questions, in `max_resample_rounds` at most.
@@ -147,23 +145,22 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         order = torch.randperm(len(self.train_dataset), generator=generator).tolist()
         order = order[self.accelerator.process_index :: self.accelerator.num_processes]
         fresh = (row for row in map(self.train_dataset.__getitem__, order) if row not in questions)
-        shares, rounds = [], 0
+        shares = []  # of uniform groups, before each round and after the last
         while True:
             uniform = find_uniform_groups(batch["advantages"])
             shares.append(fmean(gather_object(uniform.tolist())))
             rows = list(islice(fresh, max(gather_object([int(uniform.sum())]))))
             drawn = min(gather_object([len(rows)]))
             # No rounds left, nothing lacks, or a process has tried all its questions.
-            if rounds == self.max_resample_rounds or drawn == 0:
+            if len(shares) > self.max_resample_rounds or drawn == 0:
                 break
             tried = self._roll_out(rows[:drawn], self.num_generations)
             batch = replace_uniform_groups(batch, tried, self._tokenizer.pad_token_id)
-            rounds += 1
         batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
         metrics = self._metrics["train"]
         metrics["groups/uniform_share"].append(shares[0])
         metrics["groups/uniform_share_left"].append(shares[-1])
-        metrics["groups/resample_rounds"].append(rounds)
+        metrics["groups/resample_rounds"].append(len(shares) - 1)
         return batch
 
     def _load_clips(self, questions: list[dict]) -> tuple[list[dict], list[np.ndarray]]:
@@ -205,8 +202,7 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         """Sample G completions of each question from one prefill: lists of B token-id lists, and no log-probs.
 
         The encoder and the prompt run once per question; the cache of all but the prompt's last token is then repeated
-        for the G completions, which start from that token. Evaluation starts from the same `prefill`, but decodes in a
-        loop of its own: greedy and the same for any batch, where this one samples as TRL's settings say.
+        for the G completions, which start from that token.
         """
         input_ids, attention_mask = self._questions.input_ids, self._questions.attention_mask  # (N, P)
         with (
@@ -254,10 +250,10 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         **unused,  # images, and the auxiliary loss of mixtures of experts
     ):
         """Log-probs (B, C), and entropies (B, C) or None, of the completions; no auxiliary loss."""
+        base = base_model(self.accelerator.unwrap_model(model))
         questions = len(self._clips["input_features"])
-        generations = input_ids.shape[0] // questions
-        ids = input_ids.unflatten(0, (questions, generations))  # (N, G, P + C)
-        mask = attention_mask.unflatten(0, (questions, generations))
+        ids, mask = (rows.unflatten(0, (questions, -1)) for rows in (input_ids, attention_mask))  # (N, G, P + C)
+        generations = ids.shape[1]
         logps, entropies = [], []
         step = max((batch_size or len(input_ids)) // generations, 1)
         for start in range(0, questions, step):
@@ -268,24 +264,12 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
                 completion_ids=ids[chunk, :, -logits_to_keep:],
                 completion_mask=mask[chunk, :, -logits_to_keep:],
             )
-            base = base_model(self.accelerator.unwrap_model(model))
             with self.accelerator.autocast():
                 outputs = score(model, base, packed, {key: value[chunk] for key, value in self._clips.items()})
             logps.append(unpack(outputs.log_probs, packed, generations, logits_to_keep))
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
-
-
-def _check_config(args: GRPOConfig) -> None:
-    """Refuse the settings of TRL that audio or whole groups do not work with."""
-    for flag in ("use_vllm", "use_transformers_continuous_batching"):
-        if getattr(args, flag):
-            raise ValueError(f"{flag} cannot take audio in trl's GRPO; leave it off")
-    check_whole_groups("per_device_train_batch_size", args.per_device_train_batch_size, args.num_generations)
-    if args.eval_strategy != "no":
-        generations = args.num_generations_eval or args.num_generations
-        check_whole_groups("per_device_eval_batch_size", args.per_device_eval_batch_size, generations)
 
 
 def check_whole_groups(flag: str, size: int, generations: int) -> None:

@@ -7,6 +7,7 @@ Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -16,7 +17,6 @@ from trl.trainer.utils import add_fused_lm_head
 from dataset.audio import load_audio
 from dataset.encode import encode
 from dataset.prompt import STYLES, extract_answer
-from dataset.questions import Benchmark
 from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
 from .accuracy import GreedyAccuracy
@@ -24,16 +24,12 @@ from .saving import SelfContainedCheckpoints
 from .shared_prompt import IGNORE
 
 
+@dataclass
 class AnswerCollator:
-    """Rows of `load_train_dataset` -> a batch for supervised fine-tuning.
+    """Rows of `load_train_dataset` -> a batch for supervised fine-tuning."""
 
-    Args:
-        processor: the model's.
-        audio_channels: `first` or `mean`, see `load_audio`.
-    """
-
-    def __init__(self, processor: ProcessorMixin, audio_channels: str = "first"):
-        self.processor, self.audio_channels = processor, audio_channels
+    processor: ProcessorMixin  # the model's
+    audio_channels: str = "first"  # or `mean`, see `load_audio`
 
     def target(self, row: dict) -> str:
         """What the model is to write: the right answer in the shape of the row's style, and the end.
@@ -72,8 +68,8 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
         train_dataset: as `load_train_dataset` makes it, of one prompt style: `choice` or `answer`.
         processor: the model's.
         audio_channels: see `AnswerCollator`.
-        freeze, eval_questions: as for `AudioGRPOTrainer`.
-        **kwargs: passed on to `transformers.Trainer` (`callbacks`, ...).
+        freeze: parts of the model that are not trained, of `PARTS`.
+        **kwargs: `eval_questions`, see `accuracy.py`; the others are passed on to `transformers.Trainer`.
     """
 
     def __init__(
@@ -84,7 +80,6 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
         processor: ProcessorMixin,
         audio_channels: str = "first",
         freeze: Sequence[str] = (),
-        eval_questions: Benchmark | None = None,
         **kwargs,
     ):
         args.remove_unused_columns = False  # the collator needs the rows' paths and texts
@@ -93,11 +88,8 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
         # The mean log-prob of the answers' tokens, over the whole step, without ever making the prompts' logits.
         add_fused_lm_head(base_model(model))
         freeze_parts(model, freeze)
-        if eval_questions:
-            kwargs["eval_dataset"] = eval_questions.questions
         super().__init__(model, args, collator, train_dataset, processing_class=processor, **kwargs)
-        self.prompt_style = train_dataset[0]["style"]
-        self.audio_channels, self.eval_questions = audio_channels, eval_questions
+        self.prompt_style, self.audio_channels = train_dataset[0]["style"], audio_channels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy of the answers, in nats per token; the mean is over the tokens of the whole optimizer step."""

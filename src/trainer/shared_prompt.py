@@ -30,8 +30,7 @@ import torch
 
 from model.qwen2_audio import needed_frames_only
 
-# Attention implementations that take an arbitrary mask, which the packed rows need.
-ATTENTION = ("sdpa", "eager")
+ATTENTION = ("sdpa", "eager")  # the implementations that take an arbitrary mask, which packed rows need
 IGNORE = -100  # a label that is not scored
 
 
@@ -137,5 +136,4 @@ def unpack(values: torch.Tensor, packed: PackedGroups, generations: int, length:
         (N * G, C), zero where there is no completion token. Differentiable.
     """
     flat = values.new_zeros(len(values), generations * length)
-    flat = flat.scatter(1, packed.source, values.masked_fill(packed.labels == IGNORE, 0))
-    return flat.view(len(values) * generations, length)
+    return flat.scatter(1, packed.source, values.masked_fill(packed.labels == IGNORE, 0)).view(-1, length)
