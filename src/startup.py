@@ -43,9 +43,8 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
     return load_train_dataset(data.data_file, data.prompt_style, skip=set(dropped))
 
 
-def check_resumable(folder: str | Path) -> None:
+def check_resumable(folder: Path) -> None:
     """Raise a `ValueError` unless `folder` is a checkpoint with optimizer state: without, a run would start over."""
-    folder = Path(folder)
     if not (folder / "trainer_state.json").is_file():
         raise ValueError(f"--resume_from_checkpoint {folder}: is no checkpoint")
     if not (folder / "optimizer.pt").is_file() and not any(folder.glob("global_step*")):  # the latter is DeepSpeed's
@@ -67,7 +66,7 @@ def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> No
         parsed = parser.parse_args_and_config()
         data, *_, args, model = parsed
         if args.resume_from_checkpoint:
-            check_resumable(args.resume_from_checkpoint)
+            check_resumable(Path(args.resume_from_checkpoint))
         eval_questions = load_questions(args.eval_file) if args.eval_file else None
         processor = load_processor(model.model_name_or_path)
         dataset = load_training_data(data, args, processor)

@@ -28,8 +28,7 @@ class RewardArguments:
     """What to reward."""
 
     reward_funcs: list[str] = HfArg(
-        default_factory=lambda: list(REWARD_FUNCS),
-        help="Summed: accuracy, format, or yours as file.py:name.",
+        default_factory=lambda: list(REWARD_FUNCS), help="Summed: accuracy, format, or yours as file.py:name."
     )
     resample_uniform_groups: bool = HfArg(default=False, help="Replace questions whose rewards all agree. Paper: no.")
     max_resample_rounds: int = HfArg(default=4, help="Further rounds of rollouts for that, per generation batch.")

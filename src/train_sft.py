@@ -45,17 +45,17 @@ def build_trainer(
     eval_questions: Benchmark | None,
     data: ChoiceDataArguments,
     args: SFTRecipeConfig,
-    model_config: AudioModelConfig,
+    config: AudioModelConfig,
 ) -> AudioSFTTrainer:
     """The trainer, its model loaded; the data set has been examined."""
-    init_kwargs = {"device_map": None} | model_config.init_kwargs(args)
-    model = create_model_from_path(model_config.model_name_or_path, **init_kwargs)
-    if peft_config := get_peft_config(model_config):
+    model = create_model_from_path(config.model_name_or_path, device_map=None, **config.init_kwargs(args))
+    if peft_config := get_peft_config(config):
         model = get_peft_model(model, peft_config)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if peft_config else 1e-5
-    settings = {"freeze": data.freeze, "eval_questions": eval_questions}
-    return AudioSFTTrainer(model, args, dataset, processor, data.audio_channels, **settings)
+    return AudioSFTTrainer(
+        model, args, dataset, processor, data.audio_channels, data.freeze, eval_questions=eval_questions
+    )
 
 
 def make_parser() -> TrlParser:

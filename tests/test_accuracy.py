@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import GRPOConfig
 
 import test_mmau
 from conftest import QUESTION
+from dataset.dataset import load_train_dataset
 from dataset.questions import load_questions
 from running import free_port, run
+from test_grpo_trainer import length_reward
+from trainer.grpo_trainer import AudioGRPOTrainer
 from utils.show_acc import read_results
 
 
@@ -72,6 +76,14 @@ def test_grpo_evaluates_on_two_processes(small_model, questions, asked, tmp_path
         MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, MASTER_PORT=free_port(), GPU_NUM=2,
     )  # fmt: skip
     assert "'eval_accuracy':" in done.stdout and "'eval_accuracy_sound':" in done.stdout
+
+
+def test_rows_of_no_one_style_are_evaluated_in_the_default_one(small_model, questions, asked, tmp_path):
+    args = GRPOConfig(str(tmp_path), per_device_train_batch_size=8, max_completion_length=2, bf16=False, use_cpu=True)
+    data = load_train_dataset(questions).remove_columns("style")
+    trainer = AudioGRPOTrainer(str(small_model), [length_reward], args, data, eval_questions=load_questions(asked))
+    assert trainer.prompt_style is None
+    assert {"eval_accuracy", "eval_accuracy_sound", "eval_accuracy_music"} <= set(trainer.evaluate())
 
 
 def test_avqas_rows_are_questions_too(questions):

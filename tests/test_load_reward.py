@@ -9,9 +9,11 @@ from train import load_reward
 from utils.rewards import accuracy_reward
 
 BREVITY = '''
+SHORTEST = 1
+
 def brevity(completions, **kwargs):
     """1 for a single character, less for more."""
-    return [1 / max(len(text), 1) for text in completions]
+    return [1 / max(len(text), SHORTEST) for text in completions]
 '''
 
 

@@ -244,14 +244,21 @@ def test_what_is_missing_is_said_at_once(tmp_path):
     assert "Traceback" not in done.stdout
 
 
-def test_a_bad_row_stops_the_run_without_a_traceback(small_model, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        ((), ("no usable row is left", "`multi_choice` is missing")),
+        (("--eval_file", "gone.json"), ("no such question file",)),
+    ],
+)
+def test_bad_files_stop_the_run_without_a_traceback(small_model, questions, tmp_path, flags, messages):
     (tmp_path / "train.data").write_text('{"question_text": "What?"}\n')
     done = run(
-        sys.executable, "src/train.py", "--use_cpu", "true", "--data_file", tmp_path / "train.data",
-        "--model_name_or_path", small_model, "--output_dir", tmp_path / "out", check=False,
+        sys.executable, "src/train.py", "--use_cpu", "true", "--data_file", questions if flags else tmp_path / "train.data",
+        "--model_name_or_path", small_model, "--output_dir", tmp_path / "out", *flags, check=False,
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stdout
-    assert "no usable row is left" in done.stdout and "`multi_choice` is missing" in done.stdout
+    assert all(message in done.stdout for message in messages), done.stdout
 
 
 @pytest.mark.slow

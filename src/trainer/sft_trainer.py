@@ -1,7 +1,7 @@
 """Supervised fine-tuning on the same questions, prompts and audio as GRPO: the baseline of the paper's title.
 
-transformers' `Trainer` does the training; here are the batches (the prompt is read, only the answer is learned) and the
-checkpoints, which are those of GRPO. The paper's own supervised settings were never published.
+transformers' `Trainer` does the training, the mixins accuracy and checkpoints as in GRPO; here are the batches: the
+prompt is read, only the answer is learned.
 
 Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 """

@@ -74,7 +74,6 @@ def pack(
     branch, offset = source // length, source % length  # (N, K), of which branch, and where in it
 
     prompt = prompt_mask[:, :-1].bool()  # (N, P - 1)
-    prompt_length = prompt_mask.long().sum(dim=1, keepdim=True)  # (N, 1)
     prompt_positions = (prompt.long().cumsum(dim=1) - 1).clamp(min=0)
     # Which part of the row a position belongs to: -1 the prompt, else the number of its branch.
     part = torch.cat([torch.full_like(prompt_ids[:, :-1], -1), branch], dim=1)  # (N, T)
@@ -85,7 +84,7 @@ def pack(
 
     return PackedGroups(
         input_ids=torch.cat([prompt_ids[:, :-1], branch_ids.gather(1, source)], dim=1),
-        position_ids=torch.cat([prompt_positions, prompt_length - 1 + offset], dim=1),
+        position_ids=torch.cat([prompt_positions, prompt.sum(dim=1, keepdim=True) + offset], dim=1),
         attention_mask=may_see[:, None],
         labels=labels.gather(1, source),
         source=source,
