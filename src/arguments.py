@@ -46,11 +46,8 @@ class AudioModelConfig(ModelConfig):
 
     def init_kwargs(self, args: TrainingArguments) -> dict:
         """Keyword arguments for `from_pretrained`, given the run's precision and engine."""
-        return {
-            "revision": self.model_revision,
-            "attn_implementation": self.attn_implementation,
-            "dtype": self.dtype or ("bfloat16" if args.bf16 and args.deepspeed else "float32"),
-        }
+        dtype = self.dtype or ("bfloat16" if args.bf16 and args.deepspeed else "float32")
+        return {"revision": self.model_revision, "attn_implementation": self.attn_implementation, "dtype": dtype}
 
 
 @dataclass
