@@ -5,7 +5,7 @@
     python data/prepare_mmau.py --hub                         gamma-lab-umd/MMAU-test-mini, downloaded by `datasets`
 
     data/MMAU/mmau-test-mini.json, test-mini-audios/             the original release, which the paper used
-    data/MMAU/v05.15.25/mmau-test-mini.json, test-mini-audios/   the revised one
+    data/MMAU/v05.15.25/mmau-test-mini.json, test-mini-audios/   the revised one; its drafts: v05.15.25-draft/
 
 Which release it is, the questions tell; --release says it where they cannot, as for the full test's 9000 questions.
 Clips are written byte for byte, whatever their names claim. What is there already is not written again, so it can be
@@ -131,18 +131,21 @@ def file_clips(audio: list[Path]) -> Iterator[tuple[str, bytes]]:
 # Layout
 
 
-def choose_release(records: list[dict], wanted: str | None) -> str:
-    """The release that the questions are of.
+def choose_release(found: str, wanted: str | None) -> str:
+    """The release by which a folder is named.
+
+    Args:
+        found: what the questions tell, see `recognise_release`.
 
     Raises:
-        ValueError: it cannot be told, or is another one than `wanted`.
+        ValueError: they do not tell it, or it is another one than `wanted`.
     """
-    found = recognise_release(records)
-    if found == UNKNOWN and wanted is None:
-        raise ValueError(f"the questions do not tell their release: --release {ORIGINAL} or --release {REVISED}")
-    if found != UNKNOWN and wanted not in (None, found):
+    release = found.partition(" ")[0]
+    if release == UNKNOWN and wanted is None:
+        raise ValueError(f"the questions are {found}: say --release {ORIGINAL} or --release {REVISED}")
+    if release != UNKNOWN and wanted not in (None, release):
         raise ValueError(f"the questions are of release {found}, not {wanted}")
-    return wanted or found
+    return wanted or release
 
 
 def lay_out(records: list[dict], clips: Iterable[tuple[str, bytes]], folder: Path) -> list[str]:
@@ -211,10 +214,11 @@ def prepare(args: argparse.Namespace) -> int:
         records, clips = read_files(question_file, audio)
     if not records:
         raise ValueError("the source holds no questions")
-    release = choose_release(records, args.release)
+    found = recognise_release(records)
+    release = choose_release(found, args.release)
     folder = out if release == ORIGINAL else out / release
     missing = lay_out(records, clips, folder)
-    print(f"{folder}: release {release}, {len(records)} questions, {len(missing)} without a clip")
+    print(f"{folder}: release {found}, {len(records)} questions, {len(missing)} without a clip")
     if missing:
         print("  " + first_problems((f"missing: {name}" for name in missing), SHOWN))
     print(f"evaluate with: MMAU_DIR={folder} sh test_mmau.sh")
@@ -229,7 +233,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hub", nargs="?", const=HUB, help=f"a data set's name, or its parquet files here; without a value: {HUB}")
     add("--revision", help="commit or tag of the data set on the hub; default: its newest")
     add("--split", default="test", help="of the data set on the hub")
-    add("--out", default="data/MMAU", help="the original release goes here, the revised one to its folder " + REVISED)
+    add("--out", default="data/MMAU", help="the original release goes here, others to folders of their names")
     add("--release", choices=(ORIGINAL, REVISED), help="default: as the questions tell")
     args = parser.parse_args(argv)
     if args.json and (args.hub or not args.audio):

@@ -1,5 +1,6 @@
 """What several test files use: where the reference material lies, and small real models."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -85,3 +86,13 @@ def write_tone(path: Path, seconds: float, frequency: float = 440.0, rate: int =
     noise = np.random.default_rng(int(frequency)).normal(scale=0.01, size=len(time))
     tone = (0.3 * np.sin(2 * np.pi * frequency * time) + noise).astype(np.float32)
     soundfile.write(path, np.stack([tone * (1 - 0.2 * i) for i in range(channels)], axis=1), rate, **format)
+
+
+def content_digest(records: list[dict]) -> str:
+    """By which MMAU's contents are told apart, as its definition says."""
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    rows = [[record["question"], record["choices"], record["answer"]] for record in records]
+    return digest(" ".join(sorted(digest(json.dumps(row)) for row in rows)))[:16]

@@ -450,7 +450,9 @@ def test_real_mmau(shared, tmp_path):
     (tmp_path / items[5]["audio_id"]).unlink()
     examination = examine_evaluation_file(tmp_path / source.name)
     assert (
-        examination.rows == 1000 and list(examination.dropped) == [6] and "MMAU release v05.15.25" in examination.kind
+        examination.rows == 1000
+        and list(examination.dropped) == [6]
+        and "MMAU release v05.15.25 of 2025-08-09" in examination.kind
     )
     assert (
         examination.notes["choices with duplicates"]

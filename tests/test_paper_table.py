@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, content_digest
+from dataset.questions import RELEASES
 from evaluation.collect import read_results
-from running import run
-from utils.show_acc import PAPER, PAPER_ROW, fill_paper, plot
+from utils.show_acc import PAPER, PAPER_ROW, fill_paper, main, plot
 
 
 def rows(text: str) -> dict[str, str]:
@@ -32,11 +32,10 @@ def test_commands_of_the_table_exist():
 
 
 @pytest.fixture
-def grpo_answer(shared, tmp_path) -> Path:
+def grpo_answer(shared, tmp_path, monkeypatch) -> Path:
     """A run's folder with the recorded predictions as the results of two checkpoints, one of them worse."""
     items = json.loads((shared / "data" / "mmau" / "mmau-test-mini.json").read_text(encoding="utf-8"))
-    for item in items[::4]:  # what is at hand is the revised release, in which a quarter of the questions is another
-        item["question"] += " (as it was)"
+    monkeypatch.setitem(RELEASES, content_digest(items), "original of 2025-01-28")  # at hand is only the revised one
     recorded = json.loads((shared / "fixtures" / "mmau_eval" / "predictions_100.json").read_text(encoding="utf-8"))
     for step, spoil in ((100, False), (200, True)):
         folder = tmp_path / "grpo_answer" / f"test_{step}"
@@ -52,14 +51,16 @@ def test_the_scores_are_read_from_the_table():
     assert averages == [49.2, 51.8, 56.4, 64.5, 61.1]
 
 
-def test_a_row_shows_its_best_checkpoint(grpo_answer):
+def test_a_row_shows_its_best_checkpoint(grpo_answer, monkeypatch, capsys):
     text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), [grpo_answer])
     filled = {name: cell for name, cell in rows(text).items() if cell}
     assert list(filled) == ["GRPO + Prompt <2>"] and not skipped
     (cell,) = filled.values()
     assert re.fullmatch(r"100: 51\.35 / 49\.70 / 48\.65 / 49\.90 \(4\d\.\d\d - 5\d\.\d\d\)", cell), cell
-    done = run(sys.executable, "src/utils/show_acc.py", "--paper", grpo_answer)
-    assert cell in done.stdout and done.stdout.count("\n") == 7
+    monkeypatch.setattr(sys, "argv", ["show_acc.py", "--paper", str(grpo_answer)])
+    main()
+    printed = capsys.readouterr().out
+    assert cell in printed and printed.count("\n") == 7
 
 
 def test_the_plot_shows_the_papers_averages(grpo_answer, monkeypatch):
@@ -70,9 +71,17 @@ def test_the_plot_shows_the_papers_averages(grpo_answer, monkeypatch):
     assert {"sound", "total", "paper: GRPO + Prompt <2> (64.5)", "paper: SFT full + Prompt <1> (51.8)"} <= set(labels)
 
 
-def test_results_on_other_questions_are_not_filled_in(grpo_answer):
+@pytest.mark.parametrize("other", ["v05.15.25-draft of 2025-05-15", "v05.15.25 of 2025-08-09", "half", "one changed"])
+def test_results_on_other_questions_are_not_filled_in(grpo_answer, monkeypatch, other):
     for file in grpo_answer.glob("test_*/res_*.json"):
-        file.write_text(json.dumps(json.loads(file.read_text())[:500]))
+        items = json.loads(file.read_text())
+        if other == "half":
+            items = items[:500]
+        elif other == "one changed":
+            items[7]["answer"] += "?"
+        else:
+            monkeypatch.setitem(RELEASES, content_digest(items), other)
+        file.write_text(json.dumps(items))
     text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), [grpo_answer])
     assert set(rows(text).values()) == {""}
     assert len(skipped) == 2 and "not MMAU's test-mini" in skipped[0]

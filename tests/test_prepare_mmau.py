@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, Dataset
 
-from conftest import write_tone
-from dataset import questions as benchmark
+from conftest import content_digest, write_tone
 from dataset.check import Rules, examine_evaluation_file
-from dataset.questions import load_questions, release_line
+from dataset.questions import RELEASES, load_questions
 from prepare_mmau import hub_record, main, remove_prefixes
 
 REVISED = "v05.15.25"
@@ -96,12 +95,11 @@ def test_json_and_tar(tmp_path, clips, capsys):
     ]
     out = tmp_path / "MMAU"
     assert main([*arguments, "--out", str(out)]) == 1
-    assert (
-        "the questions do not tell their release: --release original or --release v05.15.25" in capsys.readouterr().err
-    )
+    message = "the questions are unrecognised: say --release original or --release v05.15.25"
+    assert message in capsys.readouterr().err
     assert main([*arguments, "--out", str(out), "--release", "original"]) == 0
     assert laid_out(out) == (items(), clips), "byte for byte, and no clip that no question names"
-    assert f"{out}: release original, 4 questions, 0 without a clip" in capsys.readouterr().out
+    assert f"{out}: release unrecognised, 4 questions, 0 without a clip" in capsys.readouterr().out
     assert len(load_questions(out / "mmau-test-mini.json").questions) == 4
     assert not examine_evaluation_file(out / "mmau-test-mini.json", Rules(deep=True)).dropped
 
@@ -147,31 +145,27 @@ def test_a_hub_row_without_attributes_is_named(attributes):
 def test_both_releases_each_in_its_own_folder(tmp_path, clips, monkeypatch, capsys):
     """The release is told by the questions; the same clip names may hold other sounds."""
     revised = [row | {"question": f"Revised {row['id']}?"} for row in items()]
-    known = tmp_path / "known.txt"
-    known.write_text("\n".join(map(release_line, revised)))
-    monkeypatch.setattr(benchmark, "REVISED_QUESTIONS", known)
-    benchmark._revised_questions.cache_clear()
-    try:
-        other = {name: content[:-2] for name, content in clips.items()}
-        out = tmp_path / "MMAU"
-        for name, rows, content in (("a", items(), clips), ("b", revised, other)):
-            source = tmp_path / name
-            flags = [
-                "--json",
-                str(write_json(source, rows)),
-                "--audio",
-                str(write_tar(source, content)),
-                "--out",
-                str(out),
-            ]
-            assert main(flags) == 0
-            wrong = REVISED if name == "a" else "original"
-            assert main([*flags, "--release", wrong]) == 1
-            assert f"not {wrong}" in capsys.readouterr().err
-        assert laid_out(out) == (items(), clips) and laid_out(out / REVISED) == (revised, other)
-        assert load_questions(out / REVISED / "mmau-test-mini.json").release == REVISED
-    finally:
-        benchmark._revised_questions.cache_clear()
+    monkeypatch.setitem(RELEASES, content_digest(items()), "original of 2025-01-28")
+    monkeypatch.setitem(RELEASES, content_digest(revised), f"{REVISED} of 2025-08-09")
+    other = {name: content[:-2] for name, content in clips.items()}
+    out = tmp_path / "MMAU"
+    for name, rows, content in (("a", items(), clips), ("b", revised, other)):
+        source = tmp_path / name
+        flags = ["--json", str(write_json(source, rows)), "--audio", str(write_tar(source, content)), "--out", str(out)]
+        assert main(flags) == 0
+        wrong = REVISED if name == "a" else "original"
+        assert main([*flags, "--release", wrong]) == 1
+        assert f"not {wrong}" in capsys.readouterr().err
+    assert laid_out(out) == (items(), clips) and laid_out(out / REVISED) == (revised, other)
+    assert load_questions(out / REVISED / "mmau-test-mini.json").release == f"{REVISED} of 2025-08-09"
+
+
+def test_the_hub_gives_a_known_content(tmp_path, clips, monkeypatch, capsys):
+    """Its lettered choices and answers are those of the JSON, so its content is recognised as the JSON's is."""
+    monkeypatch.setitem(RELEASES, content_digest(items()), "original of 2025-01-28")
+    pq.write_table(pa.Table.from_pylist(hub_rows(items(), clips)), tmp_path / "hub.parquet")
+    assert main(["--hub", str(tmp_path / "hub.parquet"), "--out", str(tmp_path / "MMAU")]) == 0
+    assert "release original of 2025-01-28, 4 questions, 0 without a clip" in capsys.readouterr().out
 
 
 def test_real_questions(shared, tmp_path, capsys):
@@ -181,7 +175,7 @@ def test_real_questions(shared, tmp_path, capsys):
     flags = ["--json", str(source / "mmau-test-mini.json"), "--audio", str(source), "--out", str(out)]
     assert main(flags) == 1
     printed = capsys.readouterr().out
-    assert f"{out / REVISED}: release {REVISED}, 1000 questions, 999 without a clip" in printed
+    assert f"{out / REVISED}: release {REVISED} of 2025-08-09, 1000 questions, 999 without a clip" in printed
     assert printed.count("  missing: ") == 10 and "... and 989 more" in printed
     rows, clips = laid_out(out / REVISED)
     assert rows == json.loads((source / "mmau-test-mini.json").read_text())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dataset.questions import REVISED_QUESTIONS, load_questions, recognise_release, release_line
+from dataset.questions import RELEASES, Benchmark, find_nearest, load_questions, recognise_release
 
 
 def row(number=1, **changes):
@@ -19,19 +19,43 @@ def load(tmp_path, rows):
     return load_questions(tmp_path / "rows.json")
 
 
-def test_releases_are_recognised_from_the_questions(shared):
+@pytest.fixture
+def versions(shared) -> list[dict]:
+    """Every content that MMAU's repository had, with its date, its digest and its rows' hashes."""
+    return json.loads((shared / "data" / "mmau" / "versions.json").read_text())
+
+
+def test_every_content_of_mmaus_repository_is_known(versions):
+    first = {version["digest"]: version["date"] for version in versions[::-1]}
+    assert {digest: release.split(" of ")[1] for digest, release in RELEASES.items()} == first
+    for version in versions:
+        assert find_nearest(version["questions"]) == (0, RELEASES[version["digest"]])
+        assert find_nearest([*version["questions"][1:], "another"]) == (1, RELEASES[version["digest"]])
+
+
+def test_a_draft_is_not_the_original(versions):
+    releases = {version["date"]: RELEASES[version["digest"]] for version in versions}
+    original = {date for date, release in releases.items() if Benchmark("mmau_mini", release, "", True, []).is_original}
+    assert original == {date for date in releases if date < "2025-05-15"}
+    drafts = {date for date, release in releases.items() if release == f"v05.15.25-draft of {date}"}
+    assert drafts == {f"2025-05-{day}" for day in (15, 16, 18, 19)}
+
+
+def test_a_release_is_recognised_by_all_of_its_questions(shared):
     rows = json.loads((shared / "data" / "mmau" / "mmau-test-mini.json").read_text())
-    assert [release_line(row) for row in rows] == REVISED_QUESTIONS.read_text().split()
-    assert recognise_release(rows) == recognise_release(rows[::25]) == "v05.15.25"
-    # What the authors mend now and then does not make it another release; a quarter of the questions does.
-    changed = [row | {"answer": row["choices"][-1]} if i % 50 == 0 else row for i, row in enumerate(rows)]
-    assert recognise_release(changed) == "v05.15.25"
-    changed = [row | {"question": row["question"] + " So?"} if i % 4 == 0 else row for i, row in enumerate(rows)]
-    assert recognise_release(changed) == "original"
-    # Early files have no ids.
-    without = [{key: value for key, value in row.items() if key != "id"} for row in changed]
-    assert recognise_release(without) == "original"
-    assert recognise_release([row()]) == "unrecognised"
+    newest = "v05.15.25 of 2025-08-09"
+    without_ids = [{key: value for key, value in row.items() if key != "id"} for row in rows]  # as early files are
+    assert recognise_release(rows) == recognise_release(rows[::-1]) == recognise_release(without_ids) == newest
+    for count in (1, 300):
+        changed = [row | {"answer": "None"} if i < count else row for i, row in enumerate(rows)]
+        assert recognise_release(changed) == f"unrecognised ({count} of 1000 questions not those of {newest})"
+    assert recognise_release(rows[1:]) == "unrecognised", "nothing is said of what is no whole test-mini"
+    assert recognise_release([row(number, question=f"{number}?") for number in range(1000)]) == "unrecognised"
+
+
+def test_the_title_names_release_and_date(shared):
+    benchmark = load_questions(shared / "data" / "mmau" / "mmau-test-mini.json")
+    assert benchmark.title == f"MMAU test-mini, release v05.15.25 of 2025-08-09, 1000 questions ({benchmark.digest})"
 
 
 def test_the_digest_is_that_of_the_questions_in_any_order(tmp_path):

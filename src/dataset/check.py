@@ -201,20 +201,21 @@ def examine_evaluation_file(
     """
     get_style(rules.style)
     examination = Examination(data_file := check_is_there(data_file))
-    audio_dir, ids = Path(rules.audio_dir or data_file.parent), {}
+    audio_dir, ids, records = Path(rules.audio_dir or data_file.parent), {}, []
 
     def rule(record: dict, number: int) -> tuple[dict, list[str]]:
+        records.append(record)
         question = to_question(record, number, audio_dir, ids)
         notes = check_question(question, audio_dir)
         text = build_question(question.record["question"], question.record["choices"], rules.style)
-        return {"prompt": text, "audio_path": question.audio_path, "record": question.record}, notes
+        return {"prompt": text, "audio_path": question.audio_path}, notes
 
     rows = tqdm(list(read_rows(data_file)), disable=not progress, unit=" rows")
     rules = replace(rules, max_prompt_length=None, cut_long_clips=True)
-    good = list(_examine(rows, rule, examination, rules, dropped_file))
+    list(_examine(rows, rule, examination, rules, dropped_file))
     if not examination.rows:
         raise ValueError(f"{data_file}: holds no questions")
-    release = recognise_release([examined.data["record"] for examined in good])
+    release = recognise_release(records)
     examination.kind = "evaluation file" if release == UNKNOWN else f"evaluation file, MMAU release {release}"
     return examination
 

@@ -1,5 +1,5 @@
-"""A file of questions to ask a model: read, checked, recognised. Knows MMAU (test-mini and test, both releases), MMAR,
-and AVQA, whose rows are those to train on.
+"""A file of questions to ask a model: read, checked, recognised. Knows MMAU (test-mini and test), MMAR, and AVQA, whose
+rows are those to train on.
 
     MMAU   id, audio_id, question, choices, answer (blank in the full test set), task, difficulty ...
     MMAR   id, audio_path, question, choices, answer, modality, category ...
@@ -7,10 +7,8 @@ and AVQA, whose rows are those to train on.
 
 Each is a JSON list or JSONL.
 
-There are two releases of MMAU's test-mini, the original of the paper and the revised v05.15.25, in which about a
-quarter of the questions differ; scores of one do not compare with those of the other. `mmau_v05.15.25.txt` beside this
-file has a line for each question of the revised release: 6 hex digits of the id's hash, 4 of the question's. Its
-authors keep mending single questions, so a file counts as revised when nearly all of its questions are those.
+MMAU's repository has had 13 contents of its test-mini, in two releases: the original of the paper, and v05.15.25, in
+which a third of the questions differ. `RELEASES` knows each by its digest; scores of two releases never compare.
 
 As in `dataset.py`, `to_question` takes whatever can be asked, and `check_question` says what else a row should not be.
 Leaves out the clips (only their paths are made here) and the scoring (`evaluation/mmau.py`).
@@ -19,16 +17,33 @@ Leaves out the clips (only their paths are made here) and the scoring (`evaluati
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from .dataset import check_choices, read_fields
 from .rows import DataError, get_field, read_records
 
-REVISED, ORIGINAL, UNKNOWN = "v05.15.25", "original", "unrecognised"
-REVISED_QUESTIONS = Path(__file__).with_name(f"mmau_{REVISED}.txt")
-REVISED_SHARE = 0.95  # of the known questions that must be the revised ones; in the original release about 0.75 are
+ORIGINAL, DRAFT, REVISED, UNKNOWN = "original", "v05.15.25-draft", "v05.15.25", "unrecognised"
+RELEASES = {  # a content's digest, see `recognise_release` -> its release, and the day from which the repository had it
+    "71638ebc1207b1f2": f"{ORIGINAL} of 2024-10-23",
+    "a7c2b43aaa293eb2": f"{ORIGINAL} of 2024-12-09",
+    "d8369588bb762bd9": f"{ORIGINAL} of 2025-01-28",  # when the paper was written
+    "a320eb2ab7aeb808": f"{ORIGINAL} of 2025-03-25",
+    "292e8dc999c158e8": f"{DRAFT} of 2025-05-15",  # 147 answers of this one are not among their choices
+    "06882b6ce588b3ab": f"{DRAFT} of 2025-05-16",  # 146 of this one
+    "b528bdae07d3675b": f"{DRAFT} of 2025-05-18",
+    "200fd7b4b64b9d2c": f"{DRAFT} of 2025-05-19",
+    "8b0953d4251b0808": f"{REVISED} of 2025-05-22",
+    "e0a2743835be9cf5": f"{REVISED} of 2025-05-30",
+    "36995be9dbeff5ad": f"{REVISED} of 2025-06-23",
+    "45c5d3794c224b4c": f"{REVISED} of 2025-06-23",
+    "5f6fa51f13737d8c": f"{REVISED} of 2025-08-09",
+}
+# Their rows, by the first 6 digits of their hashes, a line for those that the same contents hold: which ones do, in the
+# order of `RELEASES`, then the rows.
+CONTENTS = Path(__file__).with_name("mmau_contents.txt")
 TITLES = {"mmau_mini": "MMAU test-mini", "mmau": "MMAU test", "mmar": "MMAR"}
 
 
@@ -46,7 +61,7 @@ class Benchmark:
     """A question file."""
 
     name: str  # for file names: mmau_mini, mmau, mmar
-    release: str  # of MMAU: original or v05.15.25; unrecognised for anything else
+    release: str  # as `recognise_release` says it
     digest: str  # of the questions, whatever their order; results compare only where it is equal
     has_answers: bool
     questions: list[Question]
@@ -54,11 +69,14 @@ class Benchmark:
     @property
     def title(self) -> str:
         title = TITLES[self.name]
-        if self.name == "mmau_mini" and self.release == UNKNOWN:  # the demo's, say
-            title = "questions in MMAU's format"
-        elif self.name != "mmar":
-            title += f", release {self.release}"
+        if self.name == "mmau_mini":  # without a known question it is the demo's, say
+            title = "questions in MMAU's format" if self.release == UNKNOWN else f"{title}, release {self.release}"
         return f"{title}, {len(self.questions)} questions ({self.digest})"
+
+    @property
+    def is_original(self) -> bool:
+        """Whether these are the paper's questions, with which its scores compare."""
+        return self.release.startswith(ORIGINAL)
 
 
 def load_questions(path: str | Path, audio_dir: str | Path | None = None) -> Benchmark:
@@ -146,23 +164,30 @@ def check_question(question: Question, audio_dir: Path) -> list[str]:
 
 
 def recognise_release(records: list[dict]) -> str:
-    """Which release of MMAU's test-mini the rows are from: `original`, `v05.15.25`, or `unrecognised`."""
-    revised = _revised_questions()
-    known = [(hashed, record) for record in records if (hashed := _hash(_id(record))[:6]) in revised]
-    if not known:
+    """Which content of MMAU's test-mini the rows are, whatever their order.
+
+    Returns:
+        Release and date, as in `RELEASES`; else `unrecognised`, for 1000 rows with the nearest content and how many
+        questions are not in it.
+    """
+    hashes = [_content_hash(record) for record in records]
+    if release := RELEASES.get(_hash(" ".join(sorted(hashes)))[:16]):
+        return release
+    differing, nearest = find_nearest(hashes)
+    if len(records) != 1000 or differing == 1000:  # no test-mini at all
         return UNKNOWN
-    equal = sum(revised[hashed] == _content_hash(record)[:4] for hashed, record in known)
-    return REVISED if equal >= REVISED_SHARE * len(known) else ORIGINAL
+    return f"{UNKNOWN} ({differing} of 1000 questions not those of {nearest})"
 
 
-def release_line(record: dict) -> str:
-    """A row's line in `mmau_v05.15.25.txt`."""
-    return _hash(_id(record))[:6] + _content_hash(record)[:4]
-
-
-@cache
-def _revised_questions() -> dict[str, str]:
-    return {line[:6]: line[6:] for line in REVISED_QUESTIONS.read_text(encoding="ascii").split()}
+def find_nearest(hashes: list[str]) -> tuple[int, str]:
+    """How many rows of these hashes are not in the known content that has the most of them, and its release."""
+    contents = [Counter() for _ in RELEASES]
+    for line in CONTENTS.read_text(encoding="ascii").splitlines():
+        places, rows = line.split()
+        for content, place in zip(contents, places, strict=True):
+            content.update(re.findall("." * 6, rows) if place == "1" else ())
+    rows = Counter(hashed[:6] for hashed in hashes)
+    return min(zip(((rows - content).total() for content in contents), RELEASES.values(), strict=True))
 
 
 def _from_avqa(record: dict, number: int, folder: Path) -> dict:

@@ -23,7 +23,7 @@ import pandas as pd
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.questions import ORIGINAL, Benchmark
+from dataset.questions import Benchmark
 from evaluation.collect import SETTINGS, Result, build_tables, differing, list_tasks, read_results
 from evaluation.mmau import get_prediction
 from evaluation.statistics import compare
@@ -139,7 +139,7 @@ def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
     """
     found, (results, skipped) = {}, read_results(*folders)
     for result in results:
-        if result.benchmark.release == ORIGINAL and result.scores.questions == 1000:
+        if result.benchmark.is_original:
             found.setdefault(Path(result.folder).name, []).append(result)
         else:
             skipped.append(f"{result.folder}, {result.label}: not MMAU's test-mini in the paper's release")
@@ -187,7 +187,7 @@ def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
         axis.plot(numbers["total"], "o-", color=color, label=" ".join(["total", *filter(None, name)]))
         axis.fill_between(numbers.index, numbers.low, numbers.high, color=color, alpha=0.15, label="95% interval")
     level = {result.name: result.accuracy for result in results if result.step is None}
-    if benchmark.release == ORIGINAL:
+    if benchmark.is_original:
         rows = PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8"))
         level |= {f"paper: {row['name']}": float(row["average"]) for row in rows}
     for index, (name, accuracy) in enumerate(level.items()):
