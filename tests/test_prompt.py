@@ -66,7 +66,7 @@ def test_what_is_to_be_written():
     replies = [style.reply("dog", completion) for style in STYLES.values()]
     assert replies == ["dog", "<answer>dog</answer>", "<think>cat</think> <answer>dog</answer>"]
     for style, reply in zip(STYLES.values(), replies, strict=True):
-        assert style.shape(reply)
+        assert style.shape.fullmatch(reply)
 
 
 def test_messages_are_the_audio_and_then_the_text():

@@ -10,6 +10,7 @@ Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames (as
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,13 +41,14 @@ def count_audio_tokens(samples: int, hop_length: int = 160) -> int:
     return (after_convolution - 2) // 2 + 1
 
 
-def check_clip_length(samples: int, processor: Qwen2AudioProcessor | None) -> None:
-    """Raise a `DataError` for a clip that the processor would cut, or that is too short to be heard at all.
+def count_heard(processor: Qwen2AudioProcessor | None) -> int:
+    """The longest clip that is heard in full, in samples; without a processor Qwen2-Audio's."""
+    return processor.feature_extractor.n_samples if processor else WINDOW_SECONDS * SAMPLE_RATE
 
-    Without a processor, the window is that of Qwen2-Audio.
-    """
-    window = processor.feature_extractor.n_samples if processor else WINDOW_SECONDS * SAMPLE_RATE
-    if samples > window:
+
+def check_clip_length(samples: int, processor: Qwen2AudioProcessor | None) -> None:
+    """Raise a `DataError` for a clip that the processor would cut, or that is too short to be heard at all."""
+    if samples > (window := count_heard(processor)):
         message = f"the clip lasts {samples / SAMPLE_RATE:.2f} s, the model hears {window / SAMPLE_RATE:g} s; "
         raise DataError(message + "cut the clip or remove its row", "clip too long")
     if samples < MIN_SECONDS * SAMPLE_RATE:
@@ -83,9 +85,8 @@ class Batch:
         """What the model takes beside the tokens: `input_features`, and `feature_attention_mask` (N, F)."""
         import torch
 
-        places = torch.arange(self.input_features.shape[2], device=self.frames.device)
-        mask = (places < self.frames[:, None]).long()
-        return {"input_features": self.input_features, "feature_attention_mask": mask}
+        mask = torch.arange(self.input_features.shape[2], device=self.frames.device) < self.frames[:, None]
+        return {"input_features": self.input_features, "feature_attention_mask": mask.long()}
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
@@ -97,12 +98,8 @@ class Batch:
         """Some of the questions, with no more padding than they need among themselves."""
         longest = int(self.attention_mask[rows].sum(dim=1).max())
         frames = needed_frames(int(self.frames[rows].max()), self.input_features.shape[2])
-        return Batch(
-            self.input_ids[rows, -longest:],
-            self.attention_mask[rows, -longest:],
-            self.input_features[rows, :, :frames],
-            self.frames[rows],
-        )
+        ids, mask = self.input_ids[rows, -longest:], self.attention_mask[rows, -longest:]
+        return Batch(ids, mask, self.input_features[rows, :, :frames], self.frames[rows])
 
 
 def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndarray]) -> Batch:
@@ -143,35 +140,28 @@ def encode_question(processor: Qwen2AudioProcessor, text: str, clip: np.ndarray)
 def join(questions: list[BatchFeature], pad_id: int) -> Batch:
     """Questions that `encode_question` encoded -> a batch, padded to its own longest."""
     import torch
-
-    length = max(question["input_ids"].shape[1] for question in questions)
-    input_ids = torch.full((len(questions), length), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, question in enumerate(questions):
-        input_ids[row, length - question["input_ids"].shape[1] :] = question["input_ids"][0]
-        attention_mask[row, length - question["input_ids"].shape[1] :] = 1
-    frames = torch.cat([question["feature_attention_mask"].sum(1) for question in questions])
-    # The feature extractor fills its window with what it makes of silence, and so what is missing of it here.
-    longest = max(question["input_features"].shape[2] for question in questions)
-    features = [_fill_right(question["input_features"], longest) for question in questions]
-    return Batch(input_ids, attention_mask, torch.cat(features), frames)
-
-
-def _fill_right(features: torch.Tensor, length: int) -> torch.Tensor:
     from torch.nn.functional import pad
+    from torch.nn.utils.rnn import pad_sequence
 
-    return pad(features, (0, length - features.shape[2]), mode="replicate")
+    ids = [question["input_ids"][0] for question in questions]
+    features = [question["input_features"] for question in questions]
+    longest = max(each.shape[2] for each in features)
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    return Batch(
+        pad_left(ids, padding_value=pad_id),
+        pad_left([torch.ones_like(row) for row in ids]),
+        # The feature extractor fills its window with what it makes of silence, and so what is missing of it here.
+        torch.cat([pad(each, (0, longest - each.shape[2]), mode="replicate") for each in features]),
+        torch.cat([question["feature_attention_mask"].sum(1) for question in questions]),
+    )
 
 
 def count_text_tokens(processor: Qwen2AudioProcessor, texts: list[str]) -> list[int]:
     """Tokens of each user text's whole prompt, without those of its clip."""
     before, found, after = build_chat(processor, PROBE).partition(PROBE)
-    if found:  # the template puts texts in as they are; filling it in 40,000 times would take longer than the tokens do
-        chats = [before + text + after for text in texts]
-    else:
-        chats = [build_chat(processor, text) for text in texts]
-    encoded = processor.tokenizer(chats)["input_ids"]
-    return [len(ids) - 1 for ids in encoded]  # the placeholder is the clip's
+    # Where the template puts texts in as they are: filling it in 40,000 times would take longer than the tokens do.
+    chats = [before + text + after if found else build_chat(processor, text) for text in texts]
+    return [len(ids) - 1 for ids in processor.tokenizer(chats)["input_ids"]]  # the placeholder is the clip's
 
 
 def check_prompt(

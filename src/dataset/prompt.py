@@ -11,30 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-THINK_OPEN, ANSWER_OPEN, ANSWER_CLOSE = "<think>", "<answer>", "</answer>"
-THINK_THEN_ANSWER = re.compile(r"</think>\s*<answer>")
-
 STYLE_FILE = "prompt_style.json"
+
+# The released code's expressions. It backs out of a match that fails; here the first place where a part matches stays
+# (`(?>`, `*+`), which finds the same, in time linear in the text's length.
+ANYTHING = re.compile(".*", re.DOTALL)
+ANSWER = re.compile("<answer>.*?</answer>", re.DOTALL)
+THOUGHT_AND_ANSWER = re.compile(r"<think>(?>.*?</think>\s*+<answer>).*?</answer>", re.DOTALL)
+ANSWER_IN_A_LINE = re.compile("^(?>.*?<answer>)(.*?)</answer>", re.MULTILINE)
 
 
 def build_solution(answer) -> str:
     """The right answer as a completion of style `answer`, the form in which AVQA's solutions are stored."""
-    return f"{ANSWER_OPEN}{answer}{ANSWER_CLOSE}"
-
-
-# Shapes of a whole completion: the originals' `re.fullmatch` with `re.DOTALL`, but in time linear in its length.
-
-
-def _is_answer(completion: str, opening: str = ANSWER_OPEN) -> bool:
-    """`<answer>.*?</answer>`"""
-    long_enough = len(completion) >= len(opening) + len(ANSWER_CLOSE)
-    return long_enough and completion.startswith(opening) and completion.endswith(ANSWER_CLOSE)
-
-
-def _is_thought_and_answer(completion: str) -> bool:
-    r"""`<think>.*?</think>\s*<answer>.*?</answer>`"""
-    end = len(completion) - len(ANSWER_CLOSE)
-    return _is_answer(completion, THINK_OPEN) and bool(THINK_THEN_ANSWER.search(completion, len(THINK_OPEN), end))
+    return f"<answer>{answer}</answer>"
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,7 @@ class Style:
 
     name: str
     instruction: str  # follows the question and its options
-    shape: Callable[[str], bool]  # whether a whole completion is as the prompt asks
+    shape: re.Pattern  # of a whole completion
     write: Callable[[str], str]  # an answer, as it is to be written
     thinks: bool = False  # before the answer
 
@@ -54,14 +43,12 @@ class Style:
             ValueError: the style asks for thoughts.
         """
         if self.thinks:
-            raise ValueError(
-                f"the data holds no thoughts, so style {self.name} cannot be learned; use choice or answer"
-            )
+            raise ValueError(f"the data holds no thoughts: style {self.name} cannot be learned; use choice or answer")
         return self.write(answer)
 
     def reply(self, answer: str, completion: str) -> str:
         """`answer` as a whole completion, after the thoughts of `completion` where the style asks for any."""
-        thoughts = completion.partition(ANSWER_OPEN)[0] if self.thinks else ""
+        thoughts = completion.partition("<answer>")[0] if self.thinks else ""
         return thoughts + self.write(answer)
 
 
@@ -69,9 +56,9 @@ THINKING = " Output the thinking process in <think> </think> and final answer in
 STYLES = {
     style.name: style
     for style in (
-        Style("choice", "", lambda completion: True, str),  # the paper's Prompt <1>
-        Style("answer", " Output the final answer in <answer> </answer>.", _is_answer, build_solution),  # <2>
-        Style("think", THINKING, _is_thought_and_answer, build_solution, thinks=True),  # <3>
+        Style("choice", "", ANYTHING, str),  # the paper's Prompt <1>
+        Style("answer", " Output the final answer in <answer> </answer>.", ANSWER, build_solution),  # <2>
+        Style("think", THINKING, THOUGHT_AND_ANSWER, build_solution, thinks=True),  # <3>
     )
 }
 DEFAULT_STYLE = "answer"
@@ -116,26 +103,17 @@ def matches_format(completion: str, style: str = DEFAULT_STYLE) -> bool:
     Raises:
         ValueError: unknown style.
     """
-    return get_style(style).shape(completion)
+    return get_style(style).shape.fullmatch(completion) is not None
 
 
 def extract_answer(completion: str) -> str:
     """Read the answer back: the first `<answer>...</answer>` on one line, else the whole text; stripped.
 
-    Equals `re.search(r"<answer>(.*?)</answer>", completion)` of the original, in linear time.
-
     >>> extract_answer("<think>a bark</think> <answer> dog </answer>")
     'dog'
     """
-    for line in completion.split("\n"):
-        start = line.find(ANSWER_OPEN)
-        if start < 0:
-            continue
-        start += len(ANSWER_OPEN)
-        end = line.find(ANSWER_CLOSE, start)
-        if end >= 0:
-            return line[start:end].strip()
-    return completion.strip()
+    found = ANSWER_IN_A_LINE.search(completion)
+    return (found[1] if found else completion).strip()
 
 
 def save_style(folder: str | Path, style: str) -> None:
