@@ -42,7 +42,7 @@ import soundfile
 from tqdm import tqdm
 
 from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples
-from dataset.dataset import check_row, to_row
+from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
 from dataset.prompt import DEFAULT_STYLE
 from dataset.rows import DataError, read_json, write_whole
@@ -375,7 +375,7 @@ def check_annotation(row, number: int) -> tuple[dict, Clip]:
         raise DataError(f"row {number} is a JSON {type(row).__name__}, not an object", "not a JSON object")
     record = row | {"dataset_name": "AVQA"}
     to_row(record | {"audio_path": "x"}, number, DEFAULT_STYLE, Path())
-    check_row(record)
+    check_choices(record["question_text"], record["multi_choice"], "multi_choice")
     clip = parse_name(name) if isinstance(name := row.get("video_name"), str) else None
     if clip is None:
         message = f"`video_name` is {name!r:.80}; an 11-character YouTube id, _ and the start in seconds are needed"

@@ -26,10 +26,8 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         ValueError: more than `max_dropped` of the rows are unusable, or there is none; the table says why.
     """
     rules = Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels)
-    examination = None
 
     def examine() -> list[int]:
-        nonlocal examination
         examination = examine_training_file(
             data.data_file, rules, dropped_file=Path(args.output_dir) / "dropped.jsonl", progress=not args.disable_tqdm
         )
@@ -37,10 +35,7 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         examination.check_share(data.max_dropped)
         return list(examination.dropped)
 
-    dropped = from_main_process(examine)
-    if examination:
-        return examination.dataset
-    return load_train_dataset(data.data_file, data.prompt_style, skip=set(dropped))
+    return load_train_dataset(data.data_file, data.prompt_style, skip=set(from_main_process(examine)))
 
 
 def check_resumable(folder: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_bad_row_is_dropped_and_named(folder, row, reason, message):
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
     assert examination.shown[0].startswith(f"{path}, line 2: ") and message in examination.shown[0]
     assert reason in examination.table() and "3 rows, 2 usable, 1 dropped (33.3%)" in examination.table()
-    assert examination.dataset["row"][:] == [1, 3]
+    assert load_train_dataset(path, skip=set(examination.dropped))["row"][:] == [1, 3]
 
 
 def test_a_byte_order_mark_does_no_harm(folder):
@@ -264,7 +264,7 @@ def test_what_is_fine_simply_works(folder, deep):
     path = write(folder, *(GOOD | {"id": name, "audio_path": name} for name in names))
     examination = examine_training_file(path, Rules(deep=deep))
     assert not examination.dropped and not examination.notes, examination.table()
-    assert examination.dataset["audio_path"][:] == [str(folder / name) for name in names]
+    assert load_train_dataset(path)["audio_path"][:] == [str(folder / name) for name in names]
     assert (examination.shortest, examination.longest) == (0.1, 30.0)
 
 
@@ -289,19 +289,19 @@ def test_what_is_kept_but_worth_knowing(folder):
         GOOD | {"audio_path": "overdriven.wav", "id": 3},
     )
     examination = examine_training_file(path, Rules(deep=True))
-    assert not examination.dropped and len(examination.dataset) == 4
+    assert not examination.dropped and examination.usable == 4
     overdriven = "clip overdriven (over 1% of its samples at full scale)"
     assert examination.notes == {"choices with duplicates": 1, "id repeated": 1, overdriven: 1}
     assert "choices with duplicates" in examination.table() and "line 2" in examination.table()
 
 
-def test_training_gets_what_loading_the_good_rows_gives(folder):
+def test_training_gets_the_usable_rows_and_every_process_the_same(folder):
     rows = [GOOD | {"id": i, "answer": i % 3, "audio_path": "good.wav" if i % 4 else f"gone{i}.wav"} for i in range(30)]
     path = write(folder, *rows)
     examination = examine_training_file(path, Rules("think"))
-    loaded = load_train_dataset(path, "think", skip=set(examination.dropped))
-    assert examination.dataset.to_list() == loaded.to_list() and len(loaded) == examination.usable == 22
-    assert examination.dataset._fingerprint == loaded._fingerprint, "every process must cache under the same name"
+    loaded, again = (load_train_dataset(path, "think", skip=set(examination.dropped)) for _ in range(2))
+    assert loaded["row"][:] == [i + 1 for i in range(30) if i % 4] and len(loaded) == examination.usable == 22
+    assert loaded._fingerprint == again._fingerprint, "every process must cache under the same name"
 
 
 def test_dropped_rows_are_written(folder):
@@ -425,7 +425,7 @@ def test_good_evaluation_rows(folder):
         (b'[{"id": 1},\n]', "line 2: not JSON"),
         (b'[{"id": 1}', "line 1: not JSON"),
         (b"[]\n x", "line 2: not JSON"),
-        (b"[]", "holds no questions"),
+        (b"[]", "holds no rows"),
         (b'[\n\n"caf\xe9"]', "line 3: not UTF-8"),
         (b"[" * 100_000, "not JSON"),
     ],
@@ -522,6 +522,7 @@ import json, re, sys, time
 from pathlib import Path
 sys.path.insert(0, "src")
 from dataset.check import examine_training_file
+from dataset.dataset import load_train_dataset
 folder, rows = Path(sys.argv[1]), int(sys.argv[2])
 with open(folder / "many.jsonl", "w") as file:
     for i in range(rows):
@@ -530,8 +531,9 @@ with open(folder / "many.jsonl", "w") as file:
         file.write(json.dumps(row) + "\\n")
 start = time.perf_counter()
 examination = examine_training_file(folder / "many.jsonl", dropped_file=folder / "dropped.jsonl")
-assert examination.usable == len(examination.dataset) == rows - rows // 5
-assert examination.dataset[len(examination.dataset) - 1]["row"] == rows - 1
+dataset = load_train_dataset(folder / "many.jsonl", skip=set(examination.dropped))
+assert examination.usable == len(dataset) == rows - rows // 5
+assert dataset[len(dataset) - 1]["row"] == rows - 1
 seconds = time.perf_counter() - start
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
 print(json.dumps([seconds, int(peak[1]) / 1024]))

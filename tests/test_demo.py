@@ -248,7 +248,7 @@ def test_chat_template_renders_what_the_real_one_renders(built, shared):
 
 def test_every_row_of_the_demo_can_be_trained_on(built, data):
     examination = examine_training_file(data / TRAIN_FILE, Rules("answer", built[2], max_prompt_length=150))
-    assert not examination.dropped and len(examination.dataset) == COUNTS["train"]
+    assert not examination.dropped and examination.usable == COUNTS["train"]
 
 
 def test_the_warm_start_learns_and_ends_at_its_target(data, tmp_path, capfd):

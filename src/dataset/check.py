@@ -9,7 +9,7 @@ its number), then all by reason. Exit status: 0 if every row is usable, 1 if not
 examined.
 
 Rows are read, examined and forgotten a thousand at a time, so memory does not grow with the file. Nothing is changed:
---keep_file writes the usable rows elsewhere. `train.py` calls `examine_training_file` before it loads a model.
+--keep_file writes the usable rows elsewhere. `startup.py` calls `examine_training_file` before a model is loaded.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script, from src/dataset: its packages are those of src
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from datasets import Dataset
 from tqdm import tqdm
 
-from dataset.audio import CHANNELS, SAMPLE_RATE, ClipReport, DataError, examine_clip
-from dataset.dataset import check_is_there, check_row, to_dataset, to_row
-from dataset.encode import MAX_PROMPT_LENGTH, WINDOW_SECONDS, check_clip_length, check_prompt, count_text_tokens
+from dataset.audio import CHANNELS, SAMPLE_RATE, DataError, examine_clip
+from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
+from dataset.encode import MAX_PROMPT_LENGTH, check_clip_length, check_prompt, count_heard, count_text_tokens
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, get_style
 from dataset.questions import UNKNOWN, check_question, recognise_release, to_question
 from dataset.rows import SHOWN, Row, open_whole, read_lines, read_rows, starts_a_list
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 ROWS_AT_ONCE = 1000
-PATHS_PER_TASK = 16
+CLIPS_PER_TASK = 16
 # Headers: on a network disk it is waiting that takes the time. Samples: libsndfile decodes outside of Python's lock.
 THREADS = max(8, os.cpu_count() or 1)
 CLIPPED = 0.01  # share of samples at full scale from which a clip is noted
@@ -67,11 +67,6 @@ class Rules:
     audio_dir: str | Path | None = None  # what an evaluation file's clips start from; default: the file's own folder
     workers: int | None = None  # threads that read clips; default: THREADS
 
-    @property
-    def window(self) -> int:
-        """The longest clip that is heard in full, in samples; without a processor Qwen2-Audio's."""
-        return self.processor.feature_extractor.n_samples if self.processor else WINDOW_SECONDS * SAMPLE_RATE
-
 
 @dataclass
 class Examined:
@@ -79,14 +74,15 @@ class Examined:
 
     row: Row
     id: object = None
-    data: dict = field(default_factory=dict)  # `prompt`, `audio_path` and what else is wanted of a usable row
+    prompt: str = ""
+    audio_path: str = ""
     notes: list[str] = field(default_factory=list)  # what is only worth knowing
     error: DataError | None = None
     samples: int = 0  # of the clip
     tokens: int = 0  # of the prompt; 0 without a processor
 
 
-Rule = Callable[[dict, int], tuple[dict, list[str]]]  # parsed row, its number -> `data`, `notes`; or a `DataError`
+Rule = Callable[[dict, int], tuple[str, str, list[str]]]  # row, its number -> prompt, audio path, notes; or a DataError
 
 
 @dataclass
@@ -104,8 +100,7 @@ class Examination:
     seconds: float = 0.0  # of audio in the usable rows
     shortest: float = float("inf")  # s
     longest: float = 0.0  # s
-    longest_prompt: tuple[int, str] | None = None  # tokens, and where; None where they were not counted
-    dataset: Dataset | None = None  # the usable rows of a training file
+    longest_prompt: tuple[int, str] = (0, "")  # tokens, and where; 0 where they were not counted
 
     @property
     def usable(self) -> int:
@@ -115,7 +110,7 @@ class Examination:
         """Count a row, usable or not."""
         self.rows += 1
         where = examined.row.where
-        if (error := examined.error) is not None:
+        if error := examined.error:
             self.dropped.append(examined.row.number)
             self.reasons[error.reason] += 1
             self.examples.setdefault(error.reason, f"{where}: {error}")
@@ -128,21 +123,20 @@ class Examination:
         seconds = examined.samples / SAMPLE_RATE
         self.seconds += seconds
         self.shortest, self.longest = min(self.shortest, seconds), max(self.longest, seconds)
-        if examined.tokens:
-            self.longest_prompt = max(self.longest_prompt or (0, ""), (examined.tokens, where))
+        self.longest_prompt = max(self.longest_prompt, (examined.tokens, where), key=lambda prompt: prompt[0])
 
     def table(self) -> str:
         """What was found, a line for each reason: how many rows, and the first of them."""
         share = f" ({len(self.dropped) / self.rows:.1%})" if self.rows else ""
-        dropped = f"{len(self.dropped)} dropped{share}"
-        lines = [f"{self.file}: {self.kind}, {self.rows} rows, {self.usable} usable, {dropped}"]
-        for counts, title in ((self.reasons, ""), (self.notes, "  kept, but worth knowing:")):
+        counts = f"{self.rows} rows, {self.usable} usable, {len(self.dropped)} dropped{share}"
+        lines = [f"{self.file}: {self.kind}, {counts}"]
+        for title, counts in (("", self.reasons), ("  kept, but worth knowing:", self.notes)):
             lines += [title] if title and counts else []
-            width = max((len(reason) for reason in counts), default=0)
+            width = max(map(len, counts), default=0)
             for reason, count in counts.most_common():
                 lines.append(f"  {count:>8}  {reason:<{width}}  {self.examples.get(reason, ''):.120}".rstrip())
         if self.seconds:
-            tokens = ", longest prompt {} tokens ({})".format(*self.longest_prompt) if self.longest_prompt else ""
+            tokens = ", longest prompt {} tokens ({})".format(*self.longest_prompt) if self.longest_prompt[0] else ""
             clips = f"{self.seconds / 3600:.2f} h of audio, clips of {self.shortest:.2f} to {self.longest:.2f} s"
             lines.append(f"  {clips}{tokens}")
         return "\n".join(lines)
@@ -158,40 +152,30 @@ class Examination:
 def examine_training_file(
     data_file: str | Path, rules: Rules = Rules(), *, dropped_file: str | Path | None = None, progress: bool = False
 ) -> Examination:
-    """Examine a training file and load what is usable of it.
+    """Examine a training file: `load_train_dataset(data_file, style, skip=set(examination.dropped))` loads the rest.
 
     Args:
         data_file: JSONL, as for `load_train_dataset`.
         dropped_file: gets the bad rows as JSONL: `line`, `id`, `reason`, `message`, `text`; removed without any.
         progress: show a bar.
 
-    Returns:
-        The examination, its `dataset` as `load_train_dataset` would make it of the usable rows. Other processes get the
-        same from `load_train_dataset(data_file, style, skip=set(examination.dropped))` without opening a clip.
-
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no rows.
     """
-    get_style(rules.style)
-    examination = Examination(data_file := check_is_there(data_file))
 
-    def rule(record: dict, number: int) -> tuple[dict, list[str]]:
-        return to_row(record, number, rules.style, data_file.parent), check_row(record)
+    def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
+        row = to_row(record, number, rules.style, Path(data_file).parent)
+        notes = check_choices(record["question_text"], record["multi_choice"], "multi_choice")
+        return row["prompt"], row["audio_path"], notes
 
-    total = sum(1 for _ in read_lines(data_file)) if progress else None
-    rows = tqdm(read_lines(data_file), total=total, disable=not progress, unit=" rows")
-    good = _examine(rows, rule, examination, rules, dropped_file)
-    examination.dataset = to_dataset(examined.data for examined in good)
-    if not examination.rows:
-        raise ValueError(f"{data_file}: holds no rows; data/README.md shows the format")
-    return examination
+    return _examine(data_file, read_lines, rule, rules, dropped_file, progress)
 
 
 def examine_evaluation_file(
     data_file: str | Path, rules: Rules = Rules(), *, dropped_file: str | Path | None = None, progress: bool = False
 ) -> Examination:
-    """Examine MMAU's JSON list or MMAR's JSONL as `examine_training_file` does a training file; there is no `dataset`.
+    """Examine MMAU's JSON list or MMAR's JSONL as `examine_training_file` does a training file.
 
     Clips over the window are noted only, since evaluation cuts them as the paper did, and prompts may be of any length.
 
@@ -199,71 +183,74 @@ def examine_evaluation_file(
         FileNotFoundError: there is no such file.
         ValueError: it is no JSON, or holds no rows.
     """
-    get_style(rules.style)
-    examination = Examination(data_file := check_is_there(data_file))
-    audio_dir, ids, records = Path(rules.audio_dir or data_file.parent), {}, []
+    audio_dir, ids, records = Path(rules.audio_dir or Path(data_file).parent), {}, []
 
-    def rule(record: dict, number: int) -> tuple[dict, list[str]]:
+    def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
         records.append(record)
         question = to_question(record, number, audio_dir, ids)
         notes = check_question(question, audio_dir)
-        text = build_question(question.record["question"], question.record["choices"], rules.style)
-        return {"prompt": text, "audio_path": question.audio_path}, notes
+        prompt = build_question(question.record["question"], question.record["choices"], rules.style)
+        return prompt, question.audio_path, notes
 
-    rows = tqdm(list(read_rows(data_file)), disable=not progress, unit=" rows")
     rules = replace(rules, max_prompt_length=None, cut_long_clips=True)
-    list(_examine(rows, rule, examination, rules, dropped_file))
-    if not examination.rows:
-        raise ValueError(f"{data_file}: holds no questions")
+    examination = _examine(data_file, read_rows, rule, rules, dropped_file, progress)
     release = recognise_release(records)
     examination.kind = "evaluation file" if release == UNKNOWN else f"evaluation file, MMAU release {release}"
     return examination
 
 
 def is_training_file(data_file: str | Path) -> bool:
-    """Whether a file is in AVQA's training format (JSONL with `multi_choice`), not in an evaluation's.
+    """Whether a file is in AVQA's training format (JSONL without `choices`), not in an evaluation's.
 
     Raises:
         ValueError: it is AVQA's own annotation file, which has to be converted first.
     """
-    if starts_a_list(data_file):
-        with open(data_file, "rb") as file:
-            if b'"multi_choice"' in file.read(2**16):
-                remedy = "data/prepare_avqa.py makes a training file of them"
-                raise ValueError(f"{data_file}: AVQA's own annotations; {remedy}")
-        return False
-    for row in islice(read_lines(data_file), 100):
-        try:
-            return "choices" not in row.parse()
-        except DataError:
-            continue
-    return True
+    with open(data_file, "rb") as file:
+        head = file.read(2**16)
+    if not starts_a_list(data_file):
+        return not re.search(rb'"choices"\s*:', head)
+    if b'"multi_choice"' in head:
+        remedy = "data/prepare_avqa.py makes a training file of them"
+        raise ValueError(f"{data_file}: AVQA's own annotations; {remedy}")
+    return False
 
 
 # Examining
 
 
 def _examine(
-    rows: Iterable[Row], rule: Rule, examination: Examination, rules: Rules, dropped_file: str | Path | None
-) -> Iterator[Examined]:
-    """Yield the usable rows, in order; enter all of them into the examination, and the others into `dropped_file`."""
-    hashes = array("q")  # of the ids, to count those that repeat in however long a file
-    rows = iter(rows)
-    with ThreadPoolExecutor(rules.workers or THREADS) as pool, _open_dropped(dropped_file) as file:
+    data_file: str | Path,
+    read: Callable[[Path], Iterator[Row]],
+    rule: Rule,
+    rules: Rules,
+    dropped_file: str | Path | None,
+    progress: bool,
+) -> Examination:
+    """Enter all rows of a file into an examination, and the bad ones into `dropped_file`."""
+    get_style(rules.style)
+    examination = Examination(check_is_there(data_file))
+    total = sum(1 for _ in read(examination.file)) if progress else None
+    rows = iter(tqdm(read(examination.file), total=total, disable=not progress, unit=" rows"))
+    ids = array("q")  # hashed, to count those that repeat in however long a file
+    if dropped_file:
+        Path(dropped_file).parent.mkdir(parents=True, exist_ok=True)
+    bad_rows = open_whole(Path(dropped_file)) if dropped_file else nullcontext()
+    with ThreadPool(rules.workers or THREADS) as pool, bad_rows as file:
         while chunk := [_read(row, rule) for row in islice(rows, ROWS_AT_ONCE)]:
             _examine_chunk([examined for examined in chunk if not examined.error], rules, pool)
             for examined in chunk:
                 examination.enter(examined)
-                if examined.error is None:
-                    if examined.id is not None:
-                        hashes.append(hash(str(examined.id)))
-                    yield examined
+                if not examined.error:
+                    ids.extend([] if examined.id is None else [hash(str(examined.id))])
                 elif file:
-                    entry = {"line": examined.row.number, "id": examined.id, "reason": examined.error.reason}
-                    text = examined.row.text.decode("utf-8", "backslashreplace").strip()[:2000]
-                    file.write(json.dumps(entry | {"message": str(examined.error), "text": text}) + "\n")
-    if repeated := len(hashes) - len(np.unique(hashes)):
+                    file.write(_describe(examined) + "\n")
+    if dropped_file and not examination.dropped:
+        Path(dropped_file).unlink()
+    if not examination.rows:
+        raise ValueError(f"{data_file}: {NO_ROWS}")
+    if repeated := len(ids) - len(np.unique(ids)):
         examination.notes["id repeated"] = repeated
+    return examination
 
 
 def _read(row: Row, rule: Rule) -> Examined:
@@ -271,59 +258,47 @@ def _read(row: Row, rule: Rule) -> Examined:
     try:
         record = row.parse()
         examined.id = record.get("id")
-        examined.data, examined.notes = rule(record, row.number)
+        examined.prompt, examined.audio_path, examined.notes = rule(record, row.number)
     except DataError as error:
         examined.error = error
     return examined
 
 
-def _examine_chunk(chunk: list[Examined], rules: Rules, pool: ThreadPoolExecutor) -> None:
+def _describe(examined: Examined) -> str:
+    """A bad row as JSON."""
+    entry = {"line": examined.row.number, "id": examined.id, "reason": examined.error.reason}
+    text = examined.row.text.decode("utf-8", "backslashreplace").strip()[:2000]
+    return json.dumps(entry | {"message": str(examined.error), "text": text})
+
+
+def _examine_chunk(chunk: list[Examined], rules: Rules, pool: ThreadPool) -> None:
     """Examine the prompts and clips of rows that were read; fills in what they lack."""
-    paths = list(dict.fromkeys(examined.data["audio_path"] for examined in chunk))
-    parts = [paths[start : start + PATHS_PER_TASK] for start in range(0, len(paths), PATHS_PER_TASK)]
-    found = chain.from_iterable(pool.map(partial(_examine_clips, rules), parts))
-    reports = dict(zip(paths, found, strict=True))
-    text_tokens = [0] * len(chunk)
-    if rules.processor and chunk:
-        text_tokens = count_text_tokens(rules.processor, [examined.data["prompt"] for examined in chunk])
+    window = count_heard(rules.processor)
+    longest = float("inf") if rules.cut_long_clips else window
+    listen = partial(examine_clip, deep=rules.deep, channels=rules.channels, longest=longest)
+    paths = list(dict.fromkeys(examined.audio_path for examined in chunk))
+    reports = dict(zip(paths, pool.map(listen, paths, CLIPS_PER_TASK), strict=True))
+    prompts = [examined.prompt for examined in chunk]
+    text_tokens = count_text_tokens(rules.processor, prompts) if rules.processor and chunk else [0] * len(chunk)
     for examined, tokens in zip(chunk, text_tokens, strict=True):
-        report = reports[path := examined.data["audio_path"]]
+        report = reports[examined.audio_path]
         if isinstance(report, DataError):
             examined.error = report
             continue
         heard = examined.samples = report.samples
-        if rules.cut_long_clips and heard > rules.window:
-            examined.notes.append(f"clip over {rules.window / SAMPLE_RATE:g} s, will be cut")
-            heard = rules.window
+        if rules.cut_long_clips and heard > window:
+            examined.notes.append(f"clip over {window / SAMPLE_RATE:g} s, will be cut")
+            heard = window
         if report.clipped > CLIPPED:
             examined.notes.append("clip overdriven (over 1% of its samples at full scale)")
         try:
             if rules.processor is None:
                 check_clip_length(heard, None)
             else:
-                prompt = examined.data["prompt"]
-                examined.tokens = check_prompt(prompt, heard, tokens, rules.processor, rules.max_prompt_length)
+                limit = rules.max_prompt_length
+                examined.tokens = check_prompt(examined.prompt, heard, tokens, rules.processor, limit)
         except DataError as error:
-            examined.error = DataError(f"{path}: {error}", error.reason)
-
-
-def _examine_clips(rules: Rules, paths: list[str]) -> list[ClipReport | DataError]:
-    longest = float("inf") if rules.cut_long_clips else rules.window
-    return [examine_clip(path, rules.deep, rules.channels, longest) for path in paths]
-
-
-@contextmanager
-def _open_dropped(path: str | Path | None) -> Iterator[TextIO | None]:
-    """A file for the bad rows, which is there in the end if there were any."""
-    if path is None:
-        yield None
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_whole(path) as file:
-        yield file
-    if not path.stat().st_size:
-        path.unlink()
+            examined.error = DataError(f"{examined.audio_path}: {error}", error.reason)
 
 
 # Command line

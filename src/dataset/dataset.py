@@ -6,7 +6,7 @@ One line of the file, as the paper's repository has it (keys beyond these are ig
      "dataset_name": "AVQA", "audio_path": "wavs/-HG3Omg_89c_30.wav"}
 
 Two degrees of strictness share their rules: `load_train_dataset` takes whatever a prompt can be made of, as the
-original did; `check_row` says what else a row to be trained on should not be, for `check.py`, which drops such rows.
+original did; `check_choices` says what else a row should not be, for `check.py`, which drops such rows.
 
 The columns are plain text and numbers: `datasets` would fill the keys of mixed message parts with None, and the chat
 template would then miscount the audio, so messages are built late, by `prompt.build_messages`.
@@ -15,10 +15,9 @@ template would then miscount the audio, so messages are built late, by `prompt.b
 import hashlib
 import os
 import tempfile
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 from datasets import Dataset
@@ -26,6 +25,7 @@ from datasets import Dataset
 from .prompt import DEFAULT_STYLE, build_question, build_solution, get_style
 from .rows import DataError, get_field, read_lines
 
+NO_ROWS = "holds no rows; data/README.md shows the format"
 ROWS_PER_CHUNK = 10_000  # bounds the Python objects alive at once; the columns themselves are Arrow's, on disk
 
 SCHEMA = pa.schema(
@@ -60,36 +60,30 @@ def load_train_dataset(data_file: str | Path, style: str = DEFAULT_STYLE, skip: 
 
     def rows() -> Iterator[dict]:
         for row in read_lines(data_file):
-            if row.number in skip:
-                continue
             try:
-                yield to_row(row.parse(), row.number, style, data_file.parent)
+                if row.number not in skip:
+                    yield to_row(row.parse(), row.number, style, data_file.parent)
             except DataError as error:
                 raise ValueError(f"{data_file}, {row.where}: {error}") from error
 
-    dataset = to_dataset(rows())
-    if not len(dataset):
-        raise ValueError(f"{data_file}: holds no rows; data/README.md shows the format")
+    if not len(dataset := _to_dataset(rows())):
+        raise ValueError(f"{data_file}: {NO_ROWS}")
     return dataset
 
 
 def check_is_there(data_file: str | Path) -> Path:
     """`data_file` as a path, or a `FileNotFoundError` that says how to get one."""
-    data_file = Path(data_file)
-    if not data_file.is_file():
-        raise FileNotFoundError(
-            f"{data_file}: no such data file. data/README.md says how to prepare AVQA; "
-            "`sh run_grpo.sh demo` trains on synthetic data without it."
-        )
-    return data_file
+    if not Path(data_file).is_file():
+        remedy = "data/README.md says how to prepare AVQA; `sh run_grpo.sh demo` trains on synthetic data without it"
+        raise FileNotFoundError(f"{data_file}: no such data file; {remedy}")
+    return Path(data_file)
 
 
-def to_dataset(rows: Iterable[dict]) -> Dataset:
+def _to_dataset(rows: Iterator[dict]) -> Dataset:
     """Rows with the columns of `SCHEMA` -> a data set on disk, read as needed: memory does not grow with their number.
 
     The file is an unnamed one in the folder for temporary files (TMPDIR) and goes when the process ends.
     """
-    rows = iter(rows)
     with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
         with pa.ipc.new_stream(file, SCHEMA) as writer:
             while chunk := list(islice(rows, ROWS_PER_CHUNK)):
@@ -101,22 +95,14 @@ def to_dataset(rows: Iterable[dict]) -> Dataset:
         return Dataset(pa.ipc.open_stream(pa.memory_map(file.name)).read_all(), fingerprint=fingerprint)
 
 
-class Fields(NamedTuple):
-    """What a row holds."""
-
-    question: str
-    choices: list
-    answer: str  # the right choice
-    audio_path: str  # absolute
-
-
-def read_fields(record: dict, folder: Path) -> Fields:
-    """What one parsed object holds; a `DataError` says what keeps it from being a row."""
+def read_fields(record: dict, folder: Path) -> tuple[str, list, str, str]:
+    """A parsed object's question, choices, right choice and absolute audio path (relative ones start from the working
+    directory if the clip is there, else from `folder`); a `DataError` says what keeps it from being a row."""
     question = get_field(record, "question_text", str)
     choices = get_field(record, "multi_choice", list)
     answer = get_field(record, "answer", int)
     dataset_name = get_field(record, "dataset_name", str)
-    audio_path = get_field(record, "audio_path", str, filled=True)
+    audio_path = Path(get_field(record, "audio_path", str, filled=True))
     for choice in choices:
         if isinstance(choice, bool) or not isinstance(choice, (str, int, float)):
             raise DataError(f"`multi_choice` holds {choice!r:.80}; every choice must be a text", "choice is no text")
@@ -125,7 +111,9 @@ def read_fields(record: dict, folder: Path) -> Fields:
         raise DataError(message, "`answer` out of range")
     if dataset_name == "AVQA":  # its questions are about videos, of which the model gets the sound; as in the paper
         question = question.replace("video", "audio")
-    return Fields(question, choices, str(choices[answer]), _resolve_audio_path(audio_path, folder))
+    if not audio_path.is_absolute() and not os.path.exists(audio_path):
+        audio_path = folder / audio_path
+    return question, choices, str(choices[answer]), str(audio_path.absolute())
 
 
 def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
@@ -140,8 +128,8 @@ def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
     }
 
 
-def check_row(record: dict) -> list[str]:
-    """Hold a row against what `to_row` lets pass.
+def check_choices(question: str, choices: list, key: str) -> list[str]:
+    """Hold a row to be trained on or asked against what `to_row` lets pass; `key` is what its file calls the choices.
 
     Returns:
         What is only worth knowing, each in a few fixed words.
@@ -149,11 +137,6 @@ def check_row(record: dict) -> list[str]:
     Raises:
         DataError: it is no question to be asked.
     """
-    return check_choices(record["question_text"], record["multi_choice"], "multi_choice")
-
-
-def check_choices(question: str, choices: list, key: str) -> list[str]:
-    """The rules that training and evaluation files share; `key` is what the file calls its choices. As `check_row`."""
     if not question.strip():
         raise DataError("the question is empty; remove the row", "question empty")
     for choice in choices:
@@ -163,11 +146,3 @@ def check_choices(question: str, choices: list, key: str) -> list[str]:
         message = f"`{key}` has {len(choices)} entries, no choice at all; remove the row"
         raise DataError(message, "fewer than two choices")
     return ["choices with duplicates"] if len(set(choices)) < len(choices) else []
-
-
-def _resolve_audio_path(audio_path: str, folder: Path) -> str:
-    """A clip's absolute path: as given, else below the working directory if it is there, else below `folder`."""
-    path = Path(audio_path)
-    if not path.is_absolute() and not os.path.exists(path):
-        path = folder / path
-    return str(path.absolute())

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -159,11 +158,9 @@ def first_problems(problems: Iterable[str], shown: int = SHOWN) -> str:
       row 1: no clip
       ... and 1 more
     """
-    problems = iter(problems)
-    lines = list(islice(problems, shown))
-    if more := sum(1 for _ in problems):
-        lines.append(f"... and {more} more")
-    return "\n  ".join(lines)
+    lines = list(problems)
+    more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
+    return "\n  ".join(lines[:shown] + more)
 
 
 def write_whole(path: Path, text: str) -> None:
