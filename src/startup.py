@@ -12,7 +12,7 @@ from arguments import DataArguments
 from dataset.check import Rules, examine_training_file
 from dataset.dataset import load_train_dataset
 from dataset.questions import load_questions
-from evaluation.sweep import from_main_process
+from evaluation.sweep import together
 from model.qwen2_audio import load_processor
 
 
@@ -25,17 +25,17 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         FileNotFoundError: there is no such file.
         ValueError: more than `max_dropped` of the rows are unusable, or there is none; the table says why.
     """
-    rules = Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels)
-
     def examine() -> list[int]:
-        examination = examine_training_file(
-            data.data_file, rules, dropped_file=Path(args.output_dir) / "dropped.jsonl", progress=not args.disable_tqdm
-        )
+        rules = Rules(
+            data.prompt_style, processor, data.max_prompt_length, data.audio_channels,
+            dropped_file=Path(args.output_dir) / "dropped.jsonl", progress=not args.disable_tqdm,
+        )  # fmt: skip
+        examination = examine_training_file(data.data_file, rules)
         print(examination.table(), flush=True)
         examination.check_share(data.max_dropped)
         return list(examination.dropped)
 
-    return load_train_dataset(data.data_file, data.prompt_style, skip=set(from_main_process(examine)))
+    return load_train_dataset(data.data_file, data.prompt_style, skip=set(together(examine, main=True)))
 
 
 def check_resumable(folder: Path) -> None:

@@ -307,7 +307,7 @@ def test_training_gets_the_usable_rows_and_every_process_the_same(folder):
 def test_dropped_rows_are_written(folder):
     bad = [b'{"question_text": "caf\xe9"}', GOOD | {"audio_path": "gone.wav", "id": 7}]
     dropped_file = folder / "out" / "dropped.jsonl"
-    examination = examine_training_file(write(folder, GOOD, *bad), dropped_file=dropped_file)
+    examination = examine_training_file(write(folder, GOOD, *bad), Rules(dropped_file=dropped_file))
     entries = [json.loads(line) for line in dropped_file.read_text().splitlines()]
     assert [entry["line"] for entry in entries] == list(examination.dropped) == [2, 3]
     assert entries[0] | {"text": ""} == {
@@ -315,7 +315,7 @@ def test_dropped_rows_are_written(folder):
     }  # fmt: skip
     assert entries[1]["id"] == 7 and "gone.wav" in entries[1]["message"]
     assert json.loads(entries[1]["text"]) == bad[1] and "caf\\xe9" in entries[0]["text"]
-    examine_training_file(write(folder, GOOD), dropped_file=dropped_file)
+    examine_training_file(write(folder, GOOD), Rules(dropped_file=dropped_file))
     assert not dropped_file.exists(), "of an earlier run"
     assert not list(dropped_file.parent.iterdir())
 
@@ -521,7 +521,7 @@ MANY = """
 import json, re, sys, time
 from pathlib import Path
 sys.path.insert(0, "src")
-from dataset.check import examine_training_file
+from dataset.check import Rules, examine_training_file
 from dataset.dataset import load_train_dataset
 folder, rows = Path(sys.argv[1]), int(sys.argv[2])
 with open(folder / "many.jsonl", "w") as file:
@@ -530,7 +530,7 @@ with open(folder / "many.jsonl", "w") as file:
                    dataset_name="AVQA", audio_path="good.wav")
         file.write(json.dumps(row) + "\\n")
 start = time.perf_counter()
-examination = examine_training_file(folder / "many.jsonl", dropped_file=folder / "dropped.jsonl")
+examination = examine_training_file(folder / "many.jsonl", Rules(dropped_file=folder / "dropped.jsonl"))
 dataset = load_train_dataset(folder / "many.jsonl", skip=set(examination.dropped))
 assert examination.usable == len(dataset) == rows - rows // 5
 assert dataset[len(dataset) - 1]["row"] == rows - 1

@@ -66,6 +66,8 @@ class Rules:
     deep: bool = False  # decode every clip, for NaN, silence and clipping
     audio_dir: str | Path | None = None  # what an evaluation file's clips start from; default: the file's own folder
     workers: int | None = None  # threads that read clips; default: THREADS
+    dropped_file: str | Path | None = None  # gets the bad rows as JSONL (see `_describe`); removed if there are none
+    progress: bool = False  # show a bar
 
 
 @dataclass
@@ -127,18 +129,17 @@ class Examination:
 
     def table(self) -> str:
         """What was found, a line for each reason: how many rows, and the first of them."""
-        share = f" ({len(self.dropped) / self.rows:.1%})" if self.rows else ""
-        counts = f"{self.rows} rows, {self.usable} usable, {len(self.dropped)} dropped{share}"
-        lines = [f"{self.file}: {self.kind}, {counts}"]
-        for title, counts in (("", self.reasons), ("  kept, but worth knowing:", self.notes)):
-            lines += [title] if title and counts else []
+        dropped = f"{len(self.dropped)} dropped ({len(self.dropped) / self.rows:.1%})"
+        lines = [f"{self.file}: {self.kind}, {self.rows} rows, {self.usable} usable, {dropped}"]
+        for title, counts in (([], self.reasons), (["  kept, but worth knowing:"], self.notes)):
+            lines += title if counts else []
             width = max(map(len, counts), default=0)
             for reason, count in counts.most_common():
                 lines.append(f"  {count:>8}  {reason:<{width}}  {self.examples.get(reason, ''):.120}".rstrip())
         if self.seconds:
+            clips = f"clips of {self.shortest:.2f} to {self.longest:.2f} s"
             tokens = ", longest prompt {} tokens ({})".format(*self.longest_prompt) if self.longest_prompt[0] else ""
-            clips = f"{self.seconds / 3600:.2f} h of audio, clips of {self.shortest:.2f} to {self.longest:.2f} s"
-            lines.append(f"  {clips}{tokens}")
+            lines.append(f"  {self.seconds / 3600:.2f} h of audio, {clips}{tokens}")
         return "\n".join(lines)
 
     def check_share(self, max_dropped: float) -> None:
@@ -149,15 +150,8 @@ class Examination:
             raise ValueError(f"more than {max_dropped:.0%} of the rows are unusable (--max_dropped)\n{self.table()}")
 
 
-def examine_training_file(
-    data_file: str | Path, rules: Rules = Rules(), *, dropped_file: str | Path | None = None, progress: bool = False
-) -> Examination:
-    """Examine a training file: `load_train_dataset(data_file, style, skip=set(examination.dropped))` loads the rest.
-
-    Args:
-        data_file: JSONL, as for `load_train_dataset`.
-        dropped_file: gets the bad rows as JSONL: `line`, `id`, `reason`, `message`, `text`; removed without any.
-        progress: show a bar.
+def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
+    """Examine a training file; `load_train_dataset` then loads the others if it is told to skip `dropped`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -169,19 +163,14 @@ def examine_training_file(
         notes = check_choices(record["question_text"], record["multi_choice"], "multi_choice")
         return row["prompt"], row["audio_path"], notes
 
-    return _examine(data_file, read_lines, rule, rules, dropped_file, progress)
+    return _examine(data_file, read_lines, rule, rules)
 
 
-def examine_evaluation_file(
-    data_file: str | Path, rules: Rules = Rules(), *, dropped_file: str | Path | None = None, progress: bool = False
-) -> Examination:
+def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
     """Examine MMAU's JSON list or MMAR's JSONL as `examine_training_file` does a training file.
 
     Clips over the window are noted only, since evaluation cuts them as the paper did, and prompts may be of any length.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or holds no rows.
+    Raises a `ValueError` for what is no JSON, too.
     """
     audio_dir, ids, records = Path(rules.audio_dir or Path(data_file).parent), {}, []
 
@@ -193,7 +182,7 @@ def examine_evaluation_file(
         return prompt, question.audio_path, notes
 
     rules = replace(rules, max_prompt_length=None, cut_long_clips=True)
-    examination = _examine(data_file, read_rows, rule, rules, dropped_file, progress)
+    examination = _examine(data_file, read_rows, rule, rules)
     release = recognise_release(records)
     examination.kind = "evaluation file" if release == UNKNOWN else f"evaluation file, MMAU release {release}"
     return examination
@@ -210,42 +199,34 @@ def is_training_file(data_file: str | Path) -> bool:
     if not starts_a_list(data_file):
         return not re.search(rb'"choices"\s*:', head)
     if b'"multi_choice"' in head:
-        remedy = "data/prepare_avqa.py makes a training file of them"
-        raise ValueError(f"{data_file}: AVQA's own annotations; {remedy}")
+        raise ValueError(f"{data_file}: AVQA's own annotations; data/prepare_avqa.py makes a training file of them")
     return False
 
 
 # Examining
 
 
-def _examine(
-    data_file: str | Path,
-    read: Callable[[Path], Iterator[Row]],
-    rule: Rule,
-    rules: Rules,
-    dropped_file: str | Path | None,
-    progress: bool,
-) -> Examination:
-    """Enter all rows of a file into an examination, and the bad ones into `dropped_file`."""
+def _examine(data_file: str | Path, read: Callable[[Path], Iterator[Row]], rule: Rule, rules: Rules) -> Examination:
+    """Enter all rows of a file into an examination, and write the bad ones."""
     get_style(rules.style)
     examination = Examination(check_is_there(data_file))
-    total = sum(1 for _ in read(examination.file)) if progress else None
-    rows = iter(tqdm(read(examination.file), total=total, disable=not progress, unit=" rows"))
+    total = sum(1 for _ in read(examination.file)) if rules.progress else None
+    rows = iter(tqdm(read(examination.file), total=total, disable=not rules.progress, unit=" rows"))
     ids = array("q")  # hashed, to count those that repeat in however long a file
-    if dropped_file:
-        Path(dropped_file).parent.mkdir(parents=True, exist_ok=True)
-    bad_rows = open_whole(Path(dropped_file)) if dropped_file else nullcontext()
+    if dropped_file := rules.dropped_file and Path(rules.dropped_file):
+        dropped_file.parent.mkdir(parents=True, exist_ok=True)
+    bad_rows = open_whole(dropped_file) if dropped_file else nullcontext()
     with ThreadPool(rules.workers or THREADS) as pool, bad_rows as file:
         while chunk := [_read(row, rule) for row in islice(rows, ROWS_AT_ONCE)]:
             _examine_chunk([examined for examined in chunk if not examined.error], rules, pool)
             for examined in chunk:
                 examination.enter(examined)
-                if not examined.error:
-                    ids.extend([] if examined.id is None else [hash(str(examined.id))])
-                elif file:
+                if examined.error and file:
                     file.write(_describe(examined) + "\n")
+                elif not examined.error and examined.id is not None:
+                    ids.append(hash(str(examined.id)))
     if dropped_file and not examination.dropped:
-        Path(dropped_file).unlink()
+        dropped_file.unlink()
     if not examination.rows:
         raise ValueError(f"{data_file}: {NO_ROWS}")
     if repeated := len(ids) - len(np.unique(ids)):
@@ -265,7 +246,7 @@ def _read(row: Row, rule: Rule) -> Examined:
 
 
 def _describe(examined: Examined) -> str:
-    """A bad row as JSON."""
+    """A bad row as JSON: `line`, `id`, `reason`, `message`, `text`."""
     entry = {"line": examined.row.number, "id": examined.id, "reason": examined.error.reason}
     text = examined.row.text.decode("utf-8", "backslashreplace").strip()[:2000]
     return json.dumps(entry | {"message": str(examined.error), "text": text})
@@ -285,10 +266,10 @@ def _examine_chunk(chunk: list[Examined], rules: Rules, pool: ThreadPool) -> Non
         if isinstance(report, DataError):
             examined.error = report
             continue
-        heard = examined.samples = report.samples
-        if rules.cut_long_clips and heard > window:
+        examined.samples = report.samples
+        heard = min(report.samples, window) if rules.cut_long_clips else report.samples
+        if heard < report.samples:
             examined.notes.append(f"clip over {window / SAMPLE_RATE:g} s, will be cut")
-            heard = window
         if report.clipped > CLIPPED:
             examined.notes.append("clip overdriven (over 1% of its samples at full scale)")
         try:
@@ -328,10 +309,9 @@ def load_processor(name: str | None) -> ProcessorMixin | None:
 
     try:
         processor = AutoProcessor.from_pretrained(name or MODEL)
-        if not hasattr(processor, "feature_extractor"):
-            raise ValueError(f"it is a {type(processor).__name__}, which takes no audio")
+        count_heard(processor)  # one that takes no audio cannot say it
         return processor
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         if name:
             why = str(error).partition("\n")[0]
             raise ValueError(f"{name}: no processor can be loaded from it ({why})") from error
@@ -356,13 +336,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         training = is_training_file(check_is_there(args.file))
-        processor = load_processor(args.model_path)
         rules = Rules(
-            args.prompt_style, processor, args.max_prompt_length, args.audio_channels,
-            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers,
+            args.prompt_style, load_processor(args.model_path), args.max_prompt_length, args.audio_channels,
+            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, dropped_file=args.dropped_file,
+            progress=sys.stderr.isatty(),
         )  # fmt: skip
-        examine = examine_training_file if training else examine_evaluation_file
-        examination = examine(args.file, rules, dropped_file=args.dropped_file, progress=sys.stderr.isatty())
+        examination = (examine_training_file if training else examine_evaluation_file)(args.file, rules)
         if args.keep_file and training:
             write_kept(examination.file, set(examination.dropped), args.keep_file)
     except (ValueError, OSError) as error:

@@ -103,12 +103,7 @@ class Batch:
 
 
 def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndarray]) -> Batch:
-    """Tokenize N questions with their clips.
-
-    Args:
-        processor: of the model.
-        texts: N user texts, as `build_question` makes them.
-        clips: N float32 arrays of shape (samples,), 16 kHz.
+    """Tokenize N user texts, as `build_question` makes them, with their N clips, float32 (samples,) at 16 kHz.
 
     Raises:
         DataError: a clip is too long or too short, or a text holds one of the tokenizer's special tokens.
@@ -167,16 +162,12 @@ def count_text_tokens(processor: Qwen2AudioProcessor, texts: list[str]) -> list[
 def check_prompt(
     text: str, samples: int, text_tokens: int, processor: Qwen2AudioProcessor, max_prompt_length: int | None
 ) -> int:
-    """Whether a question can be asked as it is.
+    """The length in tokens of a prompt that can be asked as it is.
 
     Args:
-        text: the user's, as `build_question` makes it.
         samples: of its clip, 16 kHz.
-        text_tokens: as `count_text_tokens` has it.
+        text_tokens: of its user's `text`, as `count_text_tokens` has them.
         max_prompt_length: in tokens, the audio's included; None is no limit.
-
-    Returns:
-        The prompt's length in tokens.
 
     Raises:
         DataError: the text holds one of the tokenizer's special tokens, the clip is too long or too short, or the

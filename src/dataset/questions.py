@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,15 +108,11 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmar
         except DataError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
     records = [question.record for question in questions]  # AVQA's are others now
-    if any("modality" in record for record in records):
-        name = "mmar"
-    else:
-        name = "mmau" if all(record.get("split") == "test" for record in records) else "mmau_mini"
-    hashes = sorted(question.id + _content_hash(question.record) for question in questions)
+    whole_test = all(record.get("split") == "test" for record in records)
     return Benchmark(
-        name=name,
+        name="mmar" if any("modality" in record for record in records) else "mmau" if whole_test else "mmau_mini",
         release=recognise_release(records),
-        digest=_hash(" ".join(hashes))[:8],
+        digest=_digest(question.id + _content_hash(question.record) for question in questions)[:8],
         has_answers=all(str(record.get("answer") or "").strip() for record in records),
         questions=questions,
     )
@@ -140,24 +137,23 @@ def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int])
     id_ = _id(record)
     if id_ in ids and "id" not in record:  # two questions about one clip, in a file without ids
         id_ = f"{id_}-{_content_hash(record)[:8]}"
-    if id_ in ids:
+    if ids.setdefault(id_, number) != number:
         raise DataError(f"the id {id_} is that of row {ids[id_]} too; make it unique", "id repeated")
-    ids[id_] = number
     # As the row has it below `audio_dir`, or right there without its folder.
     paths = (audio_dir / clip, audio_dir / Path(clip).name)
     return Question(id_, record, str(next(filter(os.path.isfile, paths), paths[0])))
 
 
 def check_question(question: Question, audio_dir: Path) -> list[str]:
-    """Hold a question against what `to_question` lets pass; returns and raises as `dataset.check_row`."""
+    """Hold a question against what `to_question` lets pass; returns and raises as `dataset.check_choices`."""
     record = question.record
     notes = check_choices(record["question"], record["choices"], "choices")
     answer = record.get("answer")
     if answer not in record["choices"] and not (answer in (None, "") and record.get("split") == "test"):
         message = f"`answer` is {answer!r:.80}, which is none of the choices; mend the row"
         raise DataError(message, "`answer` not among the choices")
-    key, folder = _clip_key(record), os.path.abspath(audio_dir)
-    if os.path.commonpath([folder, os.path.normpath(os.path.join(folder, record[key]))]) != folder:
+    key, folder = _clip_key(record), Path(os.path.abspath(audio_dir))
+    if not Path(os.path.normpath(folder / record[key])).is_relative_to(folder):
         message = f"`{key}` {record[key]!r:.200} leads out of the data folder {folder}; move the clip into it"
         raise DataError(message, "clip outside the data folder")
     return notes
@@ -171,12 +167,12 @@ def recognise_release(records: list[dict]) -> str:
         questions are not in it.
     """
     hashes = [_content_hash(record) for record in records]
-    if release := RELEASES.get(_hash(" ".join(sorted(hashes)))[:16]):
+    if release := RELEASES.get(_digest(hashes)[:16]):
         return release
     differing, nearest = find_nearest(hashes)
-    if len(records) != 1000 or differing == 1000:  # no test-mini at all
-        return UNKNOWN
-    return f"{UNKNOWN} ({differing} of 1000 questions not those of {nearest})"
+    if len(records) == 1000 > differing:
+        return f"{UNKNOWN} ({differing} of 1000 questions not those of {nearest})"
+    return UNKNOWN  # no test-mini at all
 
 
 def find_nearest(hashes: list[str]) -> tuple[int, str]:
@@ -216,6 +212,11 @@ def _id(record: dict) -> str:
 
 def _content_hash(record: dict) -> str:
     return _hash(json.dumps([record.get(key) for key in ("question", "choices", "answer")]))
+
+
+def _digest(hashes: Iterable[str]) -> str:
+    """Of rows in any order."""
+    return _hash(" ".join(sorted(hashes)))
 
 
 def _hash(text: str) -> str:
