@@ -74,7 +74,7 @@ def load_train_dataset(data_file: str | Path, style: str = DEFAULT_STYLE, skip: 
 def check_is_there(data_file: str | Path) -> Path:
     """`data_file` as a path, or a `FileNotFoundError` that says how to get one."""
     if not Path(data_file).is_file():
-        remedy = "data/README.md says how to prepare AVQA; `sh run_grpo.sh demo` trains on synthetic data without it"
+        remedy = "data/README.md says how to get AVQA and MMAU; `sh run_grpo.sh demo` makes data of its own"
         raise FileNotFoundError(f"{data_file}: no such data file; {remedy}")
     return Path(data_file)
 

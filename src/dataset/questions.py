@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .dataset import check_choices, read_fields
+from .dataset import check_choices, check_is_there, read_fields
 from .rows import DataError, get_field, read_records
 
 ORIGINAL, DRAFT, REVISED, UNKNOWN = "original", "v05.15.25-draft", "v05.15.25", "unrecognised"
@@ -91,9 +91,7 @@ def load_questions(path: str | Path, audio_dir: str | Path | None = None) -> Ben
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, has no rows, or one that is no question or repeats an id; names file and row.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such question file; data/README.md says how to get MMAU's")
+    path = check_is_there(path)
     return to_benchmark(read_records(path), path, Path(audio_dir or path.parent))
 
 

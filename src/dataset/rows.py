@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -44,17 +45,15 @@ class Row(NamedTuple):
             raise DataError(message + ", as data/prepare_avqa.py makes of AVQA's own file", "line too long")
         record = _parse(self.text, "one whole JSON object per line is needed")
         if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise DataError(f"a JSON {kind}, not an object with the keys of the format", "not a JSON object")
+            message = f"a JSON {type(record).__name__}, not an object with the keys of the format"
+            raise DataError(message, "not a JSON object")
         return record
 
 
 def read_lines(path: str | Path) -> Iterator[Row]:
     """The lines of a JSONL file, one at a time; of one over `MAX_LINE` bytes, only as much as shows that it is."""
     with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), start=1):
             yield Row(number, line)
             while len(line) > MAX_LINE and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE + 1)
