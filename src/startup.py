@@ -25,6 +25,7 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         FileNotFoundError: there is no such file.
         ValueError: more than `max_dropped` of the rows are unusable, or there is none; the table says why.
     """
+
     def examine() -> list[int]:
         rules = Rules(
             data.prompt_style, processor, data.max_prompt_length, data.audio_channels,

@@ -223,7 +223,7 @@ def test_an_unusable_clip_is_said_without_a_row(run, tmp_path):
 def test_a_model_with_a_damaged_processor_is_named(run, small_model, tmp_path, name, content):
     model = shutil.copytree(small_model, tmp_path / "damaged")
     (model / name).write_text(content)
-    assert_one_line(run(model=model), f"{model}: cannot be used (", "get them again")
+    assert_one_line(run(model=model), f"{model}: its processor cannot be loaded (", "get its files again")
 
 
 @pytest.mark.parametrize("base", ["/gone", "gone/gone", None])

@@ -30,6 +30,8 @@ PROCESSOR_FILES = (
 PROCESSOR = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
 FINGERPRINTS = ".fingerprint.json"  # in a checkpoint's folder: its files' hashes, see `_hash_files`
 
+MODEL_TYPE = "qwen2_audio"
+
 
 class IncompleteCheckpoint(ValueError):
     """A checkpoint that is still being saved, was cut off, or is not there."""
@@ -66,9 +68,11 @@ def check_whole(folder: Path) -> None:
     is_adapter = (folder / "adapter_config.json").is_file()
     config, key = ("adapter_config.json", "base_model_name_or_path") if is_adapter else ("config.json", "model_type")
     try:
-        json.loads((folder / config).read_text(encoding="utf-8"))[key]
+        named = json.loads((folder / config).read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{folder}: incomplete, {config} is missing or cut off") from error
+    if not is_adapter and named != MODEL_TYPE:  # of another, transformers would build the full-size default
+        raise IncompleteCheckpoint(f"{folder}: holds a model of type {named!r}, not a Qwen2-Audio")
     for path in weight_files(folder):
         try:
             with zipfile.ZipFile(path) if path.suffix == ".bin" else safe_open(path, "pt"):

@@ -17,7 +17,7 @@ from transformers import AutoProcessor, ProcessorMixin, Qwen2AudioModel, Qwen2Au
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_bidirectional_mask
 
-from dataset.encode import needed_frames
+from dataset.encode import build_chat, needed_frames
 
 # part -> the modules it is made of, by their names in transformers
 PARTS = {
@@ -32,6 +32,8 @@ def load_processor(model: str | Path, processor: ProcessorMixin | None = None) -
     """A model's processor, or the given one, padding on the left; a `ValueError` where it is damaged, or another's."""
     try:
         processor = processor or AutoProcessor.from_pretrained(model)
+        if isinstance(processor, Qwen2AudioProcessor):
+            build_chat(processor, "")  # so that a damaged template shows now
     except Exception as error:  # over damaged files libraries raise anything, from KeyError to jinja2's
         message = f"{model}: its processor cannot be loaded ({type(error).__name__}: {error})"
         raise ValueError(f"{message}; get its files again, if they are damaged") from error
