@@ -41,7 +41,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples
+from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound
 from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
 from dataset.prompt import DEFAULT_STYLE
@@ -153,6 +153,9 @@ def find_clip(clip: Clip, candidates: list[str], wavs: Path, channels: str) -> s
 def _is_the_clip(path: str) -> str | DataError:
     """`path` itself where it can be used as it lies."""
     try:
+        if (file := open_sound(path)) is None:  # as a video, whose sound is taken out once, not at every step
+            return DataError(f"{path}: not an audio file that libsndfile can read", "clip is no audio file")
+        file.close()
         samples = count_samples(path)
     except DataError as error:
         return error

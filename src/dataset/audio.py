@@ -1,17 +1,20 @@
 """Audio file -> 16 kHz mono float32. Trusts the file's content, never its name; knows nothing of models.
 
-What is wrong with a clip is a `DataError`: `count_samples` says what the header and the file's size tell, in a tenth of
-a millisecond; `examine_clip` decodes as well. `load_audio` is the lenient one: it takes what is left of a clip that was
-cut off, and silence.
+libsndfile decodes what it can, FFmpeg (PyAV) the rest. A clip is as long as what decodes: where its header is not known
+to say that, it is decoded to be counted. What is wrong with it is a `DataError` that names it, the same for all who
+ask. That it was cut off shows where its header promises more: not in Ogg, AAC, webm, or an MP3 without a length tag.
 """
 
 import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import av
 import librosa
 import numpy as np
 import soundfile
@@ -22,10 +25,14 @@ SAMPLE_RATE = 16_000  # Hz, what Qwen2-Audio's feature extractor takes
 CHANNELS = ("first", "mean")
 CUT_SECONDS = 0.1  # a header may promise this much more than the file holds: sloppy writers do
 FULL_SCALE = 1 - 2**-15  # the largest 16-bit sample
-# In libsndfile's notes on a wav file: `Bytes/sec : 32000`, `data : 160000 (should be 79978)`: promised, and there.
-PROMISED_BYTES = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-BYTES_PER_SECOND = re.compile(r"^ +Bytes/sec +: (\d+)", re.MULTILINE)
-UNKNOWN_LENGTH = 0xFFFFFFFF  # what a stream's writer promises
+# In libsndfile's notes: `Bytes/sec : 32000`, `data : 160000 (should be 79978)`: promised, and there.
+PROMISED = re.compile(r"^ *(?:data|SSND|Data Size|BODY|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+BYTES_PER_SECOND = re.compile(r"^ +Bytes/sec +: ([1-9]\d*)", re.MULTILINE)
+# A length from here on is what is written for one not known yet, as to a pipe: 0x7FFFF000 by sox, all ones by others.
+STREAM_BYTES, STREAM_FRAMES = 0x7FFF0000, 2**36 - 1
+MP3_LENGTH = re.compile(rb"\0{9}(?:Xing|Info|VBRI)")  # the tag in an MP3's first frame that says its length
+FILE_START = {"FLAC": b"fLaC\0\0\0\x22", "OGG": b"OggS\0\x02"}
+MORE_MP3 = re.compile(rb"ID3|\xff[\xe0-\xff][\s\S]{2880}")  # a file; two frames may be padding, other tags are an end
 
 
 class MissingAudio(DataError, FileNotFoundError):
@@ -40,8 +47,15 @@ class ClipReport:
     clipped: float = 0.0  # share of the samples at full scale; known only once decoded
 
 
+class _Header(NamedTuple):
+    frames: int = 0  # samples per channel; 0 where only decoding tells
+    rate: int = SAMPLE_RATE  # Hz
+    promised: float = 0.0  # s that FFmpeg has to find
+    libsndfile: bool = False  # it decodes the file, and all of it; else FFmpeg does
+
+
 def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
-    """Decode a clip in any format that libsndfile reads (wav, FLAC, MP3, Ogg, ...) at any sampling rate.
+    """Decode a clip in any format that libsndfile or FFmpeg reads (wav, FLAC, MP3, Ogg, m4a, ...) at any sampling rate.
 
     Args:
         path: the file; what its name ends in does not matter (46 of MMAU's `.wav` files are MP3).
@@ -52,40 +66,26 @@ def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be decoded, holds no samples, or holds NaN or infinite ones; unknown `channels`.
+        ValueError: it cannot be decoded, was cut off, or is silent; its samples are none, NaN or infinite; `channels`.
     """
     mono, rate = _decode(path, channels)
-    if rate != SAMPLE_RATE:
-        mono = librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE)
-    return np.ascontiguousarray(mono, dtype=np.float32)
+    return np.ascontiguousarray(librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE), dtype=np.float32)
 
 
 def count_samples(path: str | Path) -> int:
-    """The number of samples that `load_audio` would return, from the file's header; whether all are there is checked.
-
-    A wav, FLAC or MP3 file that was cut off is found out; libsndfile hides it for the other formats.
-
-    Raises:
-        FileNotFoundError, DataError: as `load_audio`, as far as the header tells; a file that was cut off.
-    """
-    with _open(path) as file:
-        there = file.frames / file.samplerate
-        if (missing := _missing_seconds(file)) > CUT_SECONDS:
-            message = f"{path}: cut off, {there:.2f} s of {there + missing:.2f} s are there; fetch it again"
-            raise DataError(message, "clip cut off")
-        if not _reaches_the_end(file):
-            raise DataError(f"{path}: cut off before the end of its {there:.2f} s; fetch it again", "clip cut off")
-        if file.frames == 0:
-            raise _no_samples(path)
-        return -(-file.frames * SAMPLE_RATE // file.samplerate)  # rounded up, as librosa does
+    """The number of samples that `load_audio` would return, or what it would raise, as far as the length tells."""
+    frames, rate, *_ = header = _read_header(path)
+    for block, rate in () if frames else _blocks(path, header):  # noqa: B007, they have the same
+        frames += len(block)
+    return -(-frames * SAMPLE_RATE // rate)  # rounded up, as librosa does
 
 
 def examine_clip(
     path: str | Path, deep: bool = False, channels: str = "first", longest: float = float("inf")
 ) -> ClipReport | DataError:
-    """Examine one clip: its header, and with `deep` its samples too (NaN, silence, clipping).
+    """Examine one clip: its length, and with `deep` its samples too (NaN, silence, clipping).
 
-    A clip of more than `longest` samples is not decoded: it may be hours, and is of no use to who asks so.
+    The samples of a clip of more than `longest` are not kept: it may be hours, and is of no use to who asks so.
     Errors are returned, not raised, so that clips can be examined in other threads.
     """
     try:
@@ -93,8 +93,6 @@ def examine_clip(
         if not deep or samples > longest:
             return ClipReport(samples)
         mono, _ = _decode(path, channels)
-        if not mono.any():
-            raise DataError(f"{path}: the audio is silent, every sample is zero; remove its row", "clip silent")
         return ClipReport(samples, clipped=float(np.mean(np.abs(mono) >= FULL_SCALE)))
     except DataError as error:
         return error
@@ -104,39 +102,17 @@ def _decode(path: str | Path, channels: str) -> tuple[np.ndarray, int]:
     """Samples (samples,) of the channel(s) to hear, at the file's own rate, and that rate in Hz."""
     if channels not in CHANNELS:
         raise ValueError(f"unknown audio channels {channels!r}: choose one of {', '.join(CHANNELS)}")
-    with _open(path) as file:
-        try:
-            samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
-        except soundfile.LibsndfileError as error:
-            message = f"{path}: the audio breaks off or is damaged ({error.error_string}); fetch or convert it again"
-            raise DataError(message, "clip damaged") from error
-        rate = file.samplerate
-    # Reduced to one channel before resampling: resampling is linear and per channel, and the costly part.
-    mono = samples[:, 0] if channels == "first" else samples.mean(axis=1)
-    if mono.size == 0:
-        raise _no_samples(path)
+    parts = []
+    for block, rate in _blocks(path, _read_header(path)):  # noqa: B007, they have the same
+        # Reduced to one channel before resampling: resampling is linear and per channel, and the costly part.
+        parts.append(block[:, 0].copy() if channels == "first" else block.mean(axis=1))
+    mono = np.concatenate(parts)
     if not np.isfinite(mono).all():
         message = f"{path}: the audio holds NaN or infinite samples; convert it again"
         raise DataError(message, "clip with NaN or infinite samples")
+    if not mono.any():
+        raise DataError(f"{path}: the audio is silent, every sample is zero; remove its row", "clip silent")
     return mono, rate
-
-
-def _no_samples(path) -> DataError:
-    message = f"{path}: the audio holds no samples; remove its row or fetch the clip again"
-    return DataError(message, "clip without samples")
-
-
-def _open(path: str | Path) -> soundfile.SoundFile:
-    """An audio file, or a `DataError` that names it."""
-    _check_is_file(path)
-    try:
-        # A descriptor has no name, so libsndfile looks at the content alone; SoundFile closes it.
-        return soundfile.SoundFile(os.open(path, os.O_RDONLY), closefd=True)
-    except soundfile.LibsndfileError as error:
-        message = f"{path}: not an audio file that libsndfile can read ({error.error_string}); convert it to wav"
-        raise DataError(message, "clip is no audio file") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})", "clip unreadable") from error
 
 
 def _check_is_file(path: str | Path) -> None:
@@ -144,12 +120,10 @@ def _check_is_file(path: str | Path) -> None:
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        message = f"{path}: no such audio file; check the path, or remove its row from the data file"
-        raise MissingAudio(message, "clip missing") from error
+        raise MissingAudio(f"{path}: no such audio file; check the path, or remove its row", "clip missing") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            message = f"{path}: symbolic links that lead in a circle; link to the file itself"
-            raise DataError(message, "clip is a symlink loop") from error
+            raise DataError(f"{path}: links lead in a circle; link to the file", "clip is a symlink loop") from error
         raise DataError(f"{str(path)[:200]}: cannot be read ({error.strerror})", "clip unreadable") from error
     except ValueError as error:  # a zero byte or half a surrogate pair in the name
         raise DataError(f"{str(path)!r}: no file can have this name ({error}); mend it", "clip unreadable") from error
@@ -161,20 +135,96 @@ def _check_is_file(path: str | Path) -> None:
         raise DataError(f"{path}: an empty file, not an audio file; fetch it again", "clip is an empty file")
 
 
-def _missing_seconds(file: soundfile.SoundFile) -> float:
-    """How much of the audio that a wav file's header promises is not in the file, by libsndfile's notes on it."""
-    promised, rate = PROMISED_BYTES.search(file.extra_info), BYTES_PER_SECOND.search(file.extra_info)
-    if not promised or not rate or int(promised[1]) == UNKNOWN_LENGTH:
-        return 0.0
-    return (int(promised[1]) - int(promised[2])) / max(1, int(rate[1]))
-
-
-def _reaches_the_end(file: soundfile.SoundFile) -> bool:
-    """Whether the end of a FLAC or MP3 file, whose headers name the length too, is there to be decoded."""
-    if file.format not in ("FLAC", "MP3"):
-        return True
+def open_sound(path: str | Path) -> soundfile.SoundFile | None:
+    """Open what libsndfile reads, by its content alone: a descriptor has no name. None for another file."""
+    _check_is_file(path)
     try:
-        file.seek(max(0, file.frames - 1 - int(CUT_SECONDS * file.samplerate)))
-        return len(file.read(1)) > 0 or file.frames == 0
+        return soundfile.SoundFile(os.open(path, os.O_RDONLY), closefd=True)
+    except soundfile.LibsndfileError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})", "clip unreadable") from error
+
+
+def _read_header(path: str | Path) -> _Header:
+    """How long a file is, where its header can be believed, and who decodes it; a wav that was cut off is found."""
+    if (file := open_sound(path)) is None:
+        return _Header()
+    with file:
+        seconds, is_mp3 = file.frames / file.samplerate, file.subtype.startswith("MPEG")
+        if (size := PROMISED.search(file.extra_info)) and int(size[1]) < STREAM_BYTES:
+            rate, lacking = BYTES_PER_SECOND.search(file.extra_info), int(size[1]) - int(size[2])
+            missing = lacking / int(rate[1]) if rate else seconds * lacking / max(1, int(size[2]))
+            if missing > CUT_SECONDS:
+                message = f"{path}: cut off, {seconds:.2f} s of {seconds + missing:.2f} s are there; fetch it again"
+                raise DataError(message, "clip cut off")
+        if file.frames >= STREAM_FRAMES or not file.seekable():
+            return _Header(libsndfile=file.frames < STREAM_FRAMES)
+        if not (is_mp3 or file.format in FILE_START) or _is_all(file, path):
+            return _Header(file.frames, file.samplerate, libsndfile=True)
+        promises = file.format == "FLAC" or (is_mp3 and MP3_LENGTH.search(Path(path).read_bytes()))
+        return _Header(promised=seconds if promises else 0.0)
+
+
+def _is_all(file: soundfile.SoundFile, path: str | Path) -> bool:
+    """Whether the samples that libsndfile counts are there, and no others behind them: it guesses the length of an MP3
+    without a tag from the first frame, and hears the first of several files in a row."""
+    start, tail = FILE_START.get(file.format), min(file.frames, int(CUT_SECONDS * file.samplerate))
+    if start and Path(path).read_bytes().count(start) > 1:
+        return False
+    try:
+        file.seek(file.frames - tail)
+        return len(file.read(tail)) == tail and (start or not MORE_MP3.match(os.read(file.name, 4096)))
     except soundfile.LibsndfileError:
         return False
+
+
+def _blocks(path: str | Path, header: _Header) -> Iterator[tuple[np.ndarray, int]]:
+    """All samples in parts (samples, channels), float32, each with its rate in Hz; at least one, or a `DataError`."""
+    heard = 0
+    try:
+        for block, rate in _libsndfile(path, header) if header.libsndfile else _ffmpeg(path, header.promised):
+            heard += len(block)
+            yield block, rate
+    except DataError:
+        raise
+    except (soundfile.LibsndfileError, av.FFmpegError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: breaks off or is damaged ({error}); fetch or convert it again", "clip damaged"
+        ) from error
+    if not heard:
+        raise DataError(f"{path}: the audio holds no samples; fetch it again or remove its row", "clip without samples")
+
+
+def _libsndfile(path: str | Path, header: _Header) -> Iterator[tuple[np.ndarray, int]]:
+    with open_sound(path) as file:
+        # At once where the length is known: between two parts it would seek, after which an MP3 decodes differently.
+        while len(block := file.read(header.frames or 2**20, dtype="float32", always_2d=True)):
+            yield block, file.samplerate
+
+
+def _ffmpeg(path: str | Path, promised: float) -> Iterator[tuple[np.ndarray, int]]:
+    heard = lost = 0.0  # s
+    with open(path, "rb") as file:
+        try:  # it sees neither the file's name nor, by no protocol, the files that a playlist names
+            container = av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="ignore")
+            stream = container.streams.audio[0]
+        except (av.FFmpegError, IndexError) as error:
+            message = f"{path}: not an audio file that libsndfile can read, and no sound for FFmpeg; convert it to wav"
+            raise DataError(message, "clip is no audio file") from error
+        if "mp4" in container.format.name and stream.duration:
+            promised = float(stream.duration * stream.time_base)
+        planar = av.AudioResampler(format="fltp")  # keeps rate and channels
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError:  # as between two files in a row
+                lost += float((packet.duration or 0) * stream.time_base)
+                continue
+            for part in (part for frame in frames for part in planar.resample(frame)):
+                heard += part.samples / part.sample_rate  # the stream's rate may be half of it, for HE-AAC
+                yield part.to_ndarray().T, part.sample_rate
+    if heard < promised - CUT_SECONDS:
+        raise DataError(f"{path}: cut off before the end of its {promised:.2f} s; fetch it again", "clip cut off")
+    if lost > CUT_SECONDS:
+        raise ValueError(f"{lost:.2f} s of it do not decode")

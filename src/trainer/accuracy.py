@@ -15,8 +15,7 @@ from dataset.questions import Benchmark
 from dataset.rows import first_problems
 from evaluation.answers import EncodedQuestions, answer_batches, load_clips
 from evaluation.mmau import Scores, evaluate
-from evaluation.results import Run, to_records
-from model.generation import MAX_NEW_TOKENS
+from evaluation.results import MAX_NEW_TOKENS, Run, to_records
 from model.qwen2_audio import base_model
 
 
