@@ -28,8 +28,8 @@ FULL_SCALE = 1 - 2**-15  # the largest 16-bit sample
 # In libsndfile's notes: `Bytes/sec : 32000`, `data : 160000 (should be 79978)`: promised, and there.
 PROMISED = re.compile(r"^ *(?:data|SSND|Data Size|BODY|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 BYTES_PER_SECOND = re.compile(r"^ +Bytes/sec +: ([1-9]\d*)", re.MULTILINE)
-# A length from here on is what is written for one not known yet, as to a pipe: 0x7FFFF000 by sox, all ones by others.
-STREAM_BYTES, STREAM_FRAMES = 0x7FFF0000, 2**36 - 1
+# A length from here on, or 0, stands for one that the writer, as to a pipe, does not know: 0x7F000000 or all ones.
+STREAM_BYTES, STREAM_FRAMES = 0x7E000000, 2**36 - 1
 MP3_LENGTH = re.compile(rb"\0{9}(?:Xing|Info|VBRI)")  # the tag in an MP3's first frame that says its length
 FILE_START = {"FLAC": b"fLaC\0\0\0\x22", "OGG": b"OggS\0\x02"}
 MORE_MP3 = re.compile(rb"ID3|\xff[\xe0-\xff][\s\S]{2880}")  # a file; two frames may be padding, other tags are an end
@@ -158,8 +158,8 @@ def _read_header(path: str | Path) -> _Header:
             if missing > CUT_SECONDS:
                 message = f"{path}: cut off, {seconds:.2f} s of {seconds + missing:.2f} s are there; fetch it again"
                 raise DataError(message, "clip cut off")
-        if file.frames >= STREAM_FRAMES or not file.seekable():
-            return _Header(libsndfile=file.frames < STREAM_FRAMES)
+        if not 0 < file.frames < STREAM_FRAMES or not file.seekable():
+            return _Header(libsndfile=0 < file.frames < STREAM_FRAMES)
         if not (is_mp3 or file.format in FILE_START) or _is_all(file, path):
             return _Header(file.frames, file.samplerate, libsndfile=True)
         promises = file.format == "FLAC" or (is_mp3 and MP3_LENGTH.search(Path(path).read_bytes()))
@@ -189,9 +189,7 @@ def _blocks(path: str | Path, header: _Header) -> Iterator[tuple[np.ndarray, int
     except DataError:
         raise
     except (soundfile.LibsndfileError, av.FFmpegError, OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: breaks off or is damaged ({error}); fetch or convert it again", "clip damaged"
-        ) from error
+        raise DataError(f"{path}: breaks off or is damaged ({error}); fetch it again", "clip damaged") from error
     if not heard:
         raise DataError(f"{path}: the audio holds no samples; fetch it again or remove its row", "clip without samples")
 
