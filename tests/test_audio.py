@@ -239,6 +239,12 @@ def cut(path, make, **settings) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
 
 
+def two_rates(path, make, **settings) -> None:
+    make(path.with_name("second"), seconds=2, rate=16_000, **settings)
+    make(path, seconds=2, **settings)
+    path.write_bytes(path.read_bytes() + path.with_name("second").read_bytes())
+
+
 def write_zeros(path, **format) -> None:
     soundfile.write(path, np.zeros(SAMPLE_RATE, np.float32), SAMPLE_RATE, **format)
 
@@ -255,6 +261,9 @@ DAMAGED = {
         partial(cut, make=encode, format="mp4", codec="aac", seconds=4, container_options={"movflags": "faststart"}),
         "cut off",
     ),
+    "cut webm": (partial(cut, make=OPUS, format="webm", seconds=4), "cut off"),
+    "MP3, two rates in a row": (lambda path: two_rates(path, MP3, **VBR), "its sampling rate changes"),
+    "AAC, two rates in a row": (lambda path: two_rates(path, encode, format="adts", codec="aac"), "rate changes"),
     "wav of zeros": (partial(write_zeros, format="WAV"), "silent"),
     "FLAC of zeros": (partial(write_zeros, format="FLAC"), "silent"),
     "MP3 of zeros": (partial(write_zeros, format="MP3"), "silent"),

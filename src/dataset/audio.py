@@ -1,8 +1,8 @@
 """Audio file -> 16 kHz mono float32. Trusts the file's content, never its name; knows nothing of models.
 
-libsndfile decodes what it can, FFmpeg (PyAV) the rest. A clip is as long as what decodes: where its header is not known
-to say that, it is decoded to be counted. What is wrong with it is a `DataError` that names it, the same for all who
-ask. That it was cut off shows where its header promises more: not in Ogg, AAC, webm, or an MP3 without a length tag.
+libsndfile decodes what it can, FFmpeg (PyAV) the rest. A clip is as long as what decodes; where no header is known to
+tell, it is decoded to be counted. What is wrong is a `DataError` that names the clip, the same for all who ask; that it
+was cut off shows where a header promises more: not in Ogg, raw AAC, or an MP3 without a length tag.
 """
 
 import errno
@@ -50,8 +50,8 @@ class ClipReport:
 class _Header(NamedTuple):
     frames: int = 0  # samples per channel; 0 where only decoding tells
     rate: int = SAMPLE_RATE  # Hz
-    promised: float = 0.0  # s that FFmpeg has to find
-    libsndfile: bool = False  # it decodes the file, and all of it; else FFmpeg does
+    promised: float = 0.0  # s that FFmpeg has to find, if it is the one to decode
+    libsndfile: bool = False  # it decodes all of the file; else FFmpeg does
 
 
 def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
@@ -108,8 +108,7 @@ def _decode(path: str | Path, channels: str) -> tuple[np.ndarray, int]:
         parts.append(block[:, 0].copy() if channels == "first" else block.mean(axis=1))
     mono = np.concatenate(parts)
     if not np.isfinite(mono).all():
-        message = f"{path}: the audio holds NaN or infinite samples; convert it again"
-        raise DataError(message, "clip with NaN or infinite samples")
+        raise DataError(f"{path}: the audio holds NaN or infinite samples", "clip with NaN or infinite samples")
     if not mono.any():
         raise DataError(f"{path}: the audio is silent, every sample is zero; remove its row", "clip silent")
     return mono, rate
@@ -170,27 +169,29 @@ def _is_all(file: soundfile.SoundFile, path: str | Path) -> bool:
     """Whether the samples that libsndfile counts are there, and no others behind them: it guesses the length of an MP3
     without a tag from the first frame, and hears the first of several files in a row."""
     start, tail = FILE_START.get(file.format), min(file.frames, int(CUT_SECONDS * file.samplerate))
-    if start and Path(path).read_bytes().count(start) > 1:
-        return False
     try:
+        if start and Path(path).read_bytes().count(start) > 1:
+            return False
         file.seek(file.frames - tail)
-        return len(file.read(tail)) == tail and (start or not MORE_MP3.match(os.read(file.name, 4096)))
-    except soundfile.LibsndfileError:
+        return len(file.read(tail)) == tail and (bool(start) or not MORE_MP3.match(os.read(file.name, 4096)))
+    except (soundfile.LibsndfileError, OSError):
         return False
 
 
 def _blocks(path: str | Path, header: _Header) -> Iterator[tuple[np.ndarray, int]]:
     """All samples in parts (samples, channels), float32, each with its rate in Hz; at least one, or a `DataError`."""
-    heard = 0
+    rates = set()
     try:
         for block, rate in _libsndfile(path, header) if header.libsndfile else _ffmpeg(path, header.promised):
-            heard += len(block)
+            rates.add(rate)
             yield block, rate
     except DataError:
         raise
     except (soundfile.LibsndfileError, av.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{path}: breaks off or is damaged ({error}); fetch it again", "clip damaged") from error
-    if not heard:
+    if len(rates) > 1:
+        raise DataError(f"{path}: its sampling rate changes, {sorted(rates)} Hz; convert it to wav", "clip damaged")
+    if not rates:
         raise DataError(f"{path}: the audio holds no samples; fetch it again or remove its row", "clip without samples")
 
 
@@ -212,6 +213,8 @@ def _ffmpeg(path: str | Path, promised: float) -> Iterator[tuple[np.ndarray, int
             raise DataError(message, "clip is no audio file") from error
         if "mp4" in container.format.name and stream.duration:
             promised = float(stream.duration * stream.time_base)
+        elif "webm" in container.format.name and len(container.streams) == 1:
+            promised = (container.duration or 0) / av.time_base
         planar = av.AudioResampler(format="fltp")  # keeps rate and channels
         for packet in container.demux(stream):
             try:
