@@ -153,8 +153,7 @@ def _read_header(path: str | Path) -> _Header:
         seconds, is_mp3 = file.frames / file.samplerate, file.subtype.startswith("MPEG")
         if (size := PROMISED.search(file.extra_info)) and int(size[1]) < STREAM_BYTES:
             rate, lacking = BYTES_PER_SECOND.search(file.extra_info), int(size[1]) - int(size[2])
-            missing = lacking / int(rate[1]) if rate else seconds * lacking / max(1, int(size[2]))
-            if missing > CUT_SECONDS:
+            if (missing := lacking / int(rate[1]) if rate else seconds * lacking / max(1, int(size[2]))) > CUT_SECONDS:
                 message = f"{path}: cut off, {seconds:.2f} s of {seconds + missing:.2f} s are there; fetch it again"
                 raise DataError(message, "clip cut off")
         if not 0 < file.frames < STREAM_FRAMES or not file.seekable():
