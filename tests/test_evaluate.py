@@ -466,7 +466,10 @@ def poison(checkpoint: Path, value: float = float("nan")) -> None:
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "its processor cannot be loaded"),
         (lambda folder: (folder / "processor_config.json").write_text("[]"), "its processor cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json is missing or cut off"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "type 'bert', not a Qwen2-Audio"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
+            "type 'bert', not a Qwen2-Audio",
+        ),
         (lambda folder: (folder.parent / "out" / "test_100").write_text("a file"), "test_100"),
     ],
 )
