@@ -488,7 +488,7 @@ def test_one_bad_model_does_not_end_the_sweep(few, trained, checkpoint, capsys, 
 def test_a_process_without_questions_skips_a_broken_model_with_the_others(few, trained, checkpoint, tmp_path):
     """Two processes, one batch: the one without it must not wait for the other, which has gone on to the next model."""
     remove_tensor(checkpoint)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT[1]]
+    command = [sys.executable, "src/launch/start.py", "--standalone", "--nproc_per_node", "2", SCRIPT[1]]
     command += ["--model_path", checkpoint, trained / "checkpoint-200", "--data_file", few, "--out_dir", tmp_path]
     command += [*TOKENS, "--device", "cpu", "--batch_size", "32"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
