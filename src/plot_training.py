@@ -1,0 +1,27 @@
+"""Draw the curves of training runs over one another: python src/plot_training.py exp/a exp/b --out curves.png
+
+Also of a run that was killed, or still goes on: its figures are read from the newest checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from trainer.curves import plot_curves, read_history
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the curves of training runs.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold checkpoint-*")
+    parser.add_argument("--out", type=Path, help="picture to write; default: training.png in the (first) folder")
+    args = parser.parse_args()
+    path = args.out or args.runs[0] / "training.png"
+    try:
+        plot_curves({str(run): (run, read_history(run)) for run in args.runs}, path)
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot_training.py: {error}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

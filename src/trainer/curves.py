@@ -1,0 +1,125 @@
+"""A run's curves: the paper's six panels and what else tells a healthy run from a sick one, as one picture.
+
+The figures are those of `trainer_state.json`, so a killed run can be drawn too; accuracies of evaluated checkpoints are
+read from `test_*`. Leaves out the table of accuracies (`utils/show_acc.py`).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+from transformers import TrainerCallback
+
+from evaluation.collect import read_results
+
+# title -> key in the log, its unit; the first six are the paper's
+PANELS = {
+    "accuracy reward": ("rewards/accuracy_reward/mean", "mean of 0 and 1"),
+    "format reward": ("rewards/format_reward/mean", "mean of 0 and 1"),
+    "spread of the rewards": ("reward_std", "standard deviation in a group"),
+    "loss": ("loss", ""),
+    "KL to the reference": ("kl", "nats a token"),
+    "completion length": ("completions/mean_length", "tokens"),
+    "entropy": ("entropy", "nats a token"),
+    "groups without advantage": ("frac_reward_zero_std", "share"),
+    "time": ("step_time", "s a step"),
+}
+ACCURACY = "accuracy on questions kept apart"
+# Told apart in greyscale by their dashes, by colour-blind people by the palette of Okabe and Ito (2008).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+SMOOTHED = 0.05  # share of a run's steps over which its line is averaged
+
+
+class PlotCurves(TrainerCallback):
+    """Refresh `training.png` in the output folder at every save and at the end."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            try:
+                plot_curves({folder.name: (folder, state.log_history)}, folder / "training.png")
+            except (OSError, ValueError) as error:  # a picture is not worth a run
+                print(f"training.png: not drawn ({error})", file=sys.stderr)
+
+    on_train_end = on_save
+
+
+def read_history(run: Path) -> list[dict]:
+    """The logged figures of a run, one entry a logged step, from its newest state that is whole.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = []
+    for path in (*run.glob("checkpoint-*/trainer_state.json"), run / "trainer_state.json"):
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            found.append((state["global_step"], state["log_history"]))
+        except (OSError, ValueError, KeyError, TypeError):  # cut off: an older one is whole
+            continue
+    if not found:
+        raise FileNotFoundError(f"{run}: holds no trainer_state.json of a run that has saved")
+    return max(found, key=lambda state: state[0])[1]
+
+
+def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
+    """Draw runs over one another.
+
+    Args:
+        runs: name -> (folder, logged figures).
+        path: of the picture; what its ending says.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logs = {name: pd.DataFrame(history).groupby("step").first() for name, (_, history) in runs.items() if history}
+    panels = {title: panel for title, panel in PANELS.items() if any(panel[0] in log for log in logs.values())}
+    accuracies = {name: _accuracies(folder, logs.get(name)) for name, (folder, _) in runs.items()}
+    titles = [*panels, *([ACCURACY] if any(accuracies.values()) else [])]
+    if not titles:
+        raise ValueError("nothing was logged yet")
+    rows = -(-len(titles) // 3)
+    figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.2 * rows), squeeze=False, layout="constrained")
+    for axis, title in zip(axes.flat, titles, strict=False):
+        key, unit = panels.get(title, (None, "%, with its 95% interval"))
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        for index, name in enumerate(runs):
+            look = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
+            if key is None and accuracies[name]:
+                steps, values, low, high = zip(*accuracies[name], strict=True)
+                axis.errorbar(steps, values, yerr=[low, high], marker="o", capsize=3, label=name, **look)
+            elif key and name in logs and key in logs[name]:
+                _plot_line(axis, logs[name][key].dropna(), name, look)
+    for axis in axes.flat[len(titles) :]:
+        axis.axis("off")
+    if len(runs) > 1:
+        axes[0, 0].legend(fontsize="small")
+    figure.suptitle(", ".join(runs))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _plot_line(axis, values: pd.Series, name: str, look: dict) -> None:
+    """Logged values as points, and a smoothed line over them."""
+    axis.plot(values.index, values, ".", color=look["color"], alpha=0.25, markersize=4)
+    window = max(1, round(SMOOTHED * len(values)))
+    axis.plot(values.index, values.rolling(window, min_periods=1, center=True).mean(), label=name, **look)
+
+
+def _accuracies(folder: Path, log: pd.DataFrame | None) -> list[tuple[int, float, float, float]]:
+    """(step, accuracy in %, its distance to the interval's lower and upper end), of evaluated checkpoints; else what
+    was measured in training, which leaves no interval."""
+    results = [result for result in read_results(folder)[0] if result.step is not None and not result.drops]
+    if results:
+        first = results[0].benchmark.digest
+        points = {result.step: result for result in results if result.benchmark.digest == first}
+        bounds = ((step, result.accuracy, *result.interval) for step, result in sorted(points.items()))
+        return [(step, value, value - low, high - value) for step, value, low, high in bounds]
+    if log is None or "eval_accuracy" not in log:
+        return []
+    return [(step, value, 0.0, 0.0) for step, value in log["eval_accuracy"].dropna().items()]

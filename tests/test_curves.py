@@ -1,0 +1,73 @@
+"""trainer/curves.py and plot_training.py: a run's curves, from whatever of it is on disk."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from running import run
+from test_show_acc import write_result
+from trainer.curves import PlotCurves, _accuracies, plot_curves, read_history
+
+
+def write_state(folder: Path, step: int, **logged) -> Path:
+    """A checkpoint's state after `step` steps, each with one logged figure or more."""
+    path = folder / f"checkpoint-{step}" / "trainer_state.json"
+    path.parent.mkdir(parents=True)
+    history = [{"step": at, "loss": 1 / at, "reward_std": 0.5} for at in range(1, step + 1)]
+    path.write_text(json.dumps({"global_step": step, "log_history": [*history, {"step": step} | logged]}))
+    return path
+
+
+def test_the_newest_whole_state_counts(tmp_path):
+    for step in (2, 10):
+        write_state(tmp_path, step)
+    assert len(read_history(tmp_path)) == 11
+    newest = write_state(tmp_path, 20)
+    newest.write_text(newest.read_text()[:-30])  # the run was killed as it wrote it
+    assert len(read_history(tmp_path)) == 11
+    with pytest.raises(FileNotFoundError, match="holds no trainer_state.json"):
+        read_history(tmp_path / "gone")
+
+
+def test_runs_are_laid_over_one_another(tmp_path):
+    write_state(tmp_path / "a", 3)
+    write_state(tmp_path / "b", 5, eval_accuracy=60.0)
+    drawn = run("python", "src/plot_training.py", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert str(tmp_path / "x.svg") in drawn.stdout and "<svg" in text
+    gone = run("python", "src/plot_training.py", tmp_path / "gone", check=False)
+    assert gone.returncode == 1 and gone.stdout.startswith("plot_training.py: ") and "Traceback" not in gone.stdout
+
+
+def test_accuracies_are_those_of_evaluated_checkpoints_else_of_the_log(tmp_path):
+    write_state(tmp_path, 3, eval_accuracy=60.0)
+    import pandas
+
+    log = pandas.DataFrame(read_history(tmp_path)).groupby("step").first()
+    assert _accuracies(tmp_path, log) == [(3, 60.0, 0.0, 0.0)]
+    for step, right in ((1, 150), (3, 210)):
+        write_result(tmp_path, str(step), right)
+    (first, second) = _accuracies(tmp_path, log)
+    assert (first[:2], second[:2]) == ((1, 50.0), (3, 70.0)) and all(0 < bound < 10 for bound in first[2:] + second[2:])
+
+
+def test_the_picture_is_refreshed_and_costs_no_run(tmp_path, capsys):
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"step": 1, "loss": 1.0}])
+    PlotCurves().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    state.log_history.clear()
+    PlotCurves().on_train_end(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert "not drawn (nothing was logged yet)" in capsys.readouterr().err
+    shutil.rmtree(tmp_path)
+    state.log_history.append({"step": 1, "loss": 1.0})
+    PlotCurves().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert "not drawn" in capsys.readouterr().err
+
+
+def test_a_run_of_one_step_or_none(tmp_path):
+    plot_curves({"a": (tmp_path, [{"step": 1, "kl": 0.0}])}, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="nothing was logged"):
+        plot_curves({"a": (tmp_path, [])}, tmp_path / "b.png")
