@@ -1,0 +1,61 @@
+"""What a training run prints: a line a logged step that fits 100 columns; all figures go to `log.jsonl`.
+
+Leaves out pictures (`curves.py`) and what --report_to sends elsewhere.
+"""
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+# name on the line -> key in the log, format; those that were logged are shown
+COLUMNS = {
+    "loss": ("loss", "7.4f"),
+    "reward": ("reward", "4.2f"),
+    "accuracy": ("rewards/accuracy_reward/mean", "4.2f"),
+    "format": ("rewards/format_reward/mean", "4.2f"),
+    "kl": ("kl", "6.4f"),
+    "length": ("completions/mean_length", "3.0f"),
+}
+ONLY_WITHOUT = {"loss": "reward"}  # GRPO's loss says little
+
+
+class StepLines(TrainerCallback):
+    """Print a line a step, and append all that was logged to `log.jsonl` in the output folder."""
+
+    def __init__(self):
+        self.began: tuple[float, int] | None = None  # when this run did, and at which step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+        if "train_runtime" in logs:
+            text = f"{timedelta(seconds=round(logs['train_runtime']))} for {state.global_step - self.began[1]} steps"
+        elif evaluated := [f"{key.removeprefix('eval_')} {logs[key]:.2f}" for key in logs if key.startswith("eval_")]:
+            text = "evaluated: " + "  ".join(evaluated)
+        else:
+            text = self._describe_step(logs, state)
+        print(f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}", flush=True)
+
+    def _describe_step(self, logs: dict[str, float], state) -> str:
+        shown = {name: column for name, column in COLUMNS.items() if column[0] in logs}
+        parts = [
+            f"{name} {logs[key]:{form}}" for name, (key, form) in shown.items() if ONLY_WITHOUT.get(name) not in shown
+        ]
+        seconds = (time.monotonic() - self.began[0]) / max(1, state.global_step - self.began[1])
+        left = timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
+        return "  ".join([*parts, f"{seconds:.1f} s/step", f"{left} left"])
+
+
+def print_lines(trainer: Trainer) -> None:
+    """Have a trainer print lines instead of transformers' bar and dictionaries."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(StepLines())
