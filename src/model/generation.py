@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, Qwen2AudioForConditionalGeneration
+from transformers import Cache, DynamicLayer, LogitsProcessorList, Qwen2AudioForConditionalGeneration
 from transformers.generation import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -78,10 +78,11 @@ def generate(
         if not alive:
             break
         if len(alive) < len(rows):
-            kept = torch.tensor(alive, device=mask.device)
-            cache.batch_select_indices(kept)
+            gone = set(range(len(alive))).difference(alive)
+            kept = [alive.pop() if place in gone else place for place in range(len(alive))]
+            cache.batch_select_indices(torch.tensor(kept))
             mask, positions = mask[kept], positions[kept]
-            rows, tokens = [rows[place] for place in alive], [tokens[place] for place in alive]
+            rows, tokens = [rows[place] for place in kept], [tokens[place] for place in kept]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         output = model.model.language_model(
             inputs_embeds=embed_tokens(model, [[token] for token in tokens]),  # (R, 1, H)
@@ -94,7 +95,7 @@ def generate(
     return completions
 
 
-def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, DynamicCache]:
+def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, Cache]:
     """The prompts through encoder and language model, in groups of like length: padding costs as much as tokens do.
 
     Evaluation and rollouts both start from it. What follows remains two loops: evaluation decodes greedily, bit for bit
@@ -124,7 +125,7 @@ def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[to
         caches.append([[to_left(states, rows, source) for states in (layer.keys, layer.values)] for layer in layers])
     # Back to the order of the batch.
     order = torch.tensor([row for group in groups for row in group], device=device).argsort()
-    merged = DynamicCache(config=model.config.text_config)
+    merged = Cache(layer_class_to_replicate=RoomyLayer)
     for index in range(len(caches[0])):
         layer = [cache.pop(0) for cache in caches]  # freed once merged: all of it twice would not fit
         keys, values = (torch.cat(states)[order] for states in zip(*layer, strict=True))
@@ -135,6 +136,40 @@ def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[to
 def to_left(states: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Cached states (R, heads, T, D) in the places that `source` (R, P) names: (R, heads, P, D)."""
     return states.transpose(1, 2)[rows, source].transpose(1, 2)
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's cache that grows by an eighth at a time: `DynamicLayer` copies all of it for every token.
+
+    `keys` and `values` are views of the filled part of buffers, and their strides tell how much room is behind it.
+    """
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys[:, :, :0].contiguous(), values[:, :, :0].contiguous()
+        self.keys, self.values = append(self.keys, keys), append(self.values, values)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows, in this order; only those that change their place are copied."""
+        moved = (indices != torch.arange(len(indices))).nonzero()[:, 0]
+        for states in (self.keys, self.values):
+            states[moved] = states[indices[moved]]
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
+
+
+def append(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """States (R, heads, T, D) with more of them behind, in the room that is there or else in a larger buffer."""
+    rows, heads, start, size = states.shape
+    stop = start + new.shape[2]
+    if stop * size > states.stride(1):
+        buffer = new.new_empty(rows, heads, stop + stop // 8, size)
+        buffer[:, :, :start] = states
+        states = buffer
+    states = states.as_strided((rows, heads, stop, size), states.stride(), states.storage_offset())
+    states[:, :, start:] = new
+    return states
 
 
 class Greedy:
