@@ -3,9 +3,13 @@
     python benchmarks/eval_speed.py                                  a small model, made here, on synthetic clips
     python benchmarks/eval_speed.py --model_path M --data_file mmau-test-mini.json --questions 256 --max_new_tokens 256
 
+One line for each limit on new tokens. The small model's answers all reach it; each limit is measured again with its end
+tokens' logits doubled: answers then end after any number of tokens, 100 on average.
+
 Plain loop: file order, one process, clips decoded in line, batches of 32 padded to the longest, the processor and
 `model.generate` as their documentation uses them; greedy, with the same limit on new tokens. Loading the model is not
-counted. Prints how many of the answers are equal: in float32 all but near ties, which only one of the two settles.
+counted. The two take turns. Prints how many of the answers are equal: in float32 all but near ties, which only one of
+the two settles.
 """
 
 # ruff: noqa: E402
@@ -15,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +102,20 @@ def run_ours(
     return {id_: completion.text for id_, completion in completions.items()}
 
 
+def measure(loops: dict[str, Callable[[], dict]], repeats: int) -> str:
+    """Let the loops take turns; their times (the best of `repeats`), and how many of their answers are equal."""
+    seconds, answers = {}, {}
+    for _ in range(repeats):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            answers[name] = loop()
+            seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
+    (plain, ours), (expected, given) = seconds.values(), answers.values()
+    equal = sum(given[name] == text for name, text in expected.items())
+    times = "; ".join(f"{name} {took:.1f} s, {len(given) / took:.2f} questions/s" for name, took in seconds.items())
+    return f"{times}; {plain / ours:.2f} times as fast; {equal} of {len(given)} answers equal"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Questions per second, against the plain loop.")
     parser.add_argument("--model_path", help="default: a small model with random weights")
@@ -104,7 +123,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=96, help="how many, from the file's start")
     parser.add_argument("--batch_size", type=int, default=32, help="ours; the plain loop's is 32")
     parser.add_argument("--workers", type=int, help="ours; default: as test_mmau.py has it")
-    parser.add_argument("--max_new_tokens", type=int, default=12, help="a trained model's answers are about this long")
+    parser.add_argument(
+        "--max_new_tokens", type=int, nargs="+", default=[12, 64, 256], help="a trained model's answers take about 12"
+    )
     parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many counts")
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -122,25 +143,16 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(args.model_path or folder / "model")
         processor.tokenizer.padding_side = "left"
         model = load_model(args.model_path or folder / "model", dtype, device)
-        seconds, answers = {}, {}
-        for _ in range(args.repeats):
-            for name, run in (
-                ("plain loop", lambda: run_plain(model, processor, benchmark, "answer", args.max_new_tokens)),
-                (
-                    "ours",
-                    lambda: run_ours(
-                        model, processor, benchmark, "answer", args.max_new_tokens, args.batch_size, args.workers
-                    ),
-                ),
-            ):
-                start = time.perf_counter()
-                answers[name] = run()
-                seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
-    asked = len(benchmark.questions)
-    for name, took in seconds.items():
-        print(f"{name:10}  {asked / took:8.2f} questions/s")
-    equal = sum(answers["ours"][name] == text for name, text in answers["plain loop"].items())
-    print(f"{seconds['plain loop'] / seconds['ours']:.2f} times as fast; {equal} of {asked} answers equal")
+        for answers in ["as the model ends them"] if args.model_path else ["to the limit", "of any length"]:
+            if answers == "of any length":
+                model.lm_head.weight.data[end_ids(processor)] *= 2
+            for limit in args.max_new_tokens:
+                asked = (model, processor, benchmark, "answer", limit)
+                loops = {
+                    "plain loop": lambda asked=asked: run_plain(*asked),
+                    "ours": lambda asked=asked: run_ours(*asked, args.batch_size, args.workers),
+                }
+                print(f"{limit} tokens, answers {answers}: {measure(loops, args.repeats)}", flush=True)
 
 
 if __name__ == "__main__":

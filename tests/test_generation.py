@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2AudioForConditionalGeneration
+from transformers import DynamicLayer, Qwen2AudioForConditionalGeneration
 
 import row_by_row
 from dataset.encode import encode_question, join, needed_frames
 from model import generation
-from model.generation import Greedy, Sampler, generate, score
+from model.generation import Greedy, RoomyLayer, Sampler, generate, prefill, score
 from model.qwen2_audio import embed_audio, end_ids, group_by_length, load_processor
 
 TEXTS = [
@@ -176,6 +176,63 @@ def test_score_is_the_log_probability_of_the_whole_reply(model, processor, clips
             logits = model(**inputs).logits[0, -len(reply) - 1 : -1]
         expected = logits.log_softmax(-1)[range(len(reply)), reply].sum()
         assert logp == pytest.approx(expected.item(), abs=1e-4)
+
+
+def states(generator, rows, tokens):
+    """Keys and values that look like a model's: heads and tokens swapped in memory."""
+    return torch.randn(2, rows, tokens, 3, 4, generator=generator).transpose(2, 3)
+
+
+@pytest.mark.parametrize("select", [[0, 4, 2], [3], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("change", ["none", "repeat", "crop", "reorder"])
+def test_the_cache_with_room_holds_what_the_plain_one_holds(select, change):
+    random = torch.Generator().manual_seed(0)
+    ours, plain = RoomyLayer(), DynamicLayer()
+    prompts = states(random, 5, 20)
+    before, grown = prompts.clone(), 0
+
+    def extend(rows, tokens):
+        nonlocal grown
+        new, where = states(random, rows, tokens), ours.keys.data_ptr()
+        for given, kept in zip(ours.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(given, kept)
+        assert ours.get_seq_length() == plain.get_seq_length()
+        grown += ours.keys.data_ptr() != where
+
+    for layer in (ours, plain):
+        layer.update(*prompts[..., :18, :])  # a view: what lies behind it is not ours to write to
+    for tokens in (1, 1, 7, 1):
+        extend(5, tokens)
+    for layer in (ours, plain):
+        layer.batch_select_indices(torch.tensor(select))
+        if change == "repeat":
+            layer.batch_repeat_interleave(2)
+        elif change == "crop":
+            layer.crop(-2)
+        elif change == "reorder":
+            layer.reorder_cache(torch.arange(len(select)).flip(0))
+    rows = len(select) * (2 if change == "repeat" else 1)
+    assert torch.equal(ours.keys, plain.keys) and torch.equal(ours.values, plain.values)
+    for _ in range(40):
+        extend(rows, 1)
+    assert grown < 12
+    assert torch.equal(prompts, before)
+
+
+def test_prefill_returns_a_cache_that_is_written_in_place(model, questions):
+    """A step copies no prompt: neither after the prompts, nor after a row has left."""
+    batch = join(questions, pad_id=0)
+    with torch.inference_mode():
+        hidden, cache = prefill(model, batch)
+        assert all(type(layer) is RoomyLayer for layer in cache.layers)
+        places = []
+        for step in range(8):
+            if step == 4:
+                cache.batch_select_indices(torch.tensor([0, 4, 2]))
+            rows = cache.layers[0].keys.shape[0]
+            model.model.language_model(inputs_embeds=hidden[:rows, None], past_key_values=cache, use_cache=True)
+            places.append([layer.values.data_ptr() for layer in cache.layers])
+    assert len(set(map(tuple, places))) <= 2
 
 
 def test_groups_of_like_length():

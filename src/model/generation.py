@@ -1,8 +1,8 @@
 """Prompts through the model (`prefill`, for rollouts and evaluation), and the decoding loop of evaluation and `ask.py`.
 
-The loop does what `model.generate` would, with three differences. Only a prompt's last position goes through the head
-(the logits of all of them are the largest tensor of a plain evaluation, and unused). A row leaves the batch with its
-last token. And in float32 the answer to a question does not depend on the batch that it was computed in:
+The loop does what `model.generate` would, but only a prompt's last position goes through the head (the logits of all of
+them are the largest tensor of a plain evaluation, and unused), the cache is not copied for every token, a row leaves
+with its last token, and in float32 the answer to a question does not depend on the batch that it was computed in:
 
 Padding and batch size change the order of sums, hence the last bits of the logits, and so may swap two tokens that are
 nearly tied. Wherever the two best tokens are closer than `NEAR_TIE`, far above the rounding, the choice is made by the
@@ -11,11 +11,10 @@ computation gives at every step, whatever the batch. (In bfloat16 rounding is to
 the same answers, other batches may not.)
 
 Nothing of the model's `generation_config` is used. Rollouts share `prefill` only: they sample, with TRL's settings and
-transformers' `generate`, for which near ties mean nothing, and an evaluation's answers must not change with those
-libraries. Leaves out how prompts are worded and how answers are read.
+transformers' `generate`, and an evaluation's answers must not change with those libraries. Not here: prompts' wording.
 
-Shapes: N questions, R rows still being decoded, P prompt tokens (left-padded), T tokens, C completion tokens, M mel
-bins, F mel frames, A audio tokens, H hidden size, V vocabulary.
+Shapes: N questions, R rows still being decoded, P prompt tokens (left-padded), T tokens, C completion tokens, H hidden
+size, D size of a head, V vocabulary.
 """
 
 import hashlib
@@ -23,13 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import Cache, DynamicLayer, LogitsProcessorList, Qwen2AudioForConditionalGeneration
-from transformers.generation import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import Cache, DynamicLayer, Qwen2AudioForConditionalGeneration
+from transformers.generation import logits_process as process
 from transformers.utils import logging
 
 from dataset.encode import Batch
@@ -39,8 +33,8 @@ from .qwen2_audio import audio_token_id, embed_prompts, group_by_length
 logger = logging.get_logger(__name__)
 
 # Tokens are nearly tied when their logits differ by less than this share of the row's largest logit. Batch and lone
-# computation were seen to differ by 2e-6 of it (12 layers, width 512).
-NEAR_TIE = 3e-4
+# computation were seen to differ by 1e-6 of it; by 1e-5 with weights that amplify (24 layers of 512, deviation 0.1).
+NEAR_TIE = 1e-4
 
 
 @torch.inference_mode()
@@ -66,9 +60,8 @@ def generate(
     choose = choose or Greedy(model, batch)
     completions: list[list[int]] = [[] for _ in batch.input_ids]
     rows = list(range(len(completions)))  # which question each row of the shrinking batch is about
-    mask = batch.attention_mask
+    mask, (hidden, cache) = batch.attention_mask, prefill(model, batch)
     positions = mask.sum(dim=1, keepdim=True)  # (R, 1), of the next token
-    hidden, cache = prefill(model, batch)
     for _ in range(max_new_tokens):
         logits = model.lm_head(hidden).float()  # (R, V)
         tokens = choose(logits, rows, [completions[row] for row in rows]).tolist()
@@ -84,12 +77,9 @@ def generate(
             mask, positions = mask[kept], positions[kept]
             rows, tokens = [rows[place] for place in kept], [tokens[place] for place in kept]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        inputs = embed_tokens(model, [[token] for token in tokens])  # (R, 1, H)
         output = model.model.language_model(
-            inputs_embeds=embed_tokens(model, [[token] for token in tokens]),  # (R, 1, H)
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         hidden, positions = output.last_hidden_state[:, -1], positions + 1
     return completions
@@ -98,44 +88,35 @@ def generate(
 def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, Cache]:
     """The prompts through encoder and language model, in groups of like length: padding costs as much as tokens do.
 
-    Evaluation and rollouts both start from it. What follows remains two loops: evaluation decodes greedily, bit for bit
-    whatever the batch (`generate`); rollouts sample G rows from each prompt's cache with transformers' `generate`.
-
-    Within a group prompts are padded on the right, where no token of theirs looks: that needs no mask, with which
-    kernels are slower.
+    Evaluation and rollouts both start from it: evaluation decodes greedily, bit for bit whatever the batch; rollouts
+    sample G rows from each prompt's cache with transformers' `generate`. Within a group prompts are padded on the
+    right, where no token of theirs looks: that needs no mask, with which kernels are slower.
 
     Returns:
         Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P.
     """
-    device, length = batch.input_ids.device, batch.input_ids.shape[1]
-    lengths = batch.attention_mask.sum(dim=1)  # (N,)
-    groups = group_by_length(lengths.tolist())
+    lengths = batch.attention_mask.sum(dim=1, keepdim=True)  # (N, 1)
+    places = torch.arange(batch.input_ids.shape[1], device=lengths.device)  # (P,)
+    groups = group_by_length(lengths[:, 0].tolist())
     hidden, caches = [], []
     for group in groups:
-        part = batch.take(group)  # R rows, T tokens
-        rows, tokens = torch.arange(len(group), device=device)[:, None], part.input_ids.shape[1]
-        shift = tokens - lengths[group][:, None]  # (R, 1), the padding on the left
-        place = torch.arange(tokens, device=device)
-        inputs = _embed(model, part)[rows, (place + shift) % tokens]  # (R, T, H), padding on the right
+        part, kept = batch.take(group), lengths[group]  # R rows, T tokens
+        rows, tokens = torch.arange(len(group), device=kept.device)[:, None], part.input_ids.shape[1]
+        inputs = _embed(model, part)[rows, (places[:tokens] - kept) % tokens]  # (R, T, H), padding on the right
         output = model.model.language_model(inputs_embeds=inputs, use_cache=True)
-        hidden.append(output.last_hidden_state[rows[:, 0], lengths[group] - 1])
-        # Padding back to the left, up to the length of the whole batch.
-        source = (torch.arange(length, device=device) - length + lengths[group][:, None]).clamp(min=0)  # (R, P)
+        hidden.append(output.last_hidden_state[rows, kept - 1][:, 0])
+        # Padding back to the left, up to the length of the whole batch: (R, P, heads, D).
+        source = (places - len(places) + kept).clamp(min=0)  # (R, P)
         layers = output.past_key_values.layers
-        caches.append([[to_left(states, rows, source) for states in (layer.keys, layer.values)] for layer in layers])
+        caches.append([(layer.keys[rows, :, source], layer.values[rows, :, source]) for layer in layers])
     # Back to the order of the batch.
-    order = torch.tensor([row for group in groups for row in group], device=device).argsort()
+    order = torch.tensor([row for group in groups for row in group], device=lengths.device).argsort()
     merged = Cache(layer_class_to_replicate=RoomyLayer)
     for index in range(len(caches[0])):
         layer = [cache.pop(0) for cache in caches]  # freed once merged: all of it twice would not fit
-        keys, values = (torch.cat(states)[order] for states in zip(*layer, strict=True))
+        keys, values = (torch.cat(states)[order].transpose(1, 2) for states in zip(*layer, strict=True))
         merged.update(keys, values, index)
     return torch.cat(hidden)[order], merged
-
-
-def to_left(states: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Cached states (R, heads, T, D) in the places that `source` (R, P) names: (R, heads, P, D)."""
-    return states.transpose(1, 2)[rows, source].transpose(1, 2)
 
 
 class RoomyLayer(DynamicLayer):
@@ -146,8 +127,7 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.keys, self.values = keys[:, :, :0].contiguous(), values[:, :, :0].contiguous()
+            return super().update(keys, values)
         self.keys, self.values = append(self.keys, keys), append(self.values, values)
         return self.keys, self.values
 
@@ -161,14 +141,12 @@ class RoomyLayer(DynamicLayer):
 
 def append(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """States (R, heads, T, D) with more of them behind, in the room that is there or else in a larger buffer."""
-    rows, heads, start, size = states.shape
-    stop = start + new.shape[2]
+    rows, heads, length, size = states.shape
+    stop = length + new.shape[2]
     if stop * size > states.stride(1):
-        buffer = new.new_empty(rows, heads, stop + stop // 8, size)
-        buffer[:, :, :start] = states
-        states = buffer
+        return torch.cat([states, new, new.new_empty(rows, heads, stop // 8, size)], dim=2)[:, :, :stop]
     states = states.as_strided((rows, heads, stop, size), states.stride(), states.storage_offset())
-    states[:, :, start:] = new
+    states[:, :, length:] = new
     return states
 
 
@@ -177,13 +155,12 @@ class Greedy:
 
     def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch):
         self.model, self.batch = model, batch
-        self.exact = model.dtype == torch.float32
         self.prompts: dict[int, torch.Tensor] = {}  # question -> its prompt's embeddings, computed alone, (1, P, H)
         self.near_ties = 0  # met so far
 
     def __call__(self, logits: torch.Tensor, rows: list[int], completions: list[list[int]]) -> torch.Tensor:
         lowest = self._forbid_audio(logits)  # (R,)
-        if not self.exact:
+        if self.model.dtype != torch.float32:
             return logits.argmax(dim=1)
         best, tokens = logits.topk(2, dim=1)  # (R, 2)
         scale = torch.maximum(best[:, 0].abs(), lowest.abs())
@@ -192,10 +169,7 @@ class Greedy:
             tokens[place, 0] = lone.argmax()
             self.near_ties += 1
             if float((lone - logits[place]).abs().max()) > NEAR_TIE / 2 * float(scale[place]):
-                logger.warning_once(
-                    "This model amplifies rounding more than NEAR_TIE in src/model/generation.py allows for: "
-                    "answers may depend on the batch size. Raise NEAR_TIE."
-                )
+                logger.warning_once("Raise NEAR_TIE in src/model/generation.py: answers may depend on the batch size.")
         return tokens[:, 0]
 
     def lone_logits(self, row: int, completion: list[int]) -> torch.Tensor:
@@ -219,12 +193,7 @@ class Greedy:
 class Sampler:
     """Tokens drawn as the original drew them, by the defaults of Qwen2-Audio-7B-Instruct that it inherited: repetition
     penalty 1.1 (over prompt and completion), temperature 0.7, top_k 20, top_p 0.5. Every question has a stream of
-    random numbers of its own, so that a draw does not depend on the batch.
-
-    Args:
-        model, batch: as for `generate`.
-        names: N texts that tell the questions apart.
-        seed: decides all draws.
+    random numbers of its own, from `seed` and its name (N `names`), so that a draw does not depend on the batch.
     """
 
     def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch, names: list[str], seed: int):
@@ -233,14 +202,8 @@ class Sampler:
         self.prompts = [ids[mask].tolist() for ids, mask in kept]
         digests = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names]
         self.streams = [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
-        self.process = LogitsProcessorList(
-            [
-                RepetitionPenaltyLogitsProcessor(1.1),
-                TemperatureLogitsWarper(0.7),
-                TopKLogitsWarper(20),
-                TopPLogitsWarper(0.5),
-            ]
-        )
+        warpers = process.TemperatureLogitsWarper(0.7), process.TopKLogitsWarper(20), process.TopPLogitsWarper(0.5)
+        self.process = process.LogitsProcessorList([process.RepetitionPenaltyLogitsProcessor(1.1), *warpers])
 
     def __call__(self, logits: torch.Tensor, rows: list[int], completions: list[list[int]]) -> torch.Tensor:
         logits[:, self.audio_token_id] = -torch.inf
@@ -254,16 +217,14 @@ class Sampler:
 @torch.inference_mode()
 def score(model: Qwen2AudioForConditionalGeneration, batch: Batch, completions: list[list[int]]) -> torch.Tensor:
     """Log-probabilities (K,) of K completions, each of at least one token, of the one question in `batch`."""
-    prompt = _embed(model, batch)  # (1, P, H)
     length = max(map(len, completions))
     padded = [completion + [completion[-1]] * (length - len(completion)) for completion in completions]
-    inputs = torch.cat([prompt.expand(len(padded), -1, -1), embed_tokens(model, padded)], dim=1)
+    prompts = _embed(model, batch).expand(len(padded), -1, -1)  # (K, P, H)
+    inputs = torch.cat([prompts, embed_tokens(model, padded)], dim=1)
     hidden = model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
     logps = model.lm_head(hidden[:, -length - 1 : -1]).float().log_softmax(dim=-1)  # (K, C, V)
-    targets = torch.tensor(padded, device=logps.device)
-    taken = logps.gather(2, targets[..., None])[..., 0]  # (K, C)
-    lengths = torch.tensor([len(completion) for completion in completions], device=logps.device)
-    return (taken * (torch.arange(length, device=logps.device) < lengths[:, None])).sum(dim=1)
+    taken = logps.gather(2, torch.tensor(padded, device=logps.device)[..., None])[..., 0]  # (K, C)
+    return torch.stack([row[: len(completion)].sum() for row, completion in zip(taken, completions, strict=True)])
 
 
 def _embed(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> torch.Tensor:
