@@ -3,8 +3,8 @@
     python benchmarks/eval_speed.py                                  a small model, made here, on synthetic clips
     python benchmarks/eval_speed.py --model_path M --data_file mmau-test-mini.json --questions 256 --max_new_tokens 256
 
-One line for each limit on new tokens. The small model's answers all reach it; each limit is measured again with its end
-tokens' logits doubled: answers then end after any number of tokens, 100 on average.
+One line for each limit on new tokens. The small model's answers all reach it; the last limit is measured again with the
+end tokens' logits doubled: answers then end after any number of tokens, about 100 on average.
 
 Plain loop: file order, one process, clips decoded in line, batches of 32 padded to the longest, the processor and
 `model.generate` as their documentation uses them; greedy, with the same limit on new tokens. Loading the model is not
@@ -143,16 +143,18 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(args.model_path or folder / "model")
         processor.tokenizer.padding_side = "left"
         model = load_model(args.model_path or folder / "model", dtype, device)
-        for answers in ["as the model ends them"] if args.model_path else ["to the limit", "of any length"]:
-            if answers == "of any length":
+        cases = [(limit, "") for limit in args.max_new_tokens]
+        if not args.model_path:
+            cases.append((args.max_new_tokens[-1], ", answers of any length"))
+        for limit, ending in cases:
+            if ending:
                 model.lm_head.weight.data[end_ids(processor)] *= 2
-            for limit in args.max_new_tokens:
-                asked = (model, processor, benchmark, "answer", limit)
-                loops = {
-                    "plain loop": lambda asked=asked: run_plain(*asked),
-                    "ours": lambda asked=asked: run_ours(*asked, args.batch_size, args.workers),
-                }
-                print(f"{limit} tokens, answers {answers}: {measure(loops, args.repeats)}", flush=True)
+            asked = (model, processor, benchmark, "answer", limit)
+            loops = {
+                "plain loop": lambda asked=asked: run_plain(*asked),
+                "ours": lambda asked=asked: run_ours(*asked, args.batch_size, args.workers),
+            }
+            print(f"{limit} tokens{ending}: {measure(loops, args.repeats)}", flush=True)
 
 
 if __name__ == "__main__":
