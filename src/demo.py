@@ -44,10 +44,8 @@ class StopAtLoss(TrainerCallback):
 
 
 def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float) -> int:
-    """Build the model and warm it up: `out`/untrained and `out`/warm_start. What an earlier demo left there goes.
-
-    The arguments are the command line's. The warm start ends at `max_steps` or `target_loss` (nats per answer token),
-    whichever comes first; its steps are returned.
+    """Build the model and warm it up, to `max_steps` or `target_loss` (nats per answer token): `out`/untrained and
+    `out`/warm_start, in place of an earlier demo's. Returns the steps.
 
     Raises:
         FileNotFoundError: there is no demo data.

@@ -5,11 +5,8 @@
 
 Rows are held against the rules of `dataset.py` and `questions.py`, clips against those of `audio.py` (headers; with
 --deep all samples), prompts against those of `encode.py`. Each bad row is reported by file and line (in a JSON list by
-its number), then all by reason. Exit status: 0 if every row is usable, 1 if not, 2 if the file as a whole cannot be
-examined.
-
-Rows are read, examined and forgotten a thousand at a time, so memory does not grow with the file. Nothing is changed:
---keep_file writes the usable rows elsewhere. `startup.py` calls `examine_training_file` before a model is loaded.
+its number), then all by reason. Rows are read, examined and forgotten a thousand at a time, so memory does not grow
+with the file. Exit status: 0 if every row is usable, 1 if not, 2 if the file as a whole cannot be examined.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ from tqdm import tqdm
 
 from dataset.audio import CHANNELS, SAMPLE_RATE, DataError, examine_clip
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
-from dataset.encode import MAX_PROMPT_LENGTH, check_clip_length, check_prompt, count_heard, count_text_tokens
+from dataset.encode import MAX_PROMPT_LENGTH, check_prompt, count_heard, count_text_tokens
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, get_style
 from dataset.questions import UNKNOWN, check_question, recognise_release, to_question
 from dataset.rows import SHOWN, Row, open_whole, read_lines, read_rows, starts_a_list
@@ -151,12 +148,8 @@ class Examination:
 
 
 def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
-    """Examine a training file; `load_train_dataset` then loads the others if it is told to skip `dropped`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no rows.
-    """
+    """Examine a training file; `load_train_dataset` then loads the others if it is told to skip `dropped`. Raises a
+    `FileNotFoundError` if there is no such file, a `ValueError` if it holds no rows."""
 
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
         row = to_row(record, number, rules.style, Path(data_file).parent)
@@ -167,11 +160,8 @@ def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Exam
 
 
 def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
-    """Examine MMAU's JSON list or MMAR's JSONL as `examine_training_file` does a training file.
-
-    Clips over the window are noted only, since evaluation cuts them as the paper did, and prompts may be of any length.
-    Raises a `ValueError` for what is no JSON, too.
-    """
+    """Examine MMAU's JSON list or MMAR's JSONL, as `examine_training_file` does a training file; it must be JSON, too.
+    Clips over the window are only noted, since evaluation cuts them as the paper did; prompts may be of any length."""
     audio_dir, ids, records = Path(rules.audio_dir or Path(data_file).parent), {}, []
 
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
@@ -189,18 +179,14 @@ def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Ex
 
 
 def is_training_file(data_file: str | Path) -> bool:
-    """Whether a file is in AVQA's training format (JSONL without `choices`), not in an evaluation's.
-
-    Raises:
-        ValueError: it is AVQA's own annotation file, which has to be converted first.
-    """
+    """Whether a file is in AVQA's training format (JSONL without `choices`), not in an evaluation's; a `ValueError` for
+    AVQA's own annotations."""
     with open(data_file, "rb") as file:
         head = file.read(2**16)
-    if not starts_a_list(data_file):
-        return not re.search(rb'"choices"\s*:', head)
-    if b'"multi_choice"' in head:
+    is_list = starts_a_list(data_file)
+    if is_list and b'"multi_choice"' in head:
         raise ValueError(f"{data_file}: AVQA's own annotations; data/prepare_avqa.py makes a training file of them")
-    return False
+    return not (is_list or re.search(rb'"choices"\s*:', head))
 
 
 # Examining
@@ -273,11 +259,7 @@ def _examine_chunk(chunk: list[Examined], rules: Rules, pool: ThreadPool) -> Non
         if report.clipped > CLIPPED:
             examined.notes.append("clip overdriven (over 1% of its samples at full scale)")
         try:
-            if rules.processor is None:
-                check_clip_length(heard, None)
-            else:
-                limit = rules.max_prompt_length
-                examined.tokens = check_prompt(examined.prompt, heard, tokens, rules.processor, limit)
+            examined.tokens = check_prompt(examined.prompt, heard, tokens, rules.processor, rules.max_prompt_length)
         except DataError as error:
             examined.error = DataError(f"{examined.audio_path}: {error}", error.reason)
 
@@ -320,11 +302,8 @@ def load_processor(name: str | None) -> ProcessorMixin | None:
 
 
 def write_kept(data_file: Path, dropped: Container[int], keep_file: str | Path) -> None:
-    """Copy the lines of a training file that were not dropped, byte for byte.
-
-    Raises:
-        ValueError: `keep_file` lies in another folder than relative audio paths start from, or is the file itself.
-    """
+    """Copy the lines of a training file that were not dropped, byte for byte; a `ValueError` if `keep_file` lies in
+    another folder than relative audio paths start from, or is the file itself."""
     keep_file = Path(keep_file)
     if keep_file.resolve().parent != data_file.resolve().parent or keep_file.resolve() == data_file.resolve():
         raise ValueError(f"{keep_file}: relative audio paths start from {data_file.parent}: choose another name there")

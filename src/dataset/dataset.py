@@ -40,16 +40,11 @@ SCHEMA = pa.schema(
 
 
 def load_train_dataset(data_file: str | Path, style: str = DEFAULT_STYLE, skip: Container[int] = ()) -> Dataset:
-    """Read a training file.
+    """Read a training file in the format above: a row per question, in file order, with the columns of `SCHEMA`.
 
     Args:
-        data_file: JSONL in the format above, UTF-8. Audio paths are absolute, or relative to the working directory,
-            else to the file's own folder.
-        style: prompt style of every row: `choice`, `answer` or `think`.
+        style: of every row's prompt.
         skip: line numbers to leave out unread, e.g. those that `check.examine_training_file` dropped.
-
-    Returns:
-        One row per question, in file order, with the columns of `SCHEMA`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -80,10 +75,7 @@ def check_is_there(data_file: str | Path) -> Path:
 
 
 def _to_dataset(rows: Iterator[dict]) -> Dataset:
-    """Rows with the columns of `SCHEMA` -> a data set on disk, read as needed: memory does not grow with their number.
-
-    The file is an unnamed one in the folder for temporary files (TMPDIR) and goes when the process ends.
-    """
+    """Rows -> a data set in an unnamed file (in TMPDIR), read as needed: memory does not grow with their number."""
     with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
         with pa.ipc.new_stream(file, SCHEMA) as writer:
             while chunk := list(islice(rows, ROWS_PER_CHUNK)):
@@ -129,14 +121,8 @@ def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
 
 
 def check_choices(question: str, choices: list, key: str) -> list[str]:
-    """Hold a row to be trained on or asked against what `to_row` lets pass; `key` is what its file calls the choices.
-
-    Returns:
-        What is only worth knowing, each in a few fixed words.
-
-    Raises:
-        DataError: it is no question to be asked.
-    """
+    """Hold a row to be trained on or asked against what `to_row` lets pass: a `DataError` if it is no question to be
+    asked, else notes of what is only worth knowing. `key` is what its file calls the choices."""
     if not question.strip():
         raise DataError("the question is empty; remove the row", "question empty")
     for choice in choices:

@@ -103,11 +103,8 @@ class Batch:
 
 
 def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndarray]) -> Batch:
-    """Tokenize N user texts, as `build_question` makes them, with their N clips, float32 (samples,) at 16 kHz.
-
-    Raises:
-        DataError: a clip is too long or too short, or a text holds one of the tokenizer's special tokens.
-    """
+    """Tokenize N user texts, as `build_question` makes them, with their N clips, float32 (samples,) at 16 kHz; a
+    `DataError` if a clip is too long or too short, or a text holds one of the tokenizer's special tokens."""
     questions = [encode_question(processor, text, clip) for text, clip in zip(texts, clips, strict=True)]
     return join(questions, pad_id=processor.tokenizer.pad_token_id)
 
@@ -160,21 +157,17 @@ def count_text_tokens(processor: Qwen2AudioProcessor, texts: list[str]) -> list[
 
 
 def check_prompt(
-    text: str, samples: int, text_tokens: int, processor: Qwen2AudioProcessor, max_prompt_length: int | None
+    text: str, samples: int, text_tokens: int, processor: Qwen2AudioProcessor | None, max_prompt_length: int | None
 ) -> int:
-    """The length in tokens of a prompt that can be asked as it is.
+    """The length in tokens of a prompt that can be asked as it is; 0 without a processor, which alone can tell.
 
-    Args:
-        samples: of its clip, 16 kHz.
-        text_tokens: of its user's `text`, as `count_text_tokens` has them.
-        max_prompt_length: in tokens, the audio's included; None is no limit.
-
-    Raises:
-        DataError: the text holds one of the tokenizer's special tokens, the clip is too long or too short, or the
-            prompt is over `max_prompt_length`.
+    `text_tokens` are those of `count_text_tokens`, `samples` of the clip. Raises as `encode`, and where the prompt, its
+    audio included, is over `max_prompt_length`.
     """
-    check_no_special_token(text, processor)
     check_clip_length(samples, processor)
+    if processor is None:
+        return 0
+    check_no_special_token(text, processor)
     length = text_tokens + count_audio_tokens(samples, processor.feature_extractor.hop_length)
     if max_prompt_length is not None and length > max_prompt_length:
         message = f"the prompt has {length} tokens, over max_prompt_length {max_prompt_length}; "

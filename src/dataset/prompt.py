@@ -37,11 +37,7 @@ class Style:
     thinks: bool = False  # before the answer
 
     def target(self, answer: str) -> str:
-        """What supervised fine-tuning is to write.
-
-        Raises:
-            ValueError: the style asks for thoughts.
-        """
+        """What supervised fine-tuning is to write; a `ValueError` where that would be thoughts."""
         if self.thinks:
             raise ValueError(f"the data holds no thoughts: style {self.name} cannot be learned; use choice or answer")
         return self.write(answer)
@@ -72,37 +68,22 @@ def get_style(name: str) -> Style:
 
 
 def build_question(question: str, choices: list, style: str = DEFAULT_STYLE) -> str:
-    """The text of the user's turn, without the audio.
+    """The text of the user's turn, without the audio; the choices in Python's notation, as in the paper.
 
     >>> print(build_question("What is it?", ["a", "b's"], "choice"))
     What is it? Please choose the answer from the following options: ['a', "b's"].
-
-    Args:
-        question: taken as it is (the `video` -> `audio` replacement of AVQA is the loader's).
-        choices: the options, shown in Python's list notation as in the paper.
-        style: `choice`, `answer` or `think`.
-
-    Raises:
-        ValueError: unknown style.
     """
     options = f" Please choose the answer from the following options: {list(choices)}."
     return question + options + get_style(style).instruction
 
 
 def build_messages(text: str) -> list[dict]:
-    """One user turn, the audio and then `text`, for the processor's `apply_chat_template`.
-
-    The template only counts audio parts; the clip itself goes to the processor beside the text.
-    """
+    """One user turn for `apply_chat_template`, which only counts audio parts: the processor gets the clip by itself."""
     return [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": text}]}]
 
 
 def matches_format(completion: str, style: str = DEFAULT_STYLE) -> bool:
-    """Whether the whole completion has the shape that a prompt of this style asks for; `choice` asks for none.
-
-    Raises:
-        ValueError: unknown style.
-    """
+    """Whether the whole completion has the shape that a prompt of this style asks for; `choice` asks for none."""
     return get_style(style).shape.fullmatch(completion) is not None
 
 
@@ -122,11 +103,7 @@ def save_style(folder: str | Path, style: str) -> None:
 
 
 def load_style(folder: str | Path) -> str | None:
-    """The prompt style recorded in a checkpoint's folder; `None` where there is no record (or no such folder).
-
-    Raises:
-        ValueError: the record is there but unreadable or names an unknown style.
-    """
+    """The prompt style that `save_style` recorded, or None; a `ValueError` for a record that names no style."""
     path = Path(folder) / STYLE_FILE
     if not path.is_file():
         return None

@@ -60,12 +60,7 @@ def read_lines(path: str | Path) -> Iterator[Row]:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file that is a JSON list, read as a whole, or JSONL.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it starts as a list but is not JSON; names file, line and remedy.
-    """
+    """The rows of a file that is a JSON list, read as a whole and with the errors of `read_json`, or JSONL."""
     if not starts_a_list(path):
         yield from read_lines(path)
         return
@@ -74,12 +69,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """All rows of a JSON list or of a JSONL file, whose blank lines are passed over.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is neither, or a row is not an object; names the file and the row.
-    """
+    """All that `read_rows` reads but blank lines; a `ValueError` names file and row of what is no object."""
     records = []
     for row in read_rows(path):
         try:
@@ -98,22 +88,15 @@ def starts_a_list(path: str | Path) -> bool:
 
 
 def read_json(path: str | Path, remedy: str):
-    """The value of a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON in UTF-8; names file and line, and says `remedy`.
-    """
+    """The value of a JSON file; for one that is not JSON in UTF-8, a `ValueError` with file, line and `remedy`."""
     data = Path(path).read_bytes()
     try:
         return _parse(data, remedy)
     except DataError as error:
-        where = str(path)
-        if isinstance(cause := error.__cause__, json.JSONDecodeError):
-            where += f", line {cause.lineno}"
-        elif isinstance(cause, UnicodeDecodeError):
-            where += f", line {data.count(10, 0, cause.start) + 1}"  # 10 is the newline
-        raise ValueError(f"{where}: {error}") from error
+        line = getattr(cause := error.__cause__, "lineno", None)  # of a JSONDecodeError
+        if isinstance(cause, UnicodeDecodeError):
+            line = data.count(b"\n", 0, cause.start) + 1
+        raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from error
 
 
 def _parse(text: bytes, remedy: str):
@@ -126,11 +109,8 @@ def _parse(text: bytes, remedy: str):
 
 
 def get_field(record: dict, key: str, kind: type, filled: bool = False):
-    """`record[key]`, which must be there and of this JSON type (true and false are no numbers); not empty if `filled`.
-
-    Raises:
-        DataError: it is not, or holds a text that cannot be written down.
-    """
+    """`record[key]`; a `DataError` unless it is there, of this JSON type (true and false are no numbers), not empty if
+    `filled`, and of text that can be written down."""
     value = record.get(key)
     if value is None or (filled and value == kind()):
         what = "empty" if value is not None else "null" if key in record else "missing"

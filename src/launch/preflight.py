@@ -16,9 +16,8 @@ def find_model_problem(model: str) -> str | None:
     """What is wrong with a model's folder or hub name; None if it is there, or can be fetched."""
     path = Path(model)
     if path.is_dir():
-        if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-            return None
-        return f"model: {model} has no config.json, so it is no model's folder"
+        is_model = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+        return None if is_model else f"model: {model} has no config.json, so it is no model's folder"
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         return f"model: there is no folder {model}; set MODEL_NP to a folder or to a name on the hub"
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -51,9 +50,8 @@ def main() -> None:
     flags, count = parse_flags(sys.argv[1:]), 1
     problems = [find_model_problem(flags.model_name_or_path)]
     if not Path(flags.data_file).is_file():
-        problems.append(
-            f"data: there is no file {flags.data_file}; data/README.md says how to prepare it, DATA_FILE names another"
-        )
+        remedy = "data/README.md says how to prepare it, DATA_FILE names another"
+        problems.append(f"data: there is no file {flags.data_file}; {remedy}")
     if flags.deepspeed and not Path(flags.deepspeed).is_file():
         problems.append(f"engine: there is no file {flags.deepspeed}; CONFIG names one of conf/*.json")
     if flags.deepspeed and importlib.util.find_spec("deepspeed") is None:
@@ -61,11 +59,9 @@ def main() -> None:
     if not flags.use_cpu:
         import torch
 
-        count = torch.cuda.device_count()
-        if count == 0:
-            problems.append(
-                "GPU: PyTorch sees none; --use_cpu true trains without, which only small models are fit for"
-            )
+        if not (count := torch.cuda.device_count()):
+            remedy = "--use_cpu true trains without, which only small models are fit for"
+            problems.append(f"GPU: PyTorch sees none; {remedy}")
     if any(problems):
         sys.exit("\n  ".join(["This run cannot start:", *filter(None, problems), DEMO]))
     print(count)

@@ -60,11 +60,8 @@ def base_model(model):
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Exclude `parts` (keys of `PARTS`) of a Qwen2-Audio, adapters on them included, from training.
-
-    Raises:
-        ValueError: an unknown part, or nothing is left to train.
-    """
+    """Exclude `parts` (keys of `PARTS`) of a Qwen2-Audio, adapters on them included, from training; a `ValueError` for
+    an unknown part, or where nothing is left to train."""
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"cannot freeze {', '.join(sorted(unknown))}: the model's parts are {', '.join(PARTS)}")
     # The sinusoids in any case: transformers 5 loads them as trainable, the original never trained them.
@@ -80,9 +77,9 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
 def needed_frames_only(model: nn.Module) -> Iterator[None]:
     """Within this context, forward passes of a Qwen2-Audio take mel frames of any number that `encode` makes.
 
-    The model's own forward insists on the whole window of 30 s. Here its backbone gets the embeddings instead of tokens
-    and features. That happens inside the forward pass, so that engines (DDP, ZeRO), adapters and gradient checkpointing
-    see nothing unusual; `model` is the one below them.
+    Its own forward insists on the whole window of 30 s. Here the backbone gets the embeddings instead, inside the
+    forward pass, so that engines (DDP, ZeRO), adapters and gradient checkpointing see nothing unusual; `model` is the
+    one below them.
     """
 
     def embed(backbone, args, kwargs):
@@ -112,14 +109,10 @@ def embed_prompts(
 
 
 def embed_audio(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """The clips as the language model sees them; the encoder sees groups of clips of like length.
+    """The clips as the language model sees them, one after the other: (sum of their audio tokens, H).
 
-    Args:
-        features: (N, M, F), F at least `needed_frames`.
-        frames: (N,), how many of the F hold audio.
-
-    Returns:
-        (sum of the clips' audio tokens, H), clip after clip.
+    The encoder sees groups of like length. Of the `features` (N, M, F), `frames` (N,) hold audio, F are
+    `needed_frames` or more.
     """
     lengths = frames.tolist()
     embedded: dict[int, torch.Tensor] = {}

@@ -51,13 +51,11 @@ def pack(
     """Pack each question's prompt and completions into one row, without the completions' padding.
 
     Args:
-        prompt_ids: (N, P), left-padded; every prompt has at least one token.
-        prompt_mask: (N, P), 1 for tokens and 0 for padding.
-        completion_ids: (N, G, C), right-padded.
-        completion_mask: (N, G, C), 1 for tokens and 0 for padding (or for a completion that is masked as a whole).
+        prompt_ids, prompt_mask: (N, P), left-padded; every prompt has at least one token.
+        completion_ids, completion_mask: (N, G, C), right-padded; a completion may be masked as a whole.
 
     Returns:
-        `PackedGroups` with T = P - 1 + the largest number of completion tokens that a group has.
+        `PackedGroups` with K = the largest number of completion tokens that a group has.
     """
     questions, generations, length = completion_ids.shape
     assert prompt_ids.shape == prompt_mask.shape and len(prompt_ids) == questions
@@ -97,7 +95,6 @@ def score(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
     Args:
         model: with TRL's fused head, wrapped by an engine or not.
         base: the model itself, below engines and adapters.
-        packed: N rows.
         clips: AUDIO_INPUTS of the N questions, with the frames that hold audio or more.
 
     Returns:
@@ -123,16 +120,7 @@ def score(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
 
 
 def unpack(values: torch.Tensor, packed: PackedGroups, generations: int, length: int) -> torch.Tensor:
-    """Bring the values of packed rows' branches back to one row per completion.
-
-    Args:
-        values: (N, K), e.g. the log-prob of each position's label.
-        packed: what `pack` returned.
-        generations: G.
-        length: C.
-
-    Returns:
-        (N * G, C), zero where there is no completion token. Differentiable.
-    """
+    """Bring `values` (N, K) of packed branches, e.g. the log-prob of each position's label, back to one row for each of
+    the G `generations`, of `length` C: (N * G, C), zero where there is no completion token. Differentiable."""
     flat = values.new_zeros(len(values), generations * length)
     return flat.scatter(1, packed.source, values.masked_fill(packed.labels == IGNORE, 0)).view(-1, length)
