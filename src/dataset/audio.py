@@ -1,4 +1,4 @@
-"""Audio file -> 16 kHz mono float32. Trusts the file's content, never its name; knows nothing of models.
+"""Audio file -> 16 kHz mono float32. Trusts the content, never the name: 46 of MMAU's `.wav` are MP3.
 
 libsndfile decodes what it can, FFmpeg (PyAV) the rest. A clip is as long as what decodes; where no header is known to
 tell, it is decoded to be counted. What is wrong is a `DataError` that names the clip, the same for all who ask; that it
@@ -58,7 +58,6 @@ def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
     """Decode a clip in any format that libsndfile or FFmpeg reads (wav, FLAC, MP3, Ogg, m4a, ...) at any sampling rate.
 
     Args:
-        path: the file; what its name ends in does not matter (46 of MMAU's `.wav` files are MP3).
         channels: `first` keeps the first channel, as the paper did; `mean` averages all of them.
 
     Returns:
@@ -114,10 +113,16 @@ def _decode(path: str | Path, channels: str) -> tuple[np.ndarray, int]:
     return mono, rate
 
 
-def _check_is_file(path: str | Path) -> None:
-    """Raise what keeps `path` from being a file with something in it."""
+def open_sound(path: str | Path) -> soundfile.SoundFile | None:
+    """Open what libsndfile reads, by its content alone: a descriptor has no name. None for another file, a `DataError`
+    for what is no file with something in it."""
+    sound = None
     try:
         status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            sound = soundfile.SoundFile(os.open(path, os.O_RDONLY), closefd=True)
+    except soundfile.LibsndfileError:
+        pass
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingAudio(f"{path}: no such audio file; check the path, or remove its row", "clip missing") from error
     except OSError as error:
@@ -128,21 +133,11 @@ def _check_is_file(path: str | Path) -> None:
         raise DataError(f"{str(path)!r}: no file can have this name ({error}); mend it", "clip unreadable") from error
     if stat.S_ISDIR(status.st_mode):
         raise DataError(f"{path}: is a folder, not an audio file; name the file in it", "clip is a folder")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}: is a device or pipe, not an audio file", "clip is no audio file")
     if status.st_size == 0:
         raise DataError(f"{path}: an empty file, not an audio file; fetch it again", "clip is an empty file")
-
-
-def open_sound(path: str | Path) -> soundfile.SoundFile | None:
-    """Open what libsndfile reads, by its content alone: a descriptor has no name. None for another file."""
-    _check_is_file(path)
-    try:
-        return soundfile.SoundFile(os.open(path, os.O_RDONLY), closefd=True)
-    except soundfile.LibsndfileError:
-        return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})", "clip unreadable") from error
+    return sound
 
 
 def _read_header(path: str | Path) -> _Header:

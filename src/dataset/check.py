@@ -63,7 +63,7 @@ class Rules:
     deep: bool = False  # decode every clip, for NaN, silence and clipping
     audio_dir: str | Path | None = None  # what an evaluation file's clips start from; default: the file's own folder
     workers: int | None = None  # threads that read clips; default: THREADS
-    dropped_file: str | Path | None = None  # gets the bad rows as JSONL (see `_describe`); removed if there are none
+    dropped_file: Path | None = None  # gets the bad rows as JSONL (see `_describe`); removed if there are none
     progress: bool = False  # show a bar
 
 
@@ -199,9 +199,7 @@ def _examine(data_file: str | Path, read: Callable[[Path], Iterator[Row]], rule:
     total = sum(1 for _ in read(examination.file)) if rules.progress else None
     rows = iter(tqdm(read(examination.file), total=total, disable=not rules.progress, unit=" rows"))
     ids = array("q")  # hashed, to count those that repeat in however long a file
-    if dropped_file := rules.dropped_file and Path(rules.dropped_file):
-        dropped_file.parent.mkdir(parents=True, exist_ok=True)
-    bad_rows = open_whole(dropped_file) if dropped_file else nullcontext()
+    bad_rows = open_whole(rules.dropped_file) if rules.dropped_file else nullcontext()
     with ThreadPool(rules.workers or THREADS) as pool, bad_rows as file:
         while chunk := [_read(row, rule) for row in islice(rows, ROWS_AT_ONCE)]:
             _examine_chunk([examined for examined in chunk if not examined.error], rules, pool)
@@ -211,8 +209,8 @@ def _examine(data_file: str | Path, read: Callable[[Path], Iterator[Row]], rule:
                     file.write(_describe(examined) + "\n")
                 elif not examined.error and examined.id is not None:
                     ids.append(hash(str(examined.id)))
-    if dropped_file and not examination.dropped:
-        dropped_file.unlink()
+    if rules.dropped_file and not examination.dropped:
+        rules.dropped_file.unlink()
     if not examination.rows:
         raise ValueError(f"{data_file}: {NO_ROWS}")
     if repeated := len(ids) - len(np.unique(ids)):
@@ -278,8 +276,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of a clip that --deep listens to")
     add("--deep", action="store_true", help="decode every clip: NaN, silence, overdriven, damaged in the middle")
     add("--workers", type=int, help="threads that read clips; default: one per core, at least 8")
-    add("--dropped_file", help="write the bad rows here, as JSONL with the reasons")
-    add("--keep_file", help="write the usable rows of a training file here, as they are")
+    add("--dropped_file", type=Path, help="write the bad rows here, as JSONL with the reasons")
+    add("--keep_file", type=Path, help="write the usable rows of a training file here, as they are")
     return parser.parse_args(argv)
 
 
@@ -301,10 +299,9 @@ def load_processor(name: str | None) -> ProcessorMixin | None:
         return None
 
 
-def write_kept(data_file: Path, dropped: Container[int], keep_file: str | Path) -> None:
+def write_kept(data_file: Path, dropped: Container[int], keep_file: Path) -> None:
     """Copy the lines of a training file that were not dropped, byte for byte; a `ValueError` if `keep_file` lies in
     another folder than relative audio paths start from, or is the file itself."""
-    keep_file = Path(keep_file)
     if keep_file.resolve().parent != data_file.resolve().parent or keep_file.resolve() == data_file.resolve():
         raise ValueError(f"{keep_file}: relative audio paths start from {data_file.parent}: choose another name there")
     with open(keep_file, "wb") as file:
@@ -326,11 +323,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"check.py: {error}", file=sys.stderr)
         return 2
-    for message in examination.shown:
-        print(message)
-    if len(examination.dropped) > len(examination.shown):
-        print(f"... and {len(examination.dropped) - len(examination.shown)} more (--dropped_file writes all)")
-    print(examination.table())
+    more = len(examination.dropped) - len(examination.shown)
+    rest = [f"... and {more} more (--dropped_file writes all)"] if more else []
+    print(*examination.shown, *rest, examination.table(), sep="\n")
     return 1 if examination.dropped else 0
 
 

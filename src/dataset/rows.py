@@ -150,7 +150,8 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def open_whole(path: Path) -> Iterator[TextIO]:
-    """A file to write into, which gets its name when all is written."""
+    """A file to write into, which gets its name when all is written; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
