@@ -5,17 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import row_by_row
 from dataset.audio import load_audio
 from dataset.dataset import load_train_dataset
 from dataset.encode import (
+    MAX_REPLACEMENTS,
     check_clip_length,
     check_prompt,
     count_audio_tokens,
     count_text_tokens,
     encode,
+    load_or_replace,
     needed_frames,
 )
 from model.qwen2_audio import load_processor
@@ -79,3 +82,27 @@ def test_the_checked_length_is_the_length_that_is_trained_on(small_model, questi
         assert check_prompt(*checked, length) == length
         with pytest.raises(ValueError, match=f"the prompt has {length} tokens, over max_prompt_length"):
             check_prompt(*checked, length - 1)
+
+
+@pytest.mark.parametrize("damage", ["gone", "silent", "too long"])
+def test_a_question_whose_clip_cannot_be_used_is_replaced(small_model, questions, tmp_path, caplog, damage):
+    processor, dataset = load_processor(small_model), load_train_dataset(questions)
+    if damage != "gone":
+        samples = np.zeros(16_000) if damage == "silent" else np.full(32_001, 0.1)
+        soundfile.write(tmp_path / "bad.wav", samples, 16_000)
+    bad = dataset[0] | {"audio_path": str(tmp_path / "bad.wav")}
+    with pytest.raises((ValueError, OSError)):
+        load_or_replace(bad, "first", processor)
+    row, clip, replaced = load_or_replace(bad, "first", processor, dataset)
+    assert row in list(dataset) and np.array_equal(clip, load_audio(row["audio_path"])) and replaced == 1
+    assert len(caplog.messages) == 1 and "replaced by another" in caplog.messages[0]
+    row, _, replaced = load_or_replace(row, "first", processor, dataset)
+    assert replaced == 0 and len(caplog.messages) == 1
+
+
+def test_replacing_ends_where_no_clip_can_be_read(small_model, questions, tmp_path, caplog):
+    processor, dataset = load_processor(small_model), load_train_dataset(questions)
+    gone = dataset.map(lambda row: row | {"audio_path": str(tmp_path / "gone.wav")})
+    with pytest.raises(FileNotFoundError):
+        load_or_replace(gone[0], "first", processor, gone)
+    assert len(caplog.messages) == MAX_REPLACEMENTS

@@ -9,24 +9,29 @@ Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames (as
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .audio import SAMPLE_RATE
+from .audio import SAMPLE_RATE, load_audio
 from .prompt import build_messages
 from .rows import DataError
 
 if TYPE_CHECKING:  # only named here: importing them takes seconds, which `check.py` without a model need not wait
     import torch
+    from datasets import Dataset
     from transformers import BatchFeature, Qwen2AudioProcessor
+
+logger = logging.getLogger(__name__)
 
 # Two audio tokens. A prompt with a single one is taken by transformers 5 for one in old processors' unexpanded format.
 MIN_SECONDS = 0.1
 WINDOW_SECONDS = 30  # what Qwen2-Audio hears
 MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
+MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to blame and the run stops
 PROBE = " \n a text \n "  # stands for any text, where only its place is wanted
 
 
@@ -54,6 +59,35 @@ def check_clip_length(samples: int, processor: Qwen2AudioProcessor | None) -> No
     if samples < MIN_SECONDS * SAMPLE_RATE:
         message = f"the clip lasts {samples / SAMPLE_RATE:.3f} s, under the {MIN_SECONDS} s needed; remove its row"
         raise DataError(message, "clip too short")
+
+
+def load_or_replace(
+    row: dict, channels: str, processor: Qwen2AudioProcessor, others: Dataset | None = None
+) -> tuple[dict, np.ndarray, int]:
+    """A row of `load_train_dataset` with its clip decoded; where that cannot be used, one of `others` drawn at random.
+
+    Before training only headers are read, and a disk can fail in hour five.
+
+    Returns:
+        The row, its clip, and how many rows were replaced to get there.
+
+    Raises:
+        ValueError, OSError: the clip cannot be used, and there are no `others`, or MAX_REPLACEMENTS were no better.
+    """
+    import torch
+
+    replaced = 0
+    while True:
+        try:
+            clip = load_audio(row["audio_path"], channels)
+            check_clip_length(len(clip), processor)
+            return row, clip, replaced
+        except (ValueError, OSError) as error:
+            if others is None or replaced == MAX_REPLACEMENTS:
+                raise
+            logger.warning(f"{error} (this question is replaced by another)")
+            row = others[int(torch.randint(len(others), ()))]
+            replaced += 1
 
 
 def build_chat(processor: Qwen2AudioProcessor, text: str) -> str:
