@@ -76,8 +76,7 @@ def load_or_replace(
     """
     import torch
 
-    replaced = 0
-    while True:
+    for replaced in range(MAX_REPLACEMENTS + 1):
         try:
             clip = load_audio(row["audio_path"], channels)
             check_clip_length(len(clip), processor)
@@ -87,7 +86,6 @@ def load_or_replace(
                 raise
             logger.warning(f"{error} (this question is replaced by another)")
             row = others[int(torch.randint(len(others), ()))]
-            replaced += 1
 
 
 def build_chat(processor: Qwen2AudioProcessor, text: str) -> str:
