@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -603,6 +604,61 @@ def test_bad_question_files_are_named_by_row(tmp_path, checkpoint):
             sweep("--model_path", checkpoint, "--data_file", path)
     with pytest.raises(FileNotFoundError, match="data/README.md"):
         sweep("--model_path", checkpoint, "--data_file", tmp_path / "none.json")
+
+
+def test_an_answer_that_is_no_choice_is_said_before_the_run(tmp_path, checkpoint, capsys):
+    rows = make_rows(3)
+    rows[1]["answer"] = "a zebra"
+    path = write_questions(tmp_path, rows)
+    assert sweep("--model_path", checkpoint, "--data_file", path) == 0
+    said = capsys.readouterr().err
+    assert "warning: 1 of 3 rows" in said and f"row 2 ({rows[1]['id']}): `answer` is 'a zebra', which is none" in said
+    assert evaluate(read(checkpoint.parent)).questions == 3
+
+
+def test_what_cannot_be_written_is_named(few, checkpoint, tmp_path, capsys):
+    """A folder in the way before anything is asked; a full disk by the file that does not fit, whatever the system."""
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    (tmp_path / "eval_x.txt").mkdir()
+    assert sweep(*flags, "--out_file", tmp_path / "x.json") == 1
+    assert f"{tmp_path}/eval_x.txt: is a folder" in capsys.readouterr().err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        assert sweep(*flags, "--out_file", tmp_path / "y.json") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"100: skipped. {tmp_path}/y.json: [Errno 27]" in capsys.readouterr().err
+    assert sweep(*flags, "--out_file", tmp_path / "y.json") == 0
+
+
+@pytest.mark.parametrize("moment", ["imports", "answers"])
+def test_ctrl_c_is_answered_by_one_sentence(trained, questions, tmp_path, moment):
+    command = [*SCRIPT, "--model_path", trained / "checkpoint-100", "--data_file", questions, "--out_dir", tmp_path]
+    process = subprocess.Popen(
+        [*command, "--batch_size", "1"], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    caught = Path(f"/proc/{process.pid}/status")
+    partial = tmp_path / "test_100" / f"res_{MINI.partition('_tokens')[0]}.json.partial-0"
+
+    def is_time() -> bool:
+        if moment == "answers":
+            return partial.exists() and partial.read_text().count("\n") > 3
+        (mask,) = (line for line in caught.read_text().splitlines() if line.startswith("SigCgt"))
+        return (
+            int(mask.split()[1], 16) >> (signal.SIGINT - 1) & 1
+            and "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+        )
+
+    while not is_time():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[1].decode().splitlines()
+    assert process.returncode == 130
+    assert said[-1] == "test_mmau: interrupted; the same command goes on from here"
+    assert not any("Traceback" in line for line in said) and sum("interrupted" in line for line in said) == 1
 
 
 def test_a_special_token_in_a_question_is_refused(tmp_path, checkpoint):

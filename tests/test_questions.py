@@ -35,7 +35,9 @@ def test_every_content_of_mmaus_repository_is_known(versions):
 
 def test_a_draft_is_not_the_original(versions):
     releases = {version["date"]: RELEASES[version["digest"]] for version in versions}
-    original = {date for date, release in releases.items() if Benchmark("mmau_mini", release, "", True, []).is_original}
+    original = {
+        date for date, release in releases.items() if Benchmark("mmau_mini", release, "", True, [], []).is_original
+    }
     assert original == {date for date in releases if date < "2025-05-15"}
     drafts = {date for date, release in releases.items() if release == f"v05.15.25-draft of {date}"}
     assert drafts == {f"2025-05-{day}" for day in (15, 16, 18, 19)}
@@ -95,11 +97,23 @@ def test_files_without_ids_take_the_clips_name(tmp_path):
         ({"choices": "a, b"}, "`choices`"),
         ({"audio_id": None}, "audio_id"),
         ({"id": "1"}, "the id 1 is that of row 1"),
+        ({"id": "\ud800"}, "`id` holds half a surrogate pair"),
+        ({"task": "\udfff"}, "`task` holds half a surrogate pair"),
+        ({"answer": " "}, "no score"),
+        ({"answer": None}, "no score"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, change, message):
-    with pytest.raises(ValueError, match="row 2.*" + message):
+    with pytest.raises(ValueError, match=f"(?s)(?=.*row 2).*{message}"):
         load(tmp_path, [row(1), row(2, **change)])
+
+
+def test_rows_that_should_not_be_so_are_told_apart_from_those_that_cannot_be_asked(tmp_path):
+    faults = {"answer": "z"}, {"choices": ["a"]}, {"choices": [["a"], "b"]}, {"choices": ["a", "a"]}
+    found = load(tmp_path, [row(number, **fault) for number, fault in enumerate(faults, start=1)]).faults
+    assert [fault.split(": ")[0] for fault in found] == ["row 1 (1)", "row 2 (2)", "row 3 (3)"]
+    assert "none of the choices" in found[0]
+    assert not load(tmp_path, [row(1, answer="", split="test")]).faults, "there it is as it should be"
 
 
 def test_no_rows(tmp_path):

@@ -18,6 +18,9 @@ elif what == "crash" and rank == "1":
     raise RuntimeError("rank 1 broke")
 elif what == "killed" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
+elif what == "interrupted":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    rank == "0" and os.killpg(os.getpgid(os.getppid()), signal.SIGINT)  # as a terminal does
 elif what == "status":
     sys.exit(3)
 time.sleep(60)
@@ -27,7 +30,7 @@ time.sleep(60)
 def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [*START, processes, tmp_path / "script.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, start_new_session=True)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,7 @@ def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
             "process 1 was ended by SIGKILL: out of memory, if nobody sent it; the others were stopped",
         ),
         ("2", "status", 3, None),
+        ("2", "interrupted", 130, None),
         ("1", "mistake", 1, "script: there is no folder x"),
         ("x", "status", 1, "GPU_NUM is 'x'; it must be the number of processes, from 1 on"),
         ("0", "status", 1, "GPU_NUM is '0'; it must be the number of processes, from 1 on"),

@@ -37,7 +37,7 @@ from dataset.audio import CHANNELS, SAMPLE_RATE, DataError, examine_clip
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
 from dataset.encode import MAX_PROMPT_LENGTH, check_prompt, count_heard, count_text_tokens
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, get_style
-from dataset.questions import UNKNOWN, check_question, recognise_release, to_question
+from dataset.questions import UNKNOWN, check_clip_is_inside, check_question, recognise_release, to_question
 from dataset.rows import SHOWN, Row, open_whole, read_lines, read_rows, starts_a_list
 
 if TYPE_CHECKING:
@@ -167,7 +167,8 @@ def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Ex
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
         records.append(record)
         question = to_question(record, number, audio_dir, ids)
-        notes = check_question(question, audio_dir)
+        notes = check_question(question)
+        check_clip_is_inside(question, audio_dir)
         prompt = build_question(question.record["question"], question.record["choices"], rules.style)
         return prompt, question.audio_path, notes
 

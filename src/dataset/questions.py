@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .dataset import check_choices, check_is_there, read_fields
-from .rows import DataError, get_field, read_records
+from .rows import DataError, first_problems, get_field, read_records
 
 ORIGINAL, DRAFT, REVISED, UNKNOWN = "original", "v05.15.25-draft", "v05.15.25", "unrecognised"
 RELEASES = {  # a content's digest, see `recognise_release` -> its release, and the day from which the repository had it
@@ -66,6 +66,7 @@ class Benchmark:
     digest: str  # of the questions, whatever their order; results compare only where it is equal
     has_answers: bool
     questions: list[Question]
+    faults: list[str]  # what `check_question` finds in rows; they are asked and scored all the same
 
     @property
     def title(self) -> str:
@@ -89,7 +90,8 @@ def load_questions(path: str | Path, audio_dir: str | Path | None = None) -> Ben
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, has no rows, or one that is no question or repeats an id; names file and row.
+        ValueError: it is not JSON, has no rows, or one that is no question or repeats an id, or blank answers among
+            others; names file and row.
     """
     path = check_is_there(path)
     return to_benchmark(read_records(path), path, Path(audio_dir or path.parent))
@@ -99,20 +101,29 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmar
     """Rows already read -> `Benchmark`; `source` is named in messages. Raises as `load_questions`."""
     if not records:
         raise ValueError(f"{source}: holds no questions")
-    questions, ids = [], {}
+    questions, faults, ids = [], [], {}
     for number, record in enumerate(records, start=1):
         try:
             questions.append(to_question(record, number, audio_dir, ids))
         except DataError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
+        try:
+            check_question(questions[-1])
+        except DataError as error:
+            faults.append(f"row {number} ({questions[-1].id}): {error}")
     records = [question.record for question in questions]  # AVQA's are others now
+    blank = [f"row {i}" for i, record in enumerate(records, start=1) if not str(record.get("answer") or "").strip()]
+    if 0 < len(blank) < len(records):
+        message = f"{source}: the answer of {len(blank)} rows is blank, and of others not, so there is no score; "
+        raise ValueError(message + f"fill them in, or leave all out for a submission:\n  {first_problems(blank)}")
     whole_test = all(record.get("split") == "test" for record in records)
     return Benchmark(
         name="mmar" if any("modality" in record for record in records) else "mmau" if whole_test else "mmau_mini",
         release=recognise_release(records),
         digest=_digest(question.id + _content_hash(question.record) for question in questions)[:8],
-        has_answers=all(str(record.get("answer") or "").strip() for record in records),
+        has_answers=not blank,
         questions=questions,
+        faults=faults,
     )
 
 
@@ -131,6 +142,8 @@ def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int])
         record = _from_avqa(record, number, audio_dir)
     get_field(record, "question", str, filled=True)
     get_field(record, "choices", list, filled=True)
+    for key in (key for key, value in record.items() if isinstance(value, str)):
+        get_field(record, key, str)  # one that can be written down
     clip = get_field(record, _clip_key(record), str, filled=True)
     id_ = _id(record)
     if id_ in ids and "id" not in record:  # two questions about one clip, in a file without ids
@@ -142,7 +155,7 @@ def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int])
     return Question(id_, record, str(next(filter(os.path.isfile, paths), paths[0])))
 
 
-def check_question(question: Question, audio_dir: Path) -> list[str]:
+def check_question(question: Question) -> list[str]:
     """Hold a question against what `to_question` lets pass; returns and raises as `dataset.check_choices`."""
     record = question.record
     notes = check_choices(record["question"], record["choices"], "choices")
@@ -150,11 +163,15 @@ def check_question(question: Question, audio_dir: Path) -> list[str]:
     if answer not in record["choices"] and not (answer in (None, "") and record.get("split") == "test"):
         message = f"`answer` is {answer!r:.80}, which is none of the choices; mend the row"
         raise DataError(message, "`answer` not among the choices")
-    key, folder = _clip_key(record), Path(os.path.abspath(audio_dir))
-    if not Path(os.path.normpath(folder / record[key])).is_relative_to(folder):
-        message = f"`{key}` {record[key]!r:.200} leads out of the data folder {folder}; move the clip into it"
-        raise DataError(message, "clip outside the data folder")
     return notes
+
+
+def check_clip_is_inside(question: Question, audio_dir: Path) -> None:
+    """Raise a `DataError` for a clip outside of the data folder, as somebody else's file may name it."""
+    key, folder = _clip_key(question.record), Path(os.path.abspath(audio_dir))
+    if not Path(os.path.normpath(folder / question.record[key])).is_relative_to(folder):
+        message = f"`{key}` {question.record[key]!r:.200} leads out of the data folder {folder}; move the clip into it"
+        raise DataError(message, "clip outside the data folder")
 
 
 def recognise_release(records: list[dict]) -> str:

@@ -137,8 +137,11 @@ class ResultFiles:
 
     def resume(self, run: Run, force: bool = False) -> dict[str, Completion]:
         """{id: completion} of a run that did not end, now in one partial file; what is of other runs is dropped, with
-        `force` all there is."""
+        `force` all there is. A `ValueError` says where the results could not be written in the end."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self.results, self.scores, self.run):
+            if path.is_dir():
+                raise ValueError(f"{path}: is a folder; a file of results gets this name")
         done = {} if force else self._read_partials(run)
         write_whole(self.partial(0), _to_lines([run.describe(), *_to_rows(done)]))
         for path in self.partials():

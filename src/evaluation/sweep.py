@@ -122,6 +122,9 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
     """
     benchmark, evaluated = sweep.benchmark, 0
     say(benchmark.title)
+    if benchmark.faults:
+        count = f"warning: {len(benchmark.faults)} of {len(benchmark.questions)} rows are not as they should be"
+        say(f"{count}; they are asked and counted all the same:\n  {first_problems(benchmark.faults)}")
     if benchmark.has_answers:  # what could not be scored in the end shall not be asked for hours
         evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
     clips = together(lambda: load_clips(benchmark.questions, sweep.run.channels, sweep.workers))
@@ -133,7 +136,8 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
         except DataError:
             raise
         except (ValueError, OSError) as error:
-            say(f"{job.label}: skipped. {error}")
+            unnamed = isinstance(error, OSError) and not error.filename  # as of a full disk
+            say(f"{job.label}: skipped. {f'{job.file or job.folder}: ' if unnamed else ''}{error}")
     return evaluated
 
 

@@ -10,6 +10,9 @@ import os
 import signal
 import sys
 
+if __name__ == "__main__":  # Ctrl-C during the imports; later the processes say what they make of it
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
@@ -22,7 +25,7 @@ def main() -> int:
         return 1
     if args.standalone and args.nproc_per_node == "1":
         os.execv(sys.executable, [sys.executable, args.training_script, *args.training_script_args])
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()  # torchrun's, in this process alone
     try:
         run(args)
     except ChildFailedError as error:
@@ -31,7 +34,7 @@ def main() -> int:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         hint = ": out of memory, if nobody sent it" if name == "SIGKILL" else ""
-        print(f"process {rank} was ended by {name}{hint}; the others were stopped", file=sys.stderr)
+        print(f"\nprocess {rank} was ended by {name}{hint}; the others were stopped", file=sys.stderr)
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
