@@ -20,6 +20,7 @@ import test_mmau
 from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_questions
+from evaluation.answers import answer_batches
 from evaluation.collect import read_results
 from evaluation.mmau import evaluate
 from evaluation.results import Run
@@ -324,6 +325,32 @@ def test_a_clip_that_was_put_back_is_asked_about(tmp_path, checkpoint, capsys):
     sweep(*flags)
     assert "(clips differ): evaluated again" in capsys.readouterr().err
     assert json.loads(run.read_text())["missing"] == [] and read(checkpoint.parent, name=name)[1]["model_prediction"]
+
+
+def test_a_clip_that_is_replaced_during_the_run_ends_it(tmp_path, checkpoint, monkeypatch):
+    """What was heard could be either; and the next run hears the new one in all questions."""
+    rows = make_rows(4)
+    path = write_questions(tmp_path, rows)
+
+    def answer_and_replace(*arguments):
+        answer_batches(*arguments)
+        replace_clip(path, rows, tmp_path)
+
+    monkeypatch.setattr("evaluation.sweep.answer_batches", answer_and_replace)
+    flags = ["--model_path", checkpoint, "--data_file", path]
+    with pytest.raises(ValueError, match=f"{rows[2]['id']}.wav: the clip was replaced during the run"):
+        sweep(*flags)
+    monkeypatch.undo()
+    assert sweep(*flags) == 0 and sweep(*flags, "--out_dir", tmp_path / "fresh") == 0
+    assert results(checkpoint.parent / "test_100") == results(tmp_path / "fresh" / "test_100")
+
+
+def test_a_finished_sweep_decodes_nothing_and_loads_nothing(few, checkpoint, monkeypatch, capsys):
+    flags = ["--model_path", checkpoint, "--data_file", few]
+    assert sweep(*flags) == 0
+    for heavy in ("answers.load_audio", "sweep.load_model", "sweep.load_processor"):
+        monkeypatch.setattr(f"evaluation.{heavy}", lambda *_: pytest.fail("not needed"))
+    assert sweep(*flags) == 0 and "finished before" in capsys.readouterr().err
 
 
 def test_without_any_clip_there_is_nothing_to_evaluate(tmp_path, checkpoint):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,32 @@ def test_seeds_of_one_model_are_one_row(folder):
     table = to_table(build_tables(results)[0][1]).set_index("step")
     assert table["total"]["300"] == "60.00 +- 10.00 (3 seeds)" and table["sound"]["300"] == "60.00 (100)"
     assert table["decoding"]["300"] == "sampled"
+
+
+def test_a_copy_is_no_second_seed(folder):
+    """Nor is a folder that is given twice."""
+    write_result(folder, "100", 150, weights="w")
+    shutil.copytree(folder / "test_100", folder / "test_100.bak")
+    results, skipped = read_results(folder, f"{folder}/test_100/..")
+    assert [len(result.runs) for result in results] == [1] * 4 and [result.row for result in results][0] == "100"
+    assert len(skipped) == 1 and "test_100.bak" in skipped[0] and "the same run as another one of 100" in skipped[0]
+
+
+def test_results_of_another_program_are_rows_of_their_own(folder):
+    """Without a run file nothing says that two are of one model."""
+    for name in ("mine", "theirs", "mine_silent"):
+        write_result(folder, "300", 200, audio=f"_{name}").with_name(f"run_mmau_mini_{name}.json").unlink()
+    results, skipped = read_results(folder)
+    assert [len(result.drops) for result in results if result.label == "300"] == [1, 0] and not skipped
+
+
+@pytest.mark.parametrize(
+    "odd", [{"label": ["300"]}, {"missing": 3}, {"missing": "7"}, {"sample_seed": []}, {"files": []}]
+)
+def test_a_run_file_of_another_program_is_named(folder, odd):
+    write_result(folder, "300", 200).with_name("run_mmau_mini.json").write_text(json.dumps(odd))
+    results, (line,) = read_results(folder)
+    assert len(results) == 4 and "test_300/res_mmau_mini.json: not results of test_mmau.py" in line
 
 
 def test_questions_that_were_not_asked_are_counted(folder):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from accelerate import PartialState
@@ -36,8 +37,9 @@ from model.generation import Sampler, generate, single_thread
 from model.qwen2_audio import end_ids
 
 from .mmau import string_match
-from .results import Completion, Run, digest
+from .results import Completion, Run
 
+T = TypeVar("T")
 KEPT_SAMPLES = 300_000_000  # decoded audio held in memory by a process, 1.2 GB: all of test-mini's 10 s clips, and more
 AUDIO = ("real", "silent", "shuffled")
 
@@ -56,36 +58,45 @@ class Clips:
 
     samples: dict[str, int | str]  # how many at 16 kHz, or what is wrong with the clip
     decoded: dict[str, np.ndarray]  # as many as `KEPT_SAMPLES` allow: a sweep need not decode them for every model
-    digest: str  # of all files' bytes, in the order of the questions
 
 
 def load_clips(questions: list[Question], channels: str, workers: int) -> Clips:
-    """Read and decode every clip once. Each process takes its share, in `workers` threads; all know of all then."""
-    state, decoded, found, room = PartialState(), {}, {}, KEPT_SAMPLES
+    """Decode every clip once; each process keeps those of its share."""
+    decoded, room = {}, KEPT_SAMPLES
+
+    def load(path: str) -> int | str:
+        nonlocal room
+        try:
+            clip = load_audio(path, channels)
+        except (DataError, OSError) as error:
+            return str(error)
+        if len(clip) <= room:
+            decoded[path] = clip
+            room -= len(clip)
+        return len(clip)
+
+    return Clips(_of_all_clips(load, questions, workers), decoded)
+
+
+def hash_clips(questions: list[Question], workers: int) -> dict[str, str]:
+    """What the file of every clip hashes to: a tenth of the time that decoding takes."""
+
+    def hash_file(path: str) -> str:
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (OSError, ValueError):
+            return "missing"
+
+    return _of_all_clips(hash_file, questions, workers)
+
+
+def _of_all_clips(compute: Callable[[str], T], questions: list[Question], workers: int) -> dict[str, T]:
+    """Every clip's path -> `compute(path)`. Each process takes its share, in `workers` threads; all get all."""
+    state = PartialState()
     paths = sorted({question.audio_path for question in questions})[state.process_index :: state.num_processes]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        read = pool.map(partial(_read_clip, channels=channels), paths)
-        for path, (content, clip) in zip(paths, read, strict=True):
-            found[path] = content, clip if isinstance(clip, str) else len(clip)
-            if not isinstance(clip, str) and len(clip) <= room:
-                decoded[path] = clip
-                room -= len(clip)
-    found = dict(gather_object(list(found.items())))
-    contents = " ".join(found[question.audio_path][0] for question in questions)
-    return Clips({path: samples for path, (_, samples) in found.items()}, decoded, digest(contents.encode()))
-
-
-def _read_clip(path: str, channels: str) -> tuple[str, np.ndarray | str]:
-    """What a clip's file hashes to, and the clip, or what is wrong with it."""
-    try:
-        clip = load_audio(path, channels)
-    except (DataError, OSError) as error:
-        clip = str(error)
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), clip
-    except (OSError, ValueError):
-        return "missing", clip
+        return dict(gather_object(list(zip(paths, pool.map(compute, paths), strict=True))))
 
 
 def _swap_clips(paths: list[str]) -> dict[str, str]:

@@ -36,6 +36,7 @@ class Result:
     benchmark: Benchmark
     settings: dict[str, str]  # see `SETTINGS`
     runs: list[Scores]
+    seeds: set[int | None]  # of the runs; None if greedy
     records: dict[str, dict]  # question's id -> its row with the answer (of the first run)
     not_asked: int = 0  # questions that could not be, and count as wrong
     prefix: str = ""  # of its name, where there are results of several folders
@@ -95,7 +96,8 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
         FileNotFoundError: there is no such folder.
     """
     found, skipped = {}, []
-    for folder in map(Path, folders):
+    folders = {Path(folder).resolve(): Path(folder) for folder in folders}.values()
+    for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
         for path in sorted(folder.glob("test_*")):
@@ -109,8 +111,11 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                 try:
                     result, key, audio = _read_result(file, folder, f"{folder}/" if len(folders) > 1 else "")
                     first = found.setdefault((key, audio), result)
-                    if first is not result:  # another seed
+                    if first is not result and first.seeds.isdisjoint(result.seeds):
+                        first.seeds |= result.seeds
                         first.runs += result.runs
+                    elif first is not result:  # a copy, say
+                        skipped.append(f"{file}: the same run as another one of {first.label}")
                 except (ValueError, OSError) as error:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
                 except (KeyError, TypeError, AttributeError, RecursionError):
@@ -137,14 +142,17 @@ def _read_result(file: Path, folder: Path, prefix: str) -> tuple[Result, tuple, 
     try:
         run = json.loads(file.with_name(f"run_{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the predictions of another program, say: what is known stands in the name
-        run = {"audio": next((audio for audio in ("silent", "shuffled") if audio in name), "real")}
+        audio = next((audio for audio in ("silent", "shuffled") if audio in name), "real")
+        run = {"audio": audio, "weights": name.replace(f"_{audio}", "")}
     if run.get("files", {}).get(file.name, digest(file.read_bytes())) != digest(file.read_bytes()):
         raise ValueError(f"{file.name} is not what test_mmau.py wrote: it has changed since; evaluate it again")
-    label = str(run.get("label") or file.parent.name.removeprefix("test_"))
+    label = run.get("label") or file.parent.name.removeprefix("test_")
+    if not isinstance(label, str) or not isinstance(run.get("missing", []), list):
+        raise TypeError(f"{file}: its run file is another program's")
     settings = {column: " ".join(str(run.get(key, "")) for key in keys).strip() for column, keys in SETTINGS.items()}
-    missing = len(run.get("missing", []))
+    seed, missing = run.get("sample_seed"), len(run.get("missing", []))
     by_id = {question.id: question.record for question in benchmark.questions}
-    result = Result(label, str(folder), benchmark, settings, [scores], by_id, missing, prefix)
+    result = Result(label, str(folder), benchmark, settings, [scores], {seed}, by_id, missing, prefix)
     decides = ("weights", "records", "clips", "allow_missing")
     key = (str(folder), label, benchmark.digest, *(run.get(key) for key in decides), *settings.values())
     return result, key, run.get("audio", "real")

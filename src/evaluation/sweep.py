@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from dataset.rows import DataError, first_problems
 from model.checkpoints import check_whole, fingerprint, label_of, load_model, locate
 from model.qwen2_audio import load_processor
 
-from .answers import Clips, EncodedQuestions, answer_batches, load_clips
+from .answers import Clips, EncodedQuestions, answer_batches, hash_clips, load_clips
 from .mmau import evaluate
 from .results import Completion, ResultFiles, Run, digest, to_records
 
@@ -127,11 +128,12 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
         say(f"{count}; they are asked and counted all the same:\n  {first_problems(benchmark.faults)}")
     if benchmark.has_answers:  # what could not be scored in the end shall not be asked for hours
         evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
-    clips = together(lambda: load_clips(benchmark.questions, sweep.run.channels, sweep.workers))
+    hashes = together(lambda: hash_clips(benchmark.questions, sweep.workers))
+    clips = cache(lambda: load_clips(benchmark.questions, sweep.run.channels, sweep.workers))  # unless all is finished
     for job in jobs:
         try:
-            folder, run, files = together(lambda job=job: _describe(sweep, clips, job), main=True)
-            _evaluate_model(sweep, clips, folder, run, files)
+            folder, run, files = together(lambda job=job: _describe(sweep, hashes, job), main=True)
+            _evaluate_model(sweep, hashes, clips, folder, run, files)
             evaluated += 1
         except DataError:
             raise
@@ -141,7 +143,7 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
     return evaluated
 
 
-def _describe(sweep: Sweep, clips: Clips, job: Job) -> tuple[Path, Run, ResultFiles]:
+def _describe(sweep: Sweep, hashes: dict[str, str], job: Job) -> tuple[Path, Run, ResultFiles]:
     """A model's folder, its own run, and the files of it.
 
     Raises:
@@ -161,18 +163,20 @@ def _describe(sweep: Sweep, clips: Clips, job: Job) -> tuple[Path, Run, ResultFi
         release=benchmark.release,
         questions=benchmark.digest,
         records=digest(json.dumps([question.record for question in benchmark.questions]).encode()),
-        clips=clips.digest,
+        clips=digest(" ".join(hashes[question.audio_path] for question in benchmark.questions).encode()),
         style=asked or usual,
     )
     name = f"res_{run.name(usual, DTYPES[sweep.device])}{sweep.suffix}"
     return folder, run, ResultFiles(job.file or job.folder / name)
 
 
-def _evaluate_model(sweep: Sweep, clips: Clips, folder: Path, run: Run, files: ResultFiles) -> None:
+def _evaluate_model(
+    sweep: Sweep, hashes: dict[str, str], load: Callable[[], Clips], folder: Path, run: Run, files: ResultFiles
+) -> None:
     """Ask one model all questions and write its results, unless they are there.
 
     Raises:
-        DataError: questions cannot be asked.
+        DataError: questions cannot be asked, or a clip is not what it was.
         ValueError, OSError: the model cannot be loaded, or the results not written.
     """
     differences = together(lambda: files.find_differences(run), main=True)
@@ -182,7 +186,7 @@ def _evaluate_model(sweep: Sweep, clips: Clips, folder: Path, run: Run, files: R
     if differences:
         say(f"{files.results}: is of another run ({', '.join(differences)} differ): evaluated again")
     processor = together(lambda: load_processor(folder))
-    questions = EncodedQuestions(sweep.benchmark.questions, clips, processor, run)
+    questions = EncodedQuestions(sweep.benchmark.questions, together(load), processor, run)
     missing = _find_missing(questions)
     questions = questions.without(missing)
     cut = questions.count_cut()
@@ -191,6 +195,9 @@ def _evaluate_model(sweep: Sweep, clips: Clips, folder: Path, run: Run, files: R
     with ExitStack() as held:
         together(lambda: held.enter_context(hold(files.lock)), main=True)
         _answer(sweep, questions, folder, run, files)
+        now = together(lambda: hash_clips(sweep.benchmark.questions, sweep.workers))
+        if changed := next((path for path in now if now[path] != hashes[path]), None):
+            raise DataError(f"{changed}: the clip was replaced during the run; start it again")
         line = together(lambda: files.finish(run, sweep.benchmark, sorted(missing), cut), main=True)
     say(f"{run.label}: {line}")
 
