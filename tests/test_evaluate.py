@@ -709,3 +709,35 @@ def test_the_launcher_without_checkpoints_says_what_to_do(tmp_path):
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     run = subprocess.run(["sh", "test_mmau.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 1 and "sh run_grpo.sh makes them" in run.stderr
+
+
+def test_shuffled_clips_are_paired_the_same_way_by_every_interpreter():
+    """Also those of the same name in two folders."""
+    code = (
+        "from evaluation.answers import _swap_clips\n"
+        "print(sorted(_swap_clips([f'{folder}/{i}.wav' for folder in 'abc' for i in range(9)]).items()))"
+    )
+    environments = [os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONHASHSEED": seed} for seed in ("1", "2")]
+    said = [
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for env in environments
+    ]
+    assert said[0].stdout == said[1].stdout and said[0].stdout.count("wav") == 54, said[0].stderr
+
+
+@pytest.mark.slow
+def test_the_launcher_prints_the_table_of_those_that_could_be_evaluated(few, trained, tmp_path):
+    """From another folder, a relative OUT_DIR that looks like a flag, a step given twice, and one that is not whole."""
+    out = tmp_path / "-rel"
+    for step in (100, 200):
+        shutil.copytree(trained / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    (out / "checkpoint-100" / "config.json").unlink()
+    environment = os.environ | {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "GPU_NUM": "1", "OUT_DIR": "-rel", "MMAU_DIR": str(few.parent), "STEPS": "200 200 100",
+    }  # fmt: skip
+    command = ["sh", str(ROOT / "test_mmau.sh"), *TOKENS, "--device", "cpu"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 3, run.stderr
+    assert "100: skipped" in run.stderr and "1 of 2 models were skipped" in run.stderr
+    assert run.stdout.splitlines()[-1].split()[0] == "200" and (out / "test_200").is_dir()

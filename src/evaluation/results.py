@@ -157,7 +157,9 @@ class ResultFiles:
             *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
             try:
                 if lines and lines[0] == json.dumps(run.describe()):
-                    done |= {id_: Completion(text, cut_off) for id_, text, cut_off in map(json.loads, lines[1:])}
+                    done |= {
+                        str(id_): Completion(str(text), bool(cut)) for id_, text, cut in map(json.loads, lines[1:])
+                    }
                 elif lines:
                     print(f"{path}: is of another run, dropped", file=sys.stderr, flush=True)
             except (ValueError, TypeError) as error:
