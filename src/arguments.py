@@ -1,6 +1,8 @@
 """What the training scripts share of their command lines: data, model, schedule, and the passes that make a step."""
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
@@ -11,6 +13,27 @@ from dataset.audio import CHANNELS
 from dataset.encode import MAX_PROMPT_LENGTH
 from dataset.prompt import DEFAULT_STYLE, STYLES
 from model.qwen2_audio import PARTS
+
+# Flags that change what a run learns, as far as a recipe has them: recorded in checkpoints, and compared by a run that
+# goes on from one. How the work is spread (processes, accumulation), logged, evaluated and saved is not among them.
+RESULT_FLAGS = (
+    "prompt_style", "max_prompt_length", "audio_channels", "freeze",
+    "reward_funcs", "reward_weights", "resample_uniform_groups", "max_resample_rounds",
+    "questions_per_step", "generation_batch_size", "max_steps", "num_train_epochs", "seed", "data_seed",
+    "shuffle_dataset", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
+    "num_generations", "num_iterations", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "max_completion_length", "generation_kwargs", "mask_truncated_completions",
+    "beta", "loss_type", "scale_rewards", "epsilon", "epsilon_high", "delta", "use_bias_correction_kl",
+    "importance_sampling_level", "top_entropy_quantile", "entropy_coef",
+    "dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit",
+)  # fmt: skip
+
+
+def result_settings(parsed: Sequence) -> dict:
+    """`RESULT_FLAGS` and their values in what a script's command line was parsed to, as JSON has them."""
+    found = {flag: getattr(part, flag) for flag in RESULT_FLAGS for part in parsed if hasattr(part, flag)}
+    return json.loads(json.dumps(found, default=str))
 
 
 @dataclass
@@ -58,7 +81,21 @@ class RunArguments:
     lr_scheduler_type: str = HfArg(default="linear", help="Paper: linear decay to 0, no warm-up.")
     max_steps: int = HfArg(default=1000, help="Optimizer steps. Paper: 1000, the best was 500.")
     save_steps: float = HfArg(default=100, help="Steps between checkpoints. Paper: 100.")
-    save_only_model: bool = HfArg(default=True, help="No optimizer state: smaller, but no resuming. Paper: true.")
+    keep_optimizer: str = HfArg(
+        default="newest",
+        help="Which checkpoints hold, beside the weights, what a run needs to go on (several times their size).",
+        metadata={"choices": ["newest", "all", "none"]},
+    )
+    resume: bool = HfArg(
+        default=False, help="Go on from the newest whole checkpoint of output_dir, as if the run had not been cut off."
+    )
+    resume_from_checkpoint: str | None = HfArg(default=None, help="Go on from this folder; true: as --resume.")
+    force_resume: bool = HfArg(default=False, help="Go on although settings differ that change the result.")
+    overwrite_output_dir: bool = HfArg(
+        default=False,
+        help="Of another run in output_dir, remove the checkpoints and their results (checkpoint-*, test_STEP) first; "
+        "with --resume_from_checkpoint, those of later steps.",
+    )
     logging_steps: float = HfArg(default=1, help="Steps between two lines of metrics.")
     bf16: bool | None = HfArg(default=None, help="Mixed precision. Default: unless --use_cpu or --fp16.")
     questions_per_step: int = HfArg(default=16, help="Questions per optimizer step. Paper: 16.")
@@ -73,6 +110,10 @@ class RunArguments:
         """Fill in what follows from other settings, before transformers' own checks."""
         if self.use_wandb:
             self.report_to = "wandb"
+        self.save_only_model = self.save_only_model or self.keep_optimizer == "none"
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):
+            self.resume = self.resume or self.resume_from_checkpoint.lower() == "true"
+            self.resume_from_checkpoint = None
         if self.bf16 is None:
             self.bf16 = not (self.use_cpu or self.fp16)
         if self.gradient_accumulation_steps is None:

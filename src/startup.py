@@ -1,19 +1,27 @@
-"""Between a training script's command line and its model: the data examined, the checkpoint to resume from checked."""
+"""Between a training script's command line and its model: the output folder is locked, the checkpoint to go on from
+chosen, the data examined. All that a user can mend is said here, before the model is loaded."""
 
+import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl import TrlParser
 
-from arguments import DataArguments
+from arguments import AudioModelConfig, DataArguments, result_settings
 from dataset.check import Rules, examine_training_file
-from dataset.dataset import load_train_dataset
+from dataset.dataset import check_is_there, load_train_dataset
+from dataset.lock import hold
 from dataset.questions import load_questions
 from evaluation.sweep import together
+from model.checkpoints import fingerprint, locate
 from model.qwen2_audio import load_processor
+from trainer.resume import choose_start, finish, remove_checkpoints, step_of, strange_checkpoints
+
+LOCK = ".lock"  # in the output folder: one run at a time writes there
 
 
 def load_training_data(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Dataset:
@@ -39,14 +47,36 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
     return load_train_dataset(data.data_file, data.prompt_style, skip=set(together(examine, main=True)))
 
 
-def check_resumable(folder: Path) -> None:
-    """Raise a `ValueError` unless `folder` is a checkpoint with optimizer state: without, a run would start over."""
-    if not (folder / "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {folder}: is no checkpoint")
-    if not (folder / "optimizer.pt").is_file() and not any(folder.glob("global_step*")):  # the latter is DeepSpeed's
+def describe_run(data: DataArguments, args: TrainingArguments, model: AudioModelConfig, parsed: Sequence) -> dict:
+    """All that decides a run's result: its flags, what is in the data file and the model, and how its state is cut.
+
+    Raises:
+        FileNotFoundError: there is no such data file.
+        ValueError: the model is not there, or not whole.
+    """
+    with open(check_is_there(data.data_file), "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    engine = "none"
+    if args.deepspeed:
+        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        engine = f"ZeRO-{stage} on {args.world_size} processes"
+    weights = fingerprint(locate(model.model_name_or_path))
+    return result_settings(parsed) | {"data_file (content)": content, "model (weights)": weights, "engine": engine}
+
+
+def check_enough(questions: int, args: TrainingArguments) -> None:
+    """Raise a `ValueError` with numbers that work, where there are fewer usable questions than a step takes."""
+    generations = getattr(args, "num_generations", 1)
+    at_once = args.per_device_train_batch_size * args.world_size // generations
+    needed = (
+        getattr(args, "generation_batch_size", at_once * args.gradient_accumulation_steps * generations) // generations
+    )
+    if questions < needed:
+        most = questions // at_once * at_once
         raise ValueError(
-            f"--resume_from_checkpoint {folder}: holds weights only; only runs with --save_only_model false can be "
-            f"continued. --model_name_or_path {folder} starts a new run from its weights"
+            f"{questions} usable questions are fewer than the {needed} that a step takes. What works: "
+            + (f"--questions_per_step {most}" if most else f"fewer than {args.world_size} processes")
+            + f", or {needed - questions} more questions"
         )
 
 
@@ -58,17 +88,38 @@ def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> No
         build_trainer: called with the data set, the processor, the questions of --eval_file or None, and all that was
             parsed, in this order.
     """
-    try:
-        parsed = parser.parse_args_and_config()
-        data, *_, args, model = parsed
-        if args.resume_from_checkpoint:
-            check_resumable(Path(args.resume_from_checkpoint))
-        eval_questions = load_questions(args.eval_file) if args.eval_file else None
-        processor = load_processor(model.model_name_or_path)
-        dataset = load_training_data(data, args, processor)
-    except (ValueError, FileNotFoundError) as error:  # the user's to mend: the message says how, a traceback would not
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    trainer = build_trainer(dataset, processor, eval_questions, *parsed)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.end()  # processes that exit with a process group open may abort
+    with ExitStack() as held:
+        try:
+            parsed = parser.parse_args_and_config()
+            data, *_, args, model = parsed
+            out = Path(args.output_dir)
+            together(lambda: held.enter_context(hold(out / LOCK)), main=True)
+            eval_questions = load_questions(args.eval_file) if args.eval_file else None
+            processor = load_processor(model.model_name_or_path)
+            settings = together(lambda: describe_run(data, args, model, parsed), main=True)
+            start = together(lambda: choose_start(args, settings), main=True)
+            if start and together(lambda: finish(start, args), main=True):
+                return
+            dataset = load_training_data(data, args, processor)
+            check_enough(len(dataset), args)
+            if args.overwrite_output_dir:
+                together(lambda: remove_checkpoints(strange_checkpoints(out, start)), main=True)
+        except (ValueError, OSError) as error:  # the user's to mend: its message says how
+            sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        trainer = build_trainer(dataset, processor, eval_questions, *parsed)
+        trainer.run_settings = settings
+        train(trainer, start)
+        trainer.end()  # processes that exit with a process group open may abort
+
+
+def train(trainer: Trainer, start: Path | None) -> None:
+    """Train and save the model; exits with a message if no step was taken: what is saved is never the model as it came.
+
+    Args:
+        start: the checkpoint to go on from.
+    """
+    before = step_of(start) if start else 0
+    trainer.train(resume_from_checkpoint=start and str(start))
+    if trainer.state.global_step <= before:
+        sys.exit("no step was taken, so no model is written; --max_steps and --num_train_epochs say how many to take")
+    trainer.save_model(trainer.args.output_dir)

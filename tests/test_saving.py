@@ -67,7 +67,7 @@ def assert_everybody_reads(out: Path, base: Path, count: int) -> None:
 def train_one_step(kind: str, model: Path, data: Path, out: Path) -> Path:
     """Train a step in this process, with optimizer state in the checkpoint; returns the folder of a full model."""
     if kind == "sft":
-        settings = dict(save_strategy="steps", save_steps=1, save_only_model=False, questions_per_step=2)
+        settings = dict(save_strategy="steps", save_steps=1, questions_per_step=2)
         make_trainer(model, data, out, **settings).train()
         return out / "checkpoint-1"
     args = GRPOConfig(
@@ -109,7 +109,7 @@ def test_so_it_has_under_deepspeed(shared, tiny_model, questions, tmp_path, engi
     with umask(0o027):
         run(
             "sh", "run_sft.sh" if kind == "sft" else "run_grpo.sh", "--use_cpu", "true", "--max_steps", "1", "--save_steps", "1",
-            "--questions_per_step", "2", "--use_peft", kind == "lora", "--save_only_model", "false", *flags,
+            "--questions_per_step", "2", "--use_peft", kind == "lora", *flags,
             MODEL_NP=tiny_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2, MASTER_PORT=free_port(),
             CONFIG=f"conf/{engine}.json",
         )  # fmt: skip

@@ -95,7 +95,7 @@ def test_accumulated_and_single_batches_take_the_same_step(small_model, question
 
 
 def test_a_resumed_run_continues_the_interrupted_one(small_model, questions, tmp_path):
-    settings = dict(max_steps=3, save_strategy="steps", save_steps=2, save_only_model=False, questions_per_step=2)
+    settings = dict(max_steps=3, save_strategy="steps", save_steps=2, keep_optimizer="all", questions_per_step=2)
     whole = make_trainer(small_model, questions, tmp_path / "whole", **settings)
     whole.train()
     resumed = make_trainer(small_model, questions, tmp_path / "resumed", **settings)

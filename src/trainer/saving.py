@@ -1,20 +1,79 @@
 """Checkpoints that load by themselves, for both trainers.
 
 Saved are the weights under the base checkpoint's tensor names whatever engine trained them, the processor's files as
-they came, and the prompt style; so loaded to resume. Optimizer state and engines are left to transformers' `Trainer`.
+they came, and the prompt style; so loaded to resume. A checkpoint gets its name when it is whole and on the disk.
+Optimizer state and engines are left to transformers' `Trainer`; what a run needs to go on is `resume.py`'s.
 """
 
+import os
+import shutil
+from pathlib import Path
+
 from peft import PeftModel
+from transformers.trainer_utils import rotate_checkpoints
 
 from dataset.prompt import save_style
 from model.checkpoints import complete_checkpoint, keep_base_names
 from model.qwen2_audio import base_model
+
+from .resume import PARTIAL, STATE, checkpoints_in, drop_state, record_state
 
 
 class SelfContainedCheckpoints:
     """Mixin, to stand before the trainer class; expects its `processing_class` to be the processor."""
 
     prompt_style: str | None = None  # recorded in every checkpoint; None: no record
+    run_settings: dict | None = None  # recorded in every checkpoint with training state; None: any may go on
+    _unfinished: Path | None = None  # stands for the output folder while a checkpoint is written
+    _saved: str | None = None  # the last checkpoint of this process
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint under another name, see that it is on the disk, and give it its own: whoever is killed in
+        between leaves the checkpoints as they were. Older ones then lose their training state, as the arguments say.
+        """
+        out = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        if self._saved == name:  # asked for by the step and by the epoch's end
+            return
+        if self.accelerator.is_local_main_process:
+            shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._unfinished = out / PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._unfinished = None
+        self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == str(out / PARTIAL / name):  # as Trainer saw it
+            self.state.best_model_checkpoint = str(out / name)
+        if self.accelerator.is_main_process:
+            self.state.save_to_json(str(out / PARTIAL / name / STATE))
+            self._finish_checkpoint(out / PARTIAL / name, out / name)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process and (out / PARTIAL / name).is_dir():  # a node with a disk of its own
+            self._finish_checkpoint(out / PARTIAL / name, out / name)
+        self._saved = name
+
+    def _finish_checkpoint(self, written: Path, checkpoint: Path) -> None:
+        if not self.args.save_only_model:
+            record_state(written, self.run_settings or {})
+        sync(written)
+        if checkpoint.is_dir():  # one that was passed over for a damage, or of the same step
+            shutil.rmtree(checkpoint)
+        os.rename(written, checkpoint)
+        sync(checkpoint.parent, files=False)
+        shutil.rmtree(written.parent, ignore_errors=True)
+        if getattr(self.args, "keep_optimizer", "all") != "all":
+            for other in checkpoints_in(checkpoint.parent):
+                if other != checkpoint:
+                    drop_state(other)
+        # Trainer's own call found but one checkpoint, the unfinished. Dropping state changes a folder's time.
+        rotate_checkpoints(
+            str(checkpoint.parent), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights, processor and prompt style: what AutoProcessor and the model class load by themselves."""
@@ -47,3 +106,13 @@ class SelfContainedCheckpoints:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def sync(folder: Path, files: bool = True) -> None:
+    """Have the system write a folder to the disk: its entries, and all that is below it unless not `files`."""
+    for path in [*(folder.rglob("*") if files else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,179 @@
+"""What a run needs to go on beside a checkpoint's weights: its record, whether it is whole, and from which to go on.
+
+`resume.json` in a checkpoint lists the files of the training state with their sizes, and the settings of the run that
+decide its result. A checkpoint without it holds weights only. Leaves out writing the state itself, see `saving.py`.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from dataset.rows import write_whole
+from model.checkpoints import FINGERPRINTS, IncompleteCheckpoint, check_whole, label_of
+
+RECORD = "resume.json"
+STATE = "trainer_state.json"  # stays in every checkpoint: it holds the log
+# The rest of what transformers, DeepSpeed and our trainers write to go on from: all but weights and processor.
+BULK = (
+    "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts*.pt", "global_step*", "latest",
+    "zero_to_fp32.py",
+)  # fmt: skip
+PARTIAL = ".partial"  # in the output folder: what is being written, or was when the run was cut off
+
+
+def checkpoints_in(out: Path) -> list[Path]:
+    """The folders `checkpoint-STEP`, in the order of their steps."""
+    found = [path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """300 of `.../checkpoint-300`; of a whole one under another name, what its state says."""
+    label = label_of(str(checkpoint))
+    return int(label) if label.isdecimal() else json.loads((checkpoint / STATE).read_text())["global_step"]
+
+
+def _bulk_files(checkpoint: Path) -> Iterator[Path]:
+    for pattern in BULK:
+        for path in checkpoint.glob(pattern):
+            yield from (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def record_state(checkpoint: Path, settings: dict) -> None:
+    """Write `resume.json`, the last file of a checkpoint that holds training state."""
+    files = [checkpoint / STATE, *_bulk_files(checkpoint)]
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(files)}
+    write_whole(checkpoint / RECORD, json.dumps({"settings": settings, "files": sizes}, indent=2) + "\n")
+
+
+def drop_state(checkpoint: Path) -> None:
+    """Leave a checkpoint its weights only. The record goes first: without, nobody goes on from what is left."""
+    (checkpoint / RECORD).unlink(missing_ok=True)
+    for path in [path for pattern in BULK for path in checkpoint.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def check_resumable(checkpoint: Path) -> dict:
+    """The settings that a checkpoint was trained with, after it was found whole: as evaluation wants it, and with all
+    of its training state; reads headers and sizes only.
+
+    Raises:
+        IncompleteCheckpoint: a run cannot go on from it; says why.
+    """
+    check_whole(checkpoint)
+    if not (checkpoint / RECORD).is_file():
+        raise IncompleteCheckpoint(
+            f"{checkpoint}: holds weights only; --keep_optimizer all keeps in every checkpoint what a run needs to go "
+            f"on. --model_name_or_path {checkpoint} starts a new run from its weights"
+        )
+    try:
+        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        settings, sizes = dict(record["settings"]), dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompleteCheckpoint(f"{checkpoint}: incomplete, {RECORD} is damaged ({error})") from error
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            state = "cut off" if path.is_file() else "missing"
+            raise IncompleteCheckpoint(f"{checkpoint}: incomplete, {name} is {state}")
+    return settings
+
+
+def find_newest(out: Path) -> Path:
+    """The newest checkpoint in a run's folder that it can go on from; newer ones are named, and why not.
+
+    Raises:
+        ValueError: there is none.
+    """
+    problems = []
+    for checkpoint in reversed(checkpoints_in(out)):
+        try:
+            check_resumable(checkpoint)
+        except IncompleteCheckpoint as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"passed over: {problem}", flush=True)
+        return checkpoint
+    reasons = "".join(f"\n  {problem}" for problem in problems)
+    raise ValueError(f"{out}: holds no checkpoint to go on from{reasons or '; without --resume a new run starts'}")
+
+
+def check_settings(checkpoint: Path, now: dict) -> None:
+    """Raise a `ValueError` that names the settings in which a run differs from the one that wrote the checkpoint."""
+    before = check_resumable(checkpoint)
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    differing = [f"{name} {before.get(name)}, now {now.get(name)}" for name in changed]
+    if differing:
+        raise ValueError(
+            f"{checkpoint}: was trained with other settings, which would change the result: {'; '.join(differing)}. "
+            "Give those, or go on with --force_resume true"
+        )
+
+
+def strange_checkpoints(out: Path, start: Path | None) -> list[Path]:
+    """The checkpoints in `out` that are not of a run that goes on from `start` (None: a new one): all of another
+    folder's, and those of later steps."""
+    if start is None or start.resolve().parent != out.resolve():
+        return checkpoints_in(out)
+    return [path for path in checkpoints_in(out) if step_of(path) > step_of(start)]
+
+
+def remove_checkpoints(checkpoints: list[Path]) -> None:
+    """Remove checkpoints, and the results of their evaluation, `test_STEP` beside them."""
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint.parent / f"test_{step_of(checkpoint)}", ignore_errors=True)
+        shutil.rmtree(checkpoint)
+
+
+def choose_start(args: TrainingArguments, settings: dict) -> Path | None:
+    """The checkpoint that a run goes on from, or None for a new one. What a cut-off save left is removed.
+
+    Raises:
+        ValueError: there is none that can be, it is of a run with other settings, or the output folder holds
+            checkpoints that would not be this run's.
+    """
+    out = Path(args.output_dir)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    start, strange = None, []
+    if args.resume_from_checkpoint:
+        start = Path(args.resume_from_checkpoint)
+    elif args.resume:
+        start = find_newest(out)
+    if start and getattr(args, "sync_ref_model", False):
+        raise ValueError("--sync_ref_model true: such a run cannot go on, since its reference model is not saved")
+    if start and args.force_resume:
+        check_resumable(start)
+    elif start:
+        check_settings(start, settings)
+    if args.resume_from_checkpoint or not args.resume:  # what --resume passed over is replaced step by step
+        strange = strange_checkpoints(out, start)
+    if strange and not args.overwrite_output_dir:
+        names = ", ".join(path.name for path in strange)
+        raise ValueError(
+            f"{out}: holds {names}, which {'are later' if start else 'another run wrote'}; --resume goes on from the "
+            "newest, --overwrite_output_dir true removes them, --output_dir (OUT_DIR) names another folder"
+        )
+    return start
+
+
+def finish(start: Path, args: TrainingArguments) -> bool:
+    """Whether a run has taken all its steps before; then its last checkpoint's model is put into the output folder."""
+    state = json.loads((start / STATE).read_text(encoding="utf-8"))
+    if state["global_step"] < (args.max_steps if args.max_steps > 0 else state["max_steps"]):
+        return False
+    copy_model(start, Path(args.output_dir))
+    print(f"{start}: all steps are taken, the run is finished; {args.output_dir} holds its model", flush=True)
+    return True
+
+
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """Copy what a checkpoint has beside its training state: weights, configuration, processor, prompt style."""
+    state = {RECORD, STATE, FINGERPRINTS, *(path.name for path in _bulk_files(checkpoint))}
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and path.name not in state:
+            shutil.copyfile(path, folder / path.name)

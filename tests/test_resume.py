@@ -1,0 +1,254 @@
+"""Going on: which checkpoint is whole, who may go on from it, and that a run killed anywhere in a save loses nothing."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from arguments import result_settings
+from dataset.dataset import load_train_dataset
+from model.checkpoints import IncompleteCheckpoint, check_whole
+from running import run
+from test_grpo_trainer import length_reward
+from train import RecipeConfig, make_parser
+from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.resume import (
+    RECORD,
+    check_resumable,
+    check_settings,
+    checkpoints_in,
+    choose_start,
+    find_newest,
+    finish,
+    remove_checkpoints,
+    step_of,
+    strange_checkpoints,
+)
+
+
+def make_trainer(model, data, out, **settings) -> AudioGRPOTrainer:
+    """A run of three steps with sampled completions that saves after each; its settings are recorded."""
+    defaults = dict(
+        use_cpu=True, questions_per_step=2, num_generations=2, max_completion_length=4, learning_rate=1e-2, max_steps=3,
+        save_steps=1, seed=3, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    args = RecipeConfig(str(out), **defaults | settings)
+    trainer = AudioGRPOTrainer(str(model), [length_reward], args, load_train_dataset(data))
+    trainer.run_settings = result_settings([args])
+    return trainer
+
+
+def arguments(out: Path, **settings) -> SimpleNamespace:
+    defaults = dict(
+        output_dir=str(out), resume=True, resume_from_checkpoint=None, force_resume=False, overwrite_output_dir=False,
+        max_steps=3, sync_ref_model=False,
+    )  # fmt: skip
+    return SimpleNamespace(**defaults | settings)
+
+
+@pytest.fixture(scope="module")
+def finished(small_model, questions, tmp_path_factory) -> Path:
+    """The output of a run of three steps that was not disturbed; its checkpoints all hold their training state."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    trainer = make_trainer(small_model, questions, out, keep_optimizer="all")
+    trainer.train()
+    trainer.save_model(str(out))
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def settings_of(out: Path) -> dict:
+    return json.loads((out / "checkpoint-2" / RECORD).read_text())["settings"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", "cut off"), ("optimizer.pt", "cut off"), ("scheduler.pt", "missing"),
+        ("rng_state.pth", "missing"), ("trainer_state.json", "cut off"), ("tokenizer.json", "missing"),
+        ("config.json", "cut off"), (RECORD, "cut off"), (RECORD, "missing"),
+    ],
+)  # fmt: skip
+def test_a_damaged_newest_checkpoint_is_passed_over_by_name(copied, capsys, name, damage):
+    assert find_newest(copied) == copied / "checkpoint-3"
+    file = copied / "checkpoint-3" / name
+    file.write_bytes(file.read_bytes()[:-7]) if damage == "cut off" else file.unlink()
+    with pytest.raises(IncompleteCheckpoint, match="checkpoint-3: "):
+        check_resumable(copied / "checkpoint-3")
+    assert choose_start(arguments(copied), settings_of(copied)) == copied / "checkpoint-2"
+    assert "passed over" in capsys.readouterr().out
+
+
+def test_where_nothing_is_whole_the_reasons_are_named(copied, tmp_path):
+    for checkpoint in checkpoints_in(copied):
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint to go on from(\n.*optimizer\.pt is missing){3}"):
+        find_newest(copied)
+    with pytest.raises(ValueError, match="without --resume a new run starts"):
+        find_newest(tmp_path / "empty")
+
+
+def test_a_run_with_other_settings_is_refused_by_their_names(copied):
+    start, settings = copied / "checkpoint-3", settings_of(copied)
+    check_settings(start, settings)
+    other = settings | {"beta": 0.5, "seed": 7, "data_file (content)": "x"}
+    with pytest.raises(ValueError) as refused:
+        choose_start(arguments(copied), other)
+    for part in ("beta 0.04, now 0.5", "seed 3, now 7", "data_file (content) None, now x", "--force_resume true"):
+        assert part in str(refused.value)
+    assert "questions_per_step" not in str(refused.value)
+    assert choose_start(arguments(copied, force_resume=True), other) == start
+
+
+def test_a_folder_with_checkpoints_of_another_run_is_refused(copied):
+    settings, first = settings_of(copied), str(copied / "checkpoint-1")
+    with pytest.raises(ValueError, match="checkpoint-1, checkpoint-2, checkpoint-3, which another run wrote"):
+        choose_start(arguments(copied, resume=False), settings)
+    with pytest.raises(ValueError, match="checkpoint-2, checkpoint-3, which are later"):
+        choose_start(arguments(copied, resume_from_checkpoint=first), settings)
+    overwrite = dict(overwrite_output_dir=True)
+    assert choose_start(arguments(copied, resume=False, **overwrite), settings) is None
+    assert choose_start(arguments(copied, resume_from_checkpoint=first, **overwrite), settings) == Path(first)
+    assert len(checkpoints_in(copied)) == 3, "nothing is removed before the data is examined"
+    for step in (1, 3):
+        (copied / f"test_{step}").mkdir()
+    remove_checkpoints(strange_checkpoints(copied, Path(first)))
+    assert checkpoints_in(copied) == [Path(first)]
+    assert (copied / "test_1").is_dir() and not (copied / "test_3").exists()
+
+
+def test_a_finished_run_has_its_model_and_nothing_to_do(copied):
+    trained = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(trained[:-7])  # killed when it wrote the last file
+    assert finish(copied / "checkpoint-3", arguments(copied))
+    assert (copied / "model.safetensors").read_bytes() == trained
+    check_whole(copied)
+    assert not (copied / "optimizer.pt").exists() and not (copied / RECORD).exists()
+    assert not finish(copied / "checkpoint-2", arguments(copied))
+
+
+def test_the_optimizer_is_kept_where_the_flag_says(small_model, questions, tmp_path):
+    for keep, resumable in (("newest", [False, True]), ("none", [False, False])):
+        out = tmp_path / keep
+        make_trainer(small_model, questions, out, max_steps=2, keep_optimizer=keep).train()
+        assert [(path / "optimizer.pt").exists() for path in checkpoints_in(out)] == resumable
+        assert [(path / RECORD).exists() for path in checkpoints_in(out)] == resumable
+        for path in checkpoints_in(out):
+            check_whole(path)
+            assert (path / "trainer_state.json").is_file()
+    with pytest.raises(ValueError, match="weights only; --keep_optimizer all"):
+        find_newest(tmp_path / "none")
+
+
+def test_flags_to_go_on(tmp_path):
+    def parse(*flags: str):
+        return make_parser().parse_args_and_config(["--use_cpu", "true", "--output_dir", str(tmp_path), *flags])[2]
+
+    assert parse("--resume").resume and parse("--resume_from_checkpoint", "true").resume
+    assert parse("--resume_from_checkpoint", "true").resume_from_checkpoint is None
+    assert not parse("--resume_from_checkpoint", "False").resume
+    assert parse("--resume_from_checkpoint", "x").resume_from_checkpoint == "x"
+    assert parse("--keep_optimizer", "none").save_only_model and not parse().save_only_model
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Weights, optimizer and schedule, bit for bit."""
+    return all(
+        (one / name).read_bytes() == (other / name).read_bytes()
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt")
+    )
+
+
+def test_killed_anywhere_in_a_save_the_old_state_or_the_new_one_is_there(
+    finished, small_model, questions, tmp_path, monkeypatch
+):
+    """What a killed process leaves is what stands on the disk: a copy of it before every file operation of the saves."""
+    out, copies, copying = tmp_path / "run", [], []
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            if out.is_dir() and not copying:
+                copying.append(True)
+                copies.append(shutil.copytree(out, tmp_path / f"copy {len(copies)}"))
+                copying.clear()
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    trainer = make_trainer(small_model, questions, out)
+    for module, name in (
+        (os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (Path, "unlink"), (shutil, "rmtree"),
+        (torch, "save"), (shutil, "copyfile"), (Path, "write_text"),
+    ):  # fmt: skip
+        watch(module, name)
+    trainer.train()
+    monkeypatch.undo()
+    assert len(copies) > 60
+    newest = [0]
+    for copy in copies:
+        for checkpoint in checkpoints_in(copy):
+            check_whole(checkpoint)
+        if checkpoints_in(copy):
+            start = choose_start(arguments(copy), trainer.run_settings)
+            newest.append(step_of(start))
+            assert newest[-1] in (newest[-2], newest[-2] + 1)
+            assert same_files(start, finished / start.name)
+        elif copy.is_dir():
+            assert choose_start(arguments(copy, resume=False), {}) is None
+        assert not (copy / ".partial").exists()
+    assert set(newest) == {0, 1, 2, 3}
+
+
+def test_sampled_rollouts_and_weights_of_a_resumed_run_are_bitwise_those_of_an_uninterrupted_one(
+    finished, small_model, questions, tmp_path
+):
+    resumed = make_trainer(small_model, questions, tmp_path)
+    resumed.train(resume_from_checkpoint=str(finished / "checkpoint-1"))
+    for step in (2, 3):
+        one, other = tmp_path / f"checkpoint-{step}", finished / f"checkpoint-{step}"
+        assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert same_files(tmp_path / "checkpoint-3", finished / "checkpoint-3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
+def test_a_run_that_was_killed_goes_on_by_the_launcher(small_model, questions, tmp_path, engine):
+    """All processes are killed in the second save, when the checkpoint would get its name."""
+    if engine and not shutil.which("g++"):
+        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\nrename = os.rename\n"
+        "def killed(source, target):\n"
+        "    if str(target).endswith('checkpoint-2'):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    rename(source, target)\n"
+        "os.rename = killed\n"
+    )
+    flags = (
+        "--use_cpu", "true", "--questions_per_step", "2", "--num_generations", "2", "--max_completion_length", "4",
+        "--learning_rate", "1e-2", "--save_steps", "1", "--max_steps", "3", "--report_to", "none",
+    )  # fmt: skip
+    places = dict(MODEL_NP=small_model, DATA_FILE=questions, CONFIG=f"conf/{engine}.json" if engine else "", GPU_NUM=2)
+    out = tmp_path / "killed"
+    killed = run("sh", "run_grpo.sh", *flags, OUT_DIR=out, check=False, PYTHONPATH=tmp_path, **places)
+    assert killed.returncode == 137 and [step_of(path) for path in checkpoints_in(out)] == [1], killed.stdout
+    assert (out / ".partial" / "checkpoint-2").is_dir()
+    run("sh", "run_grpo.sh", *flags, "--resume", OUT_DIR=out, **places)
+    run("sh", "run_grpo.sh", *flags, OUT_DIR=tmp_path / "whole", **places)
+    logs = [
+        json.loads((path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+        for path in (out, tmp_path / "whole")
+    ]
+    for resumed, whole in zip(*logs, strict=True):
+        assert resumed["loss"] == pytest.approx(whole["loss"], abs=1e-4) and resumed["reward"] == whole["reward"]
+    again = run("sh", "run_grpo.sh", *flags, "--resume", OUT_DIR=out, **places)
+    assert "all steps are taken" in again.stdout
