@@ -11,7 +11,9 @@ CONFIG=${CONFIG-$ENGINE} # DeepSpeed settings: conf/ds_zero3.json, conf/ds_zero3
 NODE_NUM=${NODE_NUM:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-MASTER_PORT=${MASTER_PORT:-32777}
+# Nodes must know the port of the first; on one node it is any that is free, so that runs work side by side.
+[ "$NODE_NUM" = 1 ] || MASTER_PORT=${MASTER_PORT:-32777}
+[ -n "${MASTER_PORT:-}" ] && STANDALONE= || STANDALONE=yes
 
 set -- \
     ${CONFIG:+--deepspeed "$CONFIG"} \
@@ -28,7 +30,6 @@ GPU_NUM=${GPU_NUM:-$PROCESSES} # processes on this machine, one for each GPU
 exec "$PYTHON" src/launch/start.py \
     --nproc_per_node "$GPU_NUM" \
     --nnodes "$NODE_NUM" \
-    --node_rank "$NODE_RANK" \
-    --master_addr "$MASTER_ADDR" \
-    --master_port "$MASTER_PORT" \
+    ${STANDALONE:+--standalone} \
+    ${MASTER_PORT:+--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"} \
     "$SCRIPT" "$@"

@@ -20,6 +20,7 @@ from evaluation.sweep import together
 from model.checkpoints import fingerprint, locate
 from model.qwen2_audio import load_processor
 from trainer.resume import choose_start, finish, remove_checkpoints, step_of, strange_checkpoints
+from trainer.stopping import StopOnSignal
 
 LOCK = ".lock"  # in the output folder: one run at a time writes there
 
@@ -113,13 +114,21 @@ def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> No
 
 
 def train(trainer: Trainer, start: Path | None) -> None:
-    """Train and save the model; exits with a message if no step was taken: what is saved is never the model as it came.
+    """Train and save the model. A signal ends it early, with a checkpoint; a run that took no step ends with a message
+    and writes no model, which would be the one it started from.
 
     Args:
         start: the checkpoint to go on from.
     """
-    before = step_of(start) if start else 0
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=start and str(start))
-    if trainer.state.global_step <= before:
+    state, out = trainer.state, trainer.args.output_dir
+    if state.global_step <= (step_of(start) if start else 0):
         sys.exit("no step was taken, so no model is written; --max_steps and --num_train_epochs say how many to take")
-    trainer.save_model(trainer.args.output_dir)
+    if stop.stopped and state.global_step < state.max_steps:
+        remedy = "its weights only (--keep_optimizer none)" if trainer.args.save_only_model else "--resume goes on"
+        saved = f"{out}/checkpoint-{state.global_step} is saved"
+        trainer.accelerator.print(f"{stop.stopped}: stopped after step {state.global_step}; {saved}, {remedy}")
+    else:
+        trainer.save_model(out)

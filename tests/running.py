@@ -9,22 +9,13 @@ from conftest import ROOT
 
 
 def run(
-    *command: str | Path, cwd: Path = ROOT, timeout: int = 400, check: bool = True, **environment
+    *command: str | Path, cwd: Path = ROOT, timeout: int = 400, check: bool = True, **added
 ) -> subprocess.CompletedProcess:
-    """Run `command` with this interpreter's environment active; `environment` is added. Output as text, both streams."""
-    bin_folder = Path(sys.executable).parent
-    variables = os.environ | {
-        "VIRTUAL_ENV": str(bin_folder.parent),
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        # DeepSpeed's compiled operators hold paths of the environment they were built in.
-        "TORCH_EXTENSIONS_DIR": str(bin_folder.parent / "torch_extensions"),
-    }
+    """Run `command` with this interpreter's environment active; `added` are variables. Output as text, both streams."""
     process = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=variables | {key: str(value) for key, value in environment.items()},
+        env=environment(**added),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -33,6 +24,20 @@ def run(
     )
     assert not check or process.returncode == 0, f"{command} failed:\n{process.stdout[-6000:]}"
     return process
+
+
+def environment(**added) -> dict[str, str]:
+    """The variables of a command that is to run in this interpreter's environment."""
+    bin_folder = Path(sys.executable).parent
+    own = {
+        "VIRTUAL_ENV": str(bin_folder.parent),
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        # DeepSpeed's compiled operators hold paths of the environment they were built in.
+        "TORCH_EXTENSIONS_DIR": str(bin_folder.parent / "torch_extensions"),
+    }
+    return os.environ | own | {key: str(value) for key, value in added.items()}
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """launch/start.py and paths.sh: what a launcher's user sees of a failure, and whose paths are meant."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,14 @@ elif what == "interrupted":
     rank == "0" and os.killpg(os.getpgid(os.getppid()), signal.SIGINT)  # as a terminal does
 elif what == "status":
     sys.exit(3)
+elif what == "signal":
+    def end(number, frame):
+        time.sleep(0.5)  # what a save takes
+        print("saved", flush=True)
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    print("ready", flush=True)
 time.sleep(60)
 """
 
@@ -56,6 +65,18 @@ def test_what_a_process_says_is_the_last_thing_printed(tmp_path, processes, what
     said = run.stderr.splitlines()
     assert run.returncode == status and said[-1:] == ([last] if last else []), run.stderr
     assert "ChildFailedError" not in run.stderr and len(said) < 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_handed_on_and_what_the_processes_make_of_it_counts(tmp_path, number):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [*START, "2", tmp_path / "script.py", "signal"]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        for _ in range(2):
+            assert run.stdout.readline() == "ready\n"
+        run.send_signal(number)
+        assert run.communicate(timeout=60)[0] == "saved\nsaved\n"
+    assert run.returncode == 0
 
 
 @pytest.mark.parametrize(

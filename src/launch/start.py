@@ -2,7 +2,10 @@
 
 What a process says is the last thing printed: torchrun's own account of a failure, a traceback of 40 lines that names
 none, is left out. A process that a signal ended could not say anything; that is said here. The exit status is that of
-the process that failed first. A single process on a single machine is not wrapped at all.
+the process that failed first. A single process on a single machine is not wrapped at all, unless DeepSpeed wants it so.
+
+SIGTERM and SIGINT are handed on to the processes, which may take their time over them: torchrun itself would end them
+by force after half a minute, and call it a failure.
 """
 
 import logging
@@ -13,6 +16,7 @@ import sys
 if __name__ == "__main__":  # Ctrl-C during the imports; later the processes say what they make of it
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
@@ -23,9 +27,12 @@ def main() -> int:
     if not args.nproc_per_node.isdecimal() or int(args.nproc_per_node) < 1:
         print(f"GPU_NUM is {args.nproc_per_node!r}; it must be the number of processes, from 1 on", file=sys.stderr)
         return 1
-    if args.standalone and args.nproc_per_node == "1":
+    if args.standalone and args.nproc_per_node == "1" and "--deepspeed" not in args.training_script_args:
         os.execv(sys.executable, [sys.executable, args.training_script, *args.training_script_args])
     logging.disable()  # torchrun's, in this process alone
+    args.signals_to_handle = "SIGHUP,SIGQUIT"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, hand_on)
     try:
         run(args)
     except ChildFailedError as error:
@@ -39,6 +46,15 @@ def main() -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def hand_on(number: int, frame) -> None:
+    """Send a signal to the processes that were started, which are in sessions of their own; without any, exit."""
+    processes = psutil.Process().children()
+    for process in processes:
+        process.send_signal(number)
+    if not processes:
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""A signal ends a run without loss: all processes finish the step, save, and go home together.
+
+SIGTERM (a cluster's warning) and SIGINT (Ctrl-C) reach processes at different moments, so they agree once a step on
+whether any has got one. A second signal ends a process at once. Before the first step a signal ends it as usual, since
+there is nothing to save.
+"""
+
+import os
+import signal
+
+import torch
+from transformers import TrainerCallback
+
+
+class StopOnSignal(TrainerCallback):
+    """For `Trainer(callbacks=[...])`; `stopped` is the signal's name, once all processes have agreed to stop."""
+
+    def __init__(self):
+        self.received: int = 0  # by this process
+        self.stopped: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = torch.tensor(self.received, device=args.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        if received:
+            self.stopped = signal.Signals(int(received)).name
+            # There may be seconds left: for the checkpoint, not for an evaluation.
+            control.should_training_stop, control.should_save, control.should_evaluate = True, True, False
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+            signal.signal(number, usual)
