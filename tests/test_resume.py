@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
+from trl.trainer.utils import RepeatSampler
 
 from arguments import result_settings
 from dataset.dataset import load_train_dataset
@@ -15,7 +18,7 @@ from model.checkpoints import IncompleteCheckpoint, check_whole
 from running import run
 from test_grpo_trainer import length_reward
 from train import RecipeConfig, make_parser
-from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.grpo_trainer import AudioGRPOTrainer, QuestionOrder
 from trainer.resume import (
     RECORD,
     check_resumable,
@@ -28,6 +31,7 @@ from trainer.resume import (
     step_of,
     strange_checkpoints,
 )
+from trainer.saving import SelfContainedCheckpoints
 
 
 def make_trainer(model, data, out, **settings) -> AudioGRPOTrainer:
@@ -218,6 +222,71 @@ def test_sampled_rollouts_and_weights_of_a_resumed_run_are_bitwise_those_of_an_u
         one, other = tmp_path / f"checkpoint-{step}", finished / f"checkpoint-{step}"
         assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert same_files(tmp_path / "checkpoint-3", finished / "checkpoint-3")
+
+
+@pytest.mark.parametrize("step", [3, 8, 9])
+def test_so_are_they_in_mid_batch_and_in_a_later_epoch(small_model, questions, reused, tmp_path, step):
+    """Rollouts that four steps learn from, cut off between; the end of an epoch of eight steps; the second epoch."""
+    folder, settings = reused
+    resumed = make_trainer(small_model, questions, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert same_files(tmp_path / "checkpoint-10", folder / "checkpoint-10")
+
+
+@pytest.fixture(scope="module")
+def reused(small_model, questions, tmp_path_factory) -> tuple[Path, dict]:
+    """An uninterrupted run that uses its rollouts twice, in four micro-batches; and its settings."""
+    settings = dict(max_steps=10, num_iterations=2, steps_per_generation=4, keep_optimizer="all")
+    folder = tmp_path_factory.mktemp("reused")
+    make_trainer(small_model, questions, folder, **settings).train()
+    return folder, settings
+
+
+def test_on_other_processes_the_order_of_questions_goes_on(small_model, questions, reused, tmp_path):
+    """A checkpoint of two processes, in mid-batch, resumed on one: rollouts are sampled anew, and none is left out."""
+    folder, settings = reused
+    checkpoint = shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    saved = torch.load(checkpoint / "rollouts_0.pt", weights_only=True)
+    assert saved["step"] == 6 and len(saved["rollouts"]) == 4
+    torch.save(saved | {"processes": 2, "step": 3}, checkpoint / "rollouts_0.pt")
+    resumed = make_trainer(small_model, questions, tmp_path, **settings)
+    resumed.state.global_step = 3
+    resumed._load_rng_state(str(checkpoint))
+    assert resumed._step == 6 and resumed._buffered_inputs is None
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_epochs_order_follows_from_its_number(processes):
+    """Through all the loaders that accelerate wraps around a sampler, the one that skips batches too."""
+    order = QuestionOrder(range(40), mini_repeat_count=1, batch_size=4, shuffle=True, seed=5)
+    epochs = []
+    for epoch in (0, 1, 1):
+        order.set_epoch(epoch)
+        epochs.append(list(order))
+    assert epochs[1] == epochs[2] != epochs[0]
+    assert epochs[0] == list(RepeatSampler(range(40), 1, 4, 1, True, 5))
+
+    seen = []
+
+    class Epochs:
+        def _run_epoch(self, *, epoch, train_dataloader, **kwargs):
+            loader = skip_first_batches(train_dataloader, 2)
+            loader.set_epoch(epoch)  # as transformers does
+            seen.extend(row for batch in loader for row in batch.tolist())
+
+    class Told(SelfContainedCheckpoints, Epochs):
+        pass
+
+    order.set_epoch(0)
+    loader = prepare_data_loader(
+        DataLoader(range(40), batch_size=2, sampler=order),
+        num_processes=processes,
+        process_index=0,
+        put_on_device=False,
+    )
+    Told()._run_epoch(epoch=1, train_dataloader=loader)
+    pairs = [epochs[1][i : i + 2] for i in range(0, 40, 2)][::processes][2:]
+    assert seen == [row for pair in pairs for row in pair]
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ overridden methods are private ones, which the pinned version (trl 1.16.0) prote
     _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
+    _get_train_sampler                   an epoch's order of questions follows from seed and epoch, resumed or not
+    _save_rng_state, _load_rng_state     rollouts that later steps still learn from, beside the random state
 
 TRL shuffles the generation batch before it cuts it into micro-batches. Tensors of shape (N, G, ...) make it shuffle and
 cut questions instead of completions, so that groups stay whole.
@@ -20,6 +22,7 @@ Shapes: N questions, G generations, B = N * G completions, P prompt, C completio
 import logging
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -29,6 +32,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
 
 from dataset.audio import load_audio
 from dataset.encode import Batch, check_clip_length, encode
@@ -231,6 +235,39 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end token belongs to the completion
         return [ids[~after].tolist() for ids, after in zip(completions.cpu(), after_end.cpu(), strict=True)], None
 
+    # Going on
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        usual = super()._get_train_sampler(dataset)
+        return QuestionOrder(
+            usual.data_source, usual.mini_repeat_count, usual.batch_size, usual.repeat_count, usual.shuffle, usual.seed
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save, beside the random state, this process's place among the micro-batches of its rollouts, and these if
+        later steps learn from them, too (`num_iterations`, `steps_per_generation`)."""
+        super()._save_rng_state(output_dir)
+        used_up = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        torch.save(
+            {
+                "processes": self.args.world_size,
+                "step": self._step,
+                "rollouts": None if used_up else self._buffered_inputs,
+            },
+            Path(output_dir) / f"rollouts_{self.args.process_index}.pt",
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load what `_save_rng_state` saved. On another number of processes, a batch of rollouts that was not used up
+        is sampled anew, for the same questions."""
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint) / f"rollouts_{self.args.process_index}.pt"
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if path.is_file():
+            saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            if saved["processes"] == self.args.world_size:
+                self._step, self._buffered_inputs = saved["step"], saved["rollouts"]
+
     # Log-probs and loss
 
     def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -270,6 +307,20 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+
+class QuestionOrder(RepeatSampler):
+    """TRL's order of questions in the first epoch; that of a later one needs no earlier ones to be drawn before."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def check_whole_groups(flag: str, size: int, generations: int) -> None:

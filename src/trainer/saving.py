@@ -100,6 +100,15 @@ class SelfContainedCheckpoints:
             saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
             model.load_state_dict(saved.state_dict())
 
+    def _run_epoch(self, *, epoch: int, train_dataloader, **kwargs) -> None:
+        """Train an epoch, its sampler told which. accelerate does not reach through the wrapper that skips the batches
+        of a resumed epoch, if there are several processes: the questions would come in the first epoch's order."""
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        batches.sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
     def _load_best_model(self) -> None:
         """For `load_best_model_at_end`, where no engine loads: as `_load_from_checkpoint`."""
         if self.is_deepspeed_enabled or isinstance(self.model, PeftModel):

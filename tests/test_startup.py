@@ -1,0 +1,95 @@
+"""What a training script says before the model is loaded: too few questions, a second run in one folder, other data."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import startup
+import train
+from dataset.lock import hold
+from trainer.resume import RECORD, check_resumable, checkpoints_in
+
+FLAGS = (
+    "--use_cpu", "true", "--questions_per_step", "2", "--num_generations", "2", "--max_completion_length", "4",
+    "--max_steps", "2", "--save_steps", "1", "--report_to", "none", "--disable_tqdm", "true",
+)  # fmt: skip
+
+
+@pytest.fixture
+def script(small_model, questions, tmp_path, monkeypatch):
+    """Runs train.py in this process with further flags; the model is loaded only where a test lets it."""
+
+    def main(*flags: str, data: Path = questions, build=None) -> None:
+        places = ("--model_name_or_path", small_model, "--data_file", data, "--output_dir", tmp_path / "out")
+        monkeypatch.setattr("sys.argv", ["train.py", *FLAGS, *map(str, places), *flags])
+        startup.run_training(train.make_parser(), build or not_built)
+
+    def not_built(*args):
+        raise AssertionError("the model would be loaded")
+
+    return main
+
+
+def test_a_second_run_in_a_folder_is_refused_with_the_first_ones_process(script, tmp_path):
+    with hold(tmp_path / "out" / startup.LOCK):
+        with pytest.raises(SystemExit, match=r"train\.py: .*out: process \d+ on \S+ since .* writes there"):
+            script()
+    with pytest.raises(AssertionError, match="would be loaded"):
+        script()
+    assert not (tmp_path / "out" / startup.LOCK).exists()
+
+
+def test_fewer_questions_than_a_step_takes_are_refused(script, questions, tmp_path):
+    with pytest.raises(SystemExit, match="8 usable questions are fewer than the 9 .*--questions_per_step 8, or 1 more"):
+        script("--questions_per_step", "9")
+    with pytest.raises(SystemExit, match="8 usable questions are fewer than the 12 .*--questions_per_step 6"):
+        script("--questions_per_step", "12", "--per_device_train_batch_size", "12")
+    with pytest.raises(AssertionError, match="would be loaded"):
+        script("--questions_per_step", "8")
+    recipe = SimpleNamespace(per_device_train_batch_size=1, gradient_accumulation_steps=3, world_size=4)  # of SFT
+    with pytest.raises(ValueError, match="3 usable questions are fewer than the 12 .* fewer than 4 processes"):
+        startup.check_enough(3, recipe)
+    startup.check_enough(12, recipe)
+
+
+def test_a_run_without_a_step_writes_no_model(script, tmp_path):
+    def no_steps(*parsed):
+        trainer = train.build_trainer(*parsed)
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
+        return trainer
+
+    with pytest.raises(SystemExit, match="no step was taken, so no model is written"):
+        script(build=no_steps)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_run_records_what_decides_its_result_and_goes_on_with_the_same_alone(script, questions, tmp_path):
+    out = tmp_path / "out"
+    script(build=train.build_trainer)
+    settings = check_resumable(out / "checkpoint-2")
+    assert settings["questions_per_step"] == 2 and settings["engine"] == "none" and settings["use_peft"] is False
+    assert len(settings["data_file (content)"]) == len(settings["model (weights)"]) == 16
+    weights = (out / "model.safetensors").read_bytes()
+
+    with pytest.raises(SystemExit, match="another run wrote"):
+        script()
+    (tmp_path / "changed.jsonl").write_text(
+        "".join(
+            json.dumps(json.loads(line) | {"audio_path": str(questions.parent / json.loads(line)["audio_path"])}) + "\n"
+            for line in questions.read_text().splitlines()
+        )
+    )
+    with pytest.raises(SystemExit, match=r"other settings.*data_file \(content\)"):
+        script("--resume", data=tmp_path / "changed.jsonl")
+    with pytest.raises(SystemExit, match="max_steps 2, now 3"):
+        script("--resume", "--max_steps", "3")
+
+    (out / "model.safetensors").unlink()
+    script("--resume")  # all steps are taken
+    assert (out / "model.safetensors").read_bytes() == weights
+    script("--resume", "--max_steps", "3", "--force_resume", "true", build=train.build_trainer)
+    assert [path.name for path in checkpoints_in(out) if (path / RECORD).exists()] == ["checkpoint-3"]
+    script("--overwrite_output_dir", "true", build=train.build_trainer)
+    assert [path.name for path in checkpoints_in(out)] == ["checkpoint-1", "checkpoint-2"]
