@@ -2,6 +2,7 @@
 # Train with GRPO.
 #
 #   sh run_grpo.sh [--flag value ...]         the paper's run; flags: python src/train.py --help
+#   sh run_grpo.sh --resume                   go on with a run that was cut off, with its flags
 #   sh run_grpo.sh demo [--flag value ...]    a small model on synthetic sounds, minutes on a laptop
 #
 # Machine and paths come from the environment (MODEL_NP, DATA_FILE, CONFIG, GPU_NUM, NODE_NUM ...: launch.sh):

@@ -3,6 +3,7 @@
 #
 #   sh run_sft.sh [--flag value ...]           flags: python src/train_sft.py --help
 #   sh run_sft.sh --use_peft true              adapters (LoRA) instead of all weights
+#   sh run_sft.sh --resume                     go on with a run that was cut off, with its flags
 #
 # Machine and paths come from the environment, as for run_grpo.sh:  OUT_DIR=exp/x GPU_NUM=4 sh run_sft.sh
 set -eu

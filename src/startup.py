@@ -131,4 +131,4 @@ def train(trainer: Trainer, start: Path | None) -> None:
         saved = f"{out}/checkpoint-{state.global_step} is saved"
         trainer.accelerator.print(f"{stop.stopped}: stopped after step {state.global_step}; {saved}, {remedy}")
     else:
-        trainer.save_model(out)
+        trainer.save_result()

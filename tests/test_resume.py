@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.data_loader import DataLoaderShard, prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from trl.trainer.utils import RepeatSampler
 
@@ -60,7 +60,7 @@ def finished(small_model, questions, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
     trainer = make_trainer(small_model, questions, out, keep_optimizer="all")
     trainer.train()
-    trainer.save_model(str(out))
+    trainer.save_result()
     return out
 
 
@@ -192,10 +192,11 @@ def test_killed_anywhere_in_a_save_the_old_state_or_the_new_one_is_there(
     trainer = make_trainer(small_model, questions, out)
     for module, name in (
         (os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (Path, "unlink"), (shutil, "rmtree"),
-        (torch, "save"), (shutil, "copyfile"), (Path, "write_text"),
+        (torch, "save"), (shutil, "copyfile"), (Path, "write_text"), (Path, "replace"), (Path, "rmdir"),
     ):  # fmt: skip
         watch(module, name)
     trainer.train()
+    trainer.save_result()
     monkeypatch.undo()
     assert len(copies) > 60
     newest = [0]
@@ -207,9 +208,12 @@ def test_killed_anywhere_in_a_save_the_old_state_or_the_new_one_is_there(
             newest.append(step_of(start))
             assert newest[-1] in (newest[-2], newest[-2] + 1)
             assert same_files(start, finished / start.name)
-        elif copy.is_dir():
+        else:
             assert choose_start(arguments(copy, resume=False), {}) is None
         assert not (copy / ".partial").exists()
+        if (copy / "model.safetensors").exists():
+            assert (copy / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").exists() and not (out / ".partial").exists()
     assert set(newest) == {0, 1, 2, 3}
 
 
@@ -287,6 +291,9 @@ def test_an_epochs_order_follows_from_its_number(processes):
     Told()._run_epoch(epoch=1, train_dataloader=loader)
     pairs = [epochs[1][i : i + 2] for i in range(0, 40, 2)][::processes][2:]
     assert seen == [row for pair in pairs for row in pair]
+    seen.clear()
+    Told()._run_epoch(epoch=1, train_dataloader=DataLoaderShard(range(8), batch_size=2))  # a sampler without epochs
+    assert seen == [4, 5, 6, 7]
 
 
 @pytest.mark.slow

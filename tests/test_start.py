@@ -27,11 +27,11 @@ elif what == "status":
 elif what == "signal":
     def end(number, frame):
         time.sleep(0.5)  # what a save takes
-        print("saved", flush=True)
+        os.write(1, b"saved\\n")  # at once, since two processes write
         sys.exit(0)
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")
 time.sleep(60)
 """
 
@@ -107,3 +107,25 @@ def test_inside_the_repository_paths_stay_as_they_are(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "OUT_DIR": "exp/x", "MMAU_DIR": "-d"}
     said = subprocess.run(["sh", "run.sh"], cwd=Path(tmp_path), env=environment, capture_output=True, text=True)
     assert said.stdout == "exp/x ./-d\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({}, "--standalone"),
+        ({"MASTER_PORT": "5"}, "--node_rank 0 --master_addr 127.0.0.1 --master_port 5"),
+        ({"NODE_NUM": "2", "NODE_RANK": "1"}, "--node_rank 1 --master_addr 127.0.0.1 --master_port 32777"),
+        ({"NODE_NUM": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}, "--node_rank 0 --master_addr a --master_port 7"),
+    ],
+)
+def test_a_port_is_agreed_on_by_several_nodes_alone(tmp_path, given, flags):
+    (tmp_path / "setup_env.sh").write_text("PYTHON=echo\n")
+    (tmp_path / "launch.sh").write_text((ROOT / "launch.sh").read_text())
+    places = {"SCRIPT": "script.py", "OUT_DIR": "out", "PROMPT_STYLE": "answer", "GPU_NUM": "2", "CONFIG": ""}
+    said = subprocess.run(
+        ["sh", "-euc", ". ./launch.sh"], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"} | places | given,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    nodes = given.get("NODE_NUM", "1")
+    start = f"src/launch/start.py --nproc_per_node 2 --nnodes {nodes} {flags} script.py --model_name_or_path"
+    assert said.stdout.startswith(start), said.stdout + said.stderr

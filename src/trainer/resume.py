@@ -166,14 +166,25 @@ def finish(start: Path, args: TrainingArguments) -> bool:
     state = json.loads((start / STATE).read_text(encoding="utf-8"))
     if state["global_step"] < (args.max_steps if args.max_steps > 0 else state["max_steps"]):
         return False
-    copy_model(start, Path(args.output_dir))
-    print(f"{start}: all steps are taken, the run is finished; {args.output_dir} holds its model", flush=True)
+    out = Path(args.output_dir)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    copy_model(start, out / PARTIAL)
+    move_files(out / PARTIAL, out)
+    print(f"{start}: all steps are taken, the run is finished; {out} holds its model", flush=True)
     return True
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy what a checkpoint has beside its training state: weights, configuration, processor, prompt style."""
     state = {RECORD, STATE, FINGERPRINTS, *(path.name for path in _bulk_files(checkpoint))}
-    for path in sorted(checkpoint.iterdir()):
+    folder.mkdir()
+    for path in checkpoint.iterdir():
         if path.is_file() and path.name not in state:
             shutil.copyfile(path, folder / path.name)
+
+
+def move_files(source: Path, folder: Path) -> None:
+    """Move files that are whole into a folder, over those of the same names, and remove the one that they were in."""
+    for path in sorted(source.iterdir()):
+        path.replace(folder / path.name)
+    source.rmdir()

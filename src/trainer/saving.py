@@ -16,7 +16,7 @@ from dataset.prompt import save_style
 from model.checkpoints import complete_checkpoint, keep_base_names
 from model.qwen2_audio import base_model
 
-from .resume import PARTIAL, STATE, checkpoints_in, drop_state, record_state
+from .resume import PARTIAL, STATE, checkpoints_in, drop_state, move_files, record_state
 
 
 class SelfContainedCheckpoints:
@@ -90,6 +90,15 @@ class SelfContainedCheckpoints:
                 save_style(folder, self.prompt_style)
             complete_checkpoint(folder, processor)
 
+    def save_result(self) -> None:
+        """Save the trained model into the output folder, where its files replace others when all are on the disk."""
+        out = Path(self.args.output_dir)
+        self.save_model(str(out / PARTIAL))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            sync(out / PARTIAL)
+            move_files(out / PARTIAL, out)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load weights to resume from. The checkpoint's names are the base model's, which `Trainer` would not find in
         transformers 5's model, warn, and go on from the base weights."""
@@ -106,7 +115,8 @@ class SelfContainedCheckpoints:
         batches = train_dataloader.batch_sampler
         while hasattr(batches, "batch_sampler"):
             batches = batches.batch_sampler
-        batches.sampler.set_epoch(epoch)
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _load_best_model(self) -> None:
