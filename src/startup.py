@@ -19,6 +19,8 @@ from dataset.questions import load_questions
 from evaluation.sweep import together
 from model.checkpoints import fingerprint, locate
 from model.qwen2_audio import load_processor
+from trainer.console import print_lines
+from trainer.curves import PlotCurves
 from trainer.resume import choose_start, finish, remove_checkpoints, step_of, strange_checkpoints
 from trainer.stopping import StopOnSignal
 
@@ -121,7 +123,9 @@ def train(trainer: Trainer, start: Path | None) -> None:
         start: the checkpoint to go on from.
     """
     stop = StopOnSignal()
-    trainer.add_callback(stop)
+    for callback in (stop, PlotCurves()):
+        trainer.add_callback(callback)
+    print_lines(trainer)
     trainer.train(resume_from_checkpoint=start and str(start))
     state, out = trainer.state, trainer.args.output_dir
     if state.global_step <= (step_of(start) if start else 0):

@@ -101,7 +101,7 @@ def test_sampled_rollouts_equal_plain_sampling(small_model, questions, tmp_path)
 
 
 def test_encoder_and_prompt_run_once_per_question(small_model, questions, tmp_path, count_calls, monkeypatch):
-    import trainer.grpo_trainer as module
+    import dataset.encode as module
 
     decoded = []
     load_audio = module.load_audio

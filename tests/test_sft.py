@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -67,6 +69,17 @@ def make_trainer(model, data, output_dir, style="choice", freeze=(), **settings)
         AutoProcessor.from_pretrained(model),
         freeze=freeze,
     )
+
+
+def test_a_clip_that_turns_out_silent_is_named_and_its_question_replaced(small_model, tmp_path, caplog):
+    for i in range(2):
+        write_tone(tmp_path / f"{i}.wav", 1.0)
+    soundfile.write(tmp_path / "1.wav", np.zeros(16_000), 16_000)
+    rows = [QUESTION | {"answer": 0, "audio_path": f"{i}.wav"} for i in range(2)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = make_trainer(small_model, tmp_path / "train.jsonl", tmp_path / "out", gradient_accumulation_steps=2)
+    trainer.train()
+    assert "1.wav: the audio is silent" in caplog.text and trainer.state.global_step == 1
 
 
 def test_the_loss_is_the_answers_cross_entropy(small_model, questions, tmp_path):

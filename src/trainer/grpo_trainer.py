@@ -19,7 +19,6 @@ cut questions instead of completions, so that groups stay whole.
 Shapes: N questions, G generations, B = N * G completions, P prompt, C completion, M mel bins, F mel frames, T packed.
 """
 
-import logging
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -34,8 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
-from dataset.audio import load_audio
-from dataset.encode import Batch, check_clip_length, encode
+from dataset.encode import Batch, encode, load_or_replace
 from model.generation import prefill
 from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
 
@@ -44,10 +42,7 @@ from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
 
-logger = logging.getLogger(__name__)
-
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
-MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to blame and the run stops
 
 
 class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
@@ -168,31 +163,15 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         return batch
 
     def _load_clips(self, questions: list[dict]) -> tuple[list[dict], list[np.ndarray]]:
-        """The questions with their decoded clips; in training, one whose clip has become unusable is replaced.
+        """The questions with their decoded clips, as `load_or_replace` has them; none is replaced in evaluation.
 
-        Clips are checked before training, but a disk can fail in hour five. The metric `clips/replaced` counts over all
-        processes, how many questions of a generation batch were replaced by ones drawn at random.
-
-        Raises:
-            ValueError, OSError: in evaluation; and in training after MAX_REPLACEMENTS unusable clips in a row.
+        The metric `clips/replaced` counts how many of a generation batch were, over all processes.
         """
-        usable, clips, replaced = [], [], 0
-        for row in questions:
-            for attempt in range(MAX_REPLACEMENTS + 1):
-                try:
-                    clip = load_audio(row["audio_path"], self.audio_channels)
-                    check_clip_length(len(clip), self.processing_class)
-                    break
-                except (ValueError, OSError) as error:
-                    if not self.model.training or attempt == MAX_REPLACEMENTS:
-                        raise
-                    logger.warning(f"{error} (this question is replaced by another)")
-                    row = self.train_dataset[int(torch.randint(len(self.train_dataset), ()))]
-                    replaced += 1
-            usable.append(row)
-            clips.append(clip)
+        others = self.train_dataset if self.model.training else None
+        loaded = [load_or_replace(row, self.audio_channels, self.processing_class, others) for row in questions]
+        usable, clips, replaced = map(list, zip(*loaded, strict=True))
         if self.model.training:
-            self._metrics["train"]["clips/replaced"].append(float(sum(gather_object([replaced]))))
+            self._metrics["train"]["clips/replaced"].append(float(sum(gather_object(replaced))))
         return usable, clips
 
     def _tokenize_prompts(self, prompts: list):

@@ -14,8 +14,7 @@ from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
-from dataset.audio import load_audio
-from dataset.encode import encode
+from dataset.encode import encode, load_or_replace
 from dataset.prompt import STYLES, extract_answer
 from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
@@ -30,6 +29,7 @@ class AnswerCollator:
 
     processor: ProcessorMixin  # the model's
     audio_channels: str = "first"  # or `mean`, see `load_audio`
+    others: Dataset | None = None  # that stand in for rows whose clips cannot be used
 
     def target(self, row: dict) -> str:
         """What the model is to write: the right answer in the shape of the row's style, and the end.
@@ -46,7 +46,8 @@ class AnswerCollator:
             `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T): prompts padded on the left, answers on the
             right; labels are -100 but for answer and end. `input_features` (N, M, F), `feature_attention_mask` (N, F).
         """
-        clips = [load_audio(row["audio_path"], self.audio_channels) for row in rows]
+        loaded = [load_or_replace(row, self.audio_channels, self.processor, self.others) for row in rows]
+        rows, clips, _ = zip(*loaded, strict=True)
         batch = encode(self.processor, [row["prompt"] for row in rows], clips)
         targets = [self.target(row) for row in rows]
         answers = self.processor.tokenizer(targets, padding=True, padding_side="right", return_tensors="pt")
@@ -83,7 +84,7 @@ class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
         **kwargs,
     ):
         args.remove_unused_columns = False  # the collator needs the rows' paths and texts
-        collator = AnswerCollator(processor, audio_channels)
+        collator = AnswerCollator(processor, audio_channels, train_dataset)
         collator.target(train_dataset[0])  # a style that cannot be learned is refused here, not in the first step
         # The mean log-prob of the answers' tokens, over the whole step, without ever making the prompts' logits.
         add_fused_lm_head(base_model(model))
