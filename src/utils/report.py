@@ -1,0 +1,243 @@
+"""A run's report: settings, curves, accuracies, every question with every checkpoint's answer, samples of what was
+rolled out in training; as one HTML file that asks for nothing else, and may not (its Content-Security-Policy).
+
+What models and data say is text that anybody may have written: `clean` makes it fit to be shown, Jinja escapes it where
+it stands in the page, `_to_script` where it stands in the page's data. Leaves out how the page looks and works: the
+template `report.html`, `report.css`, `report.js`.
+"""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+import soundfile
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dataset.audio import SAMPLE_RATE, load_audio
+from dataset.encode import WINDOW_SECONDS
+from dataset.questions import Benchmark, to_question
+from evaluation.collect import SETTINGS, Result, build_tables, read_results
+from evaluation.mmau import CUT_OFF, get_prediction
+from evaluation.statistics import compare
+from trainer.curves import plot_curves, read_history
+
+from .show_acc import PAPER, PAPER_ROW, plot, to_table
+
+SHOWN = 4000  # characters of one text
+STEPS, COMPLETIONS = 20, 8  # of training: shown at most, and of each
+# What would reorder or hide the text around it, and what no file in UTF-8 can hold.
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+VERSION = re.compile(r"(?m)^- ([A-Z]\w+): (\S+)$")  # in the model card that TRL writes
+
+
+def build_report(run: Path, audio_dir: Path, clips: int, place: Path) -> str:
+    """The report's HTML.
+
+    Args:
+        run: output folder of a training, or of evaluations, or of both.
+        audio_dir: what the clips' paths start from.
+        clips: for how many questions the clip is embedded.
+        place: the folder in which the report will lie; clips are linked from there.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds nothing of a run.
+    """
+    results, notes = read_results(run)
+    name, settings, samples = run.resolve().name, read_settings(run), read_completions(run, notes)
+    curves = _draw(lambda path: plot_curves({name: (run, read_history(run))}, path), notes)
+    if not (results or settings or samples or curves):
+        raise ValueError(f"{run}: holds no results, logged figures or completions; name the OUT_DIR of a run")
+    # As a training goes: models with a name, as the untrained one, first, then by step.
+    tables = [(benchmark, sorted(rows, key=lambda result: result.step is not None))
+              for benchmark, rows in build_tables(results, sort="step")]  # fmt: skip
+    sets = [_to_set(benchmark, rows, audio_dir) for benchmark, rows in tables]
+    add_clips([question for asked in sets for question in asked["questions"]], clips, place)
+    here = Path(__file__)
+    style, script = (here.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
+    page = Environment(loader=FileSystemLoader(here.parent), autoescape=True, undefined=StrictUndefined)
+    page.filters["clean"] = clean
+    return page.get_template("report.html").render(
+        name=name, notes=notes, versions=read_versions(run), settings=settings, curves=curves, samples=samples,
+        accuracies=_draw(lambda path: plot(results, path), notes) if results else "",
+        tables=[_to_page(*table) | {"number": number} for number, table in enumerate(tables)],
+        data=_to_script({"sets": sets}), style=Markup(style), script=Markup(script),
+        hashes={"style": _csp_hash(style), "script": _csp_hash(script)},
+    )  # fmt: skip
+
+
+def clean(text: object) -> str:
+    """A text of a model or of data: shortened, its length said; control characters shown by their names."""
+    text = str(text)
+    rest = f" … ({len(text):,} characters in all)" if len(text) > SHOWN else ""
+    return CONTROLS.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text[:SHOWN]) + rest
+
+
+def _to_script(value: object) -> Markup:
+    """JSON for a script element, which no `</script>` or `<!--` in it can end."""
+    return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _draw(draw: Callable[[Path], None], notes: list[str]) -> str:
+    """A picture as a data URI; none where there is nothing to draw, which is noted."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            draw(path := Path(folder) / "picture.svg")
+        except (ValueError, FileNotFoundError) as error:
+            notes.append(f"no picture: {error}")
+            return ""
+        return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+class _Named:
+    """Stands for an object of any class in a pickle: keeps what it was made from."""
+
+    def __init__(self, *args):
+        self.args, self.state = args, {}
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _Names(pickle.Unpickler):
+    """Reads a pickle without importing or calling anything that it names."""
+
+    def find_class(self, module, name):
+        return _Named
+
+
+def read_settings(run: Path) -> dict[str, object]:
+    """The training's settings, from the newest `training_args.bin` that can be read; without access tokens, and without
+    dictionaries, which may hold some."""
+    paths = sorted(run.glob("checkpoint-*/training_args.bin"), key=os.path.getmtime, reverse=True)
+    for path in [run / "training_args.bin", *paths]:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                state = _Names(io.BytesIO(archive.read(name))).load().state
+            plain = {key: getattr(value, "args", (value,)) for key, value in sorted(state.items())}
+            return {key: value[0] for key, value in plain.items()
+                    if value and isinstance(value[0], (str, int, float, list)) and key[0] != "_"
+                    and not key.endswith("token")}  # fmt: skip
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, StopIteration,
+                zipfile.BadZipFile, pickle.UnpicklingError):  # fmt: skip
+            continue
+    return {}
+
+
+def read_versions(run: Path) -> dict[str, str]:
+    """Library -> version that trained, by the model card."""
+    card = run / "README.md"
+    return dict(VERSION.findall(card.read_text(encoding="utf-8", errors="replace"))) if card.is_file() else {}
+
+
+def read_completions(run: Path, notes: list[str]) -> list[dict]:
+    """One group of completions of some logged steps, evenly spread, with rewards and advantage."""
+    paths, samples = sorted((run / "completions").glob("completions_*.parquet")), []
+    for index in np.unique(np.linspace(0, len(paths) - 1, min(STEPS, len(paths))).round().astype(int)):
+        try:
+            table = pd.read_parquet(paths[index])
+            group = table[table["prompt"].astype(str) == str(table["prompt"].iloc[0])].head(COMPLETIONS)
+            numbers = group.select_dtypes("number").drop(columns="step")
+            rows = [(text, [f"{value:.3g}" for value in values])
+                    for text, values in zip(group["completion"], numbers.to_numpy(), strict=True)]  # fmt: skip
+            step, prompt = int(group["step"].iloc[0]), group["prompt"].iloc[0]
+            samples.append({"step": step, "prompt": prompt, "columns": list(numbers), "rows": rows})
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            notes.append(f"{paths[index]}: not read ({error})")
+    return samples
+
+
+def _to_page(benchmark: Benchmark, results: list[Result]) -> dict:
+    """What the template shows of one table of accuracies."""
+    paper = []
+    for row in PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8")) if benchmark.is_original else ():
+        sound, music, speech = (cell.strip() for cell in row["cells"].split("|")[2:5])
+        values = {"sound": sound, "music": music, "speech": speech, "total": row["average"]}
+        paper.append({"step": f"the paper's: {row['name']}"} | values)
+    groups = {title: {name: [_share(result, title, name) for result in results]
+                      for name, (_, asked) in names.items() if asked}
+              for title, names in results[0].scores.groups.items()}  # fmt: skip
+    rights, single = [result.right for result in results], [len(result.runs) == 1 for result in results]
+    pairs = [(a, b, compare(rights[a], rights[b])) for a, b in itertools.combinations(range(len(results)), 2)
+             if single[a] and single[b]]  # fmt: skip
+    how = {column: sorted({result.settings[column] for result in results} - {""}) for column in SETTINGS}
+    table = to_table(results)
+    return {
+        "title": benchmark.title, "how": {key: ", ".join(values) for key, values in how.items() if values},
+        "columns": list(table), "rows": table.to_dict("records") + paper, "groups": groups, "pairs": pairs,
+        "names": [result.name for result in results],
+    }  # fmt: skip
+
+
+def _share(result: Result, title: str, name: str) -> str:
+    """Accuracy in a group of questions, the mean over the runs, with the number of questions."""
+    right, asked = zip(*(run.groups[title].get(name, (0, 0)) for run in result.runs), strict=True)
+    return f"{100 * sum(right) / sum(asked):.2f} ({asked[0]})" if sum(asked) else "-"
+
+
+def _to_set(benchmark: Benchmark, results: list[Result], audio_dir: Path) -> dict:
+    """What the script shows of one table's questions; an answer is [text, right, whole completion or "", cut off]."""
+    rights, ids, questions = [result.right for result in results], {}, []
+    task, *more = (title.lower() for title in results[0].scores.groups)
+    for number, (id_, record) in enumerate(results[0].records.items(), start=1):
+        answers = []
+        for result, right in zip(results, rights, strict=True):
+            answered = result.records[id_]
+            answer, whole = get_prediction(answered), str(answered.get("model_completion") or "")
+            cut = bool(answered.get(CUT_OFF))
+            answers.append([clean(answer), right[id_], clean(whole) if whole != answer else "", cut])
+        questions.append({
+            "number": number, "id": clean(id_), "task": clean(record.get(task, "")),
+            "kind": clean(", ".join(str(record[key]) for key in more if record.get(key))),
+            "question": clean(record["question"]), "choices": [clean(choice) for choice in record["choices"]],
+            "answer": clean(record["answer"]), "answers": answers,
+            "clip": to_question(record, number, audio_dir, ids).audio_path, "note": "",
+        })  # fmt: skip
+    return {"title": benchmark.title, "names": [clean(result.name) for result in results], "questions": questions}
+
+
+def add_clips(questions: list[dict], count: int, place: Path) -> None:
+    """Replace the `clip` of questions, a path, by what a player can open: the clip itself for `count` of them, a link
+    for the rest; by nothing, with a `note`, where there is none. Those on which models differ come first, then those
+    that all got wrong."""
+
+    def interest(question: dict) -> int:
+        rights = {answer[1] for answer in question["answers"]}
+        return (rights == {False}) + 2 * (rights == {True})
+
+    for question in sorted(questions, key=interest):
+        path, question["clip"] = question["clip"], ""
+        if not os.path.isfile(path):
+            question["note"] = clean(f"no such clip: {path}; --audio_dir says what the paths start from")
+            continue
+        question["clip"] = "./" + quote(os.path.relpath(path, place))  # quoted is also the `:` of a scheme
+        if count > 0:
+            try:
+                question["clip"], count = encode_clip(path), count - 1
+            except (ValueError, OSError) as error:
+                question["note"] = clean(error)
+
+
+def encode_clip(path: str | Path) -> str:
+    """A clip as the model hears it (16 kHz, mono, 30 s at most) as Ogg Vorbis in a data URI. Raises as `load_audio`."""
+    file = io.BytesIO()
+    soundfile.write(file, load_audio(path)[: WINDOW_SECONDS * SAMPLE_RATE], SAMPLE_RATE, "VORBIS", format="OGG")
+    return "data:audio/ogg;base64," + base64.b64encode(file.getvalue()).decode()
