@@ -47,6 +47,9 @@ def test_an_own_reward_trains_and_its_errors_stop_the_run(small_model, questions
         "--reward_funcs", "accuracy",
     ]  # fmt: skip
     done = run(sys.executable, "src/train.py", *flags, f"{tmp_path}/my_rewards.py:brevity")
-    assert "rewards/brevity/mean" in done.stdout
-    done = run(sys.executable, "src/train.py", *flags, f"{tmp_path}/my_rewards.py:broken", check=False)
+    assert "rewards/brevity/mean" in (tmp_path / "out" / "log.jsonl").read_text(), done.stdout
+    done = run(
+        sys.executable, "src/train.py", *flags, f"{tmp_path}/my_rewards.py:broken", "--overwrite_output_dir", "true",
+        check=False,
+    )  # fmt: skip
     assert done.returncode != 0 and "Traceback" in done.stdout and "ZeroDivisionError" in done.stdout

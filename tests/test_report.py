@@ -84,7 +84,7 @@ def folder(tmp_path_factory) -> Path:
         records = json.loads(file.read_text())
         records[3] |= {
             "model_output": EVIL,
-            "model_completion": EVIL + "\ud800" + "x" * 1_000_000,
+            "model_completion": EVIL + "x" * 1_000_000,
             "model_cut_off": True,
         }
         records[4] |= {"model_completion": "<think>It barks.</think><answer>dog</answer>"}

@@ -122,7 +122,8 @@ def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path,
         MODEL_NP=tiny_model, DATA_FILE=real_questions, OUT_DIR=tmp_path, GPU_NUM=processes, MASTER_PORT=free_port(),
         CONFIG=f"conf/{engine}.json" if engine else "",
     )  # fmt: skip
-    assert len(re.findall(r"'loss': .*'completions/mean_length': .*'step_time'", done.stdout)) == 2, done.stdout
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sum({"loss", "completions/mean_length", "step_time"} <= entry.keys() for entry in logged) == 2, done.stdout
     with safe_open(tiny_model / "model.safetensors", "pt") as base:
         base_names = set(base.keys())
     for folder in (tmp_path / "checkpoint-2", tmp_path):
@@ -200,7 +201,9 @@ def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small
     prompts = pandas.read_parquet(table)["prompt"]
     assert len(prompts) == 4
     assert all(text.endswith("in <think> </think> and final answer in <answer> </answer>.") for text in prompts)
-    assert f"'rewards/asked/mean': '{len('think')}'" in done.stdout, "the rewards were told another style"
+    logged = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert logged["rewards/asked/mean"] == len("think"), "the rewards were told another style"
+    assert re.search(r"^1/1  reward .* s/step", done.stdout, re.MULTILINE)
     assert load_style(out / "checkpoint-1") == "think"
 
     item = {
@@ -215,7 +218,7 @@ def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small
     evaluation = dict(
         cwd=tmp_path, DATA_FILE=questions.parent / "one.json", MMAU_DIR=questions.parent, OUT_DIR=out, GPU_NUM=1
     )
-    recorded = out / "test_1" / "run_mmau_mini.json"
+    recorded = out / "test_1" / "run_mmau_mini_tokens-4.json"
     run("sh", "test_mmau.sh", "--max_new_tokens", "4", **evaluation)
     assert json.loads(recorded.read_text())["style"] == "think", "evaluation did not go by the record"
     (out / "checkpoint-1" / "prompt_style.json").unlink()
@@ -223,7 +226,7 @@ def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small
     assert json.loads(recorded.read_text())["style"] == "answer"
     uncomment_think(tmp_path / "test_mmau.sh")
     run("sh", "test_mmau.sh", "--max_new_tokens", "4", **evaluation)
-    assert json.loads(recorded.read_text())["style"] == "think"
+    assert json.loads(recorded.with_stem("run_mmau_mini_think_tokens-4").read_text())["style"] == "think"
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)

@@ -21,6 +21,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
+handed_on: set[int] = set()  # signals that this process got
+
 
 def main() -> int:
     args = get_args_parser().parse_args()
@@ -39,6 +41,8 @@ def main() -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode
+        if -failure.exitcode in handed_on:
+            return 128 - failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         hint = ": out of memory, if nobody sent it" if name == "SIGKILL" else ""
         print(f"\nprocess {rank} was ended by {name}{hint}; the others were stopped", file=sys.stderr)
@@ -50,6 +54,7 @@ def main() -> int:
 
 def hand_on(number: int, frame) -> None:
     """Send a signal to the processes that were started, which are in sessions of their own; without any, exit."""
+    handed_on.add(number)
     processes = psutil.Process().children()
     for process in processes:
         process.send_signal(number)
