@@ -1,0 +1,179 @@
+"""The memory of a run as it is calculated, held against what the trainer's real steps hold; and the placement of the
+full-size model's passes on a device that this machine lacks."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig
+from trl import GRPOConfig
+
+from conftest import QUESTION, SHARED, write_tone
+from dataset.dataset import load_train_dataset
+from model.generation import generate
+from model.without_storage import PeakMemory, place, without_storage
+from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.memory import GIB, Estimate, Settings, advise, build, estimate, longest_questions, policy_pass, roll_out
+
+pytestmark = pytest.mark.slow  # a minute on two cores
+
+SMALL = Settings(
+    dtype=torch.float32, seconds=2, completion=8, generations=4, questions=2, steps_per_generation=2, beta=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def two_seconds(tmp_path_factory):
+    """Training rows whose clips are all of one length."""
+    folder = tmp_path_factory.mktemp("two_seconds")
+    rows = [QUESTION | {"id": i, "answer": 0, "audio_path": f"{i}.wav"} for i in range(4)]
+    for row in rows:
+        write_tone(folder / row["audio_path"], seconds=2.0, frequency=300 * (row["id"] + 1))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_train_dataset(folder / "train.jsonl")
+
+
+def by_turns(completions, **kwargs) -> list[float]:
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def hold_two_steps(small_model, rows, folder, settings: Settings) -> tuple[Estimate, int]:
+    """What is calculated of a run, and the most bytes that the tensors of its first two steps hold at one time, rollout
+    to optimizer. The second step has the optimizer's state from the first."""
+    args = GRPOConfig(
+        str(folder), num_generations=settings.generations, max_completion_length=settings.completion,
+        per_device_train_batch_size=settings.generations * settings.questions, beta=settings.beta,
+        gradient_accumulation_steps=settings.steps_per_generation, activation_checkpointing=settings.checkpointing,
+        gradient_checkpointing=settings.checkpointing, generation_kwargs={"min_new_tokens": settings.completion},
+        bf16=False, use_cpu=True, report_to="none", max_steps=2, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    targets = list(settings.lora_targets)
+    lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM") if settings.lora_r else None
+    trainer = AudioGRPOTrainer(str(small_model), [by_turns], args, rows, peft_config=lora)
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    with PeakMemory([tensor for model in models for tensor in (*model.parameters(), *model.buffers())]) as memory:
+        trainer.train()
+    settings = replace(settings, prompt=trainer._questions.input_ids.shape[1])
+    return estimate(trainer.model.config, settings), memory.peak
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({}, id="full"),
+        pytest.param({"checkpointing": True}, id="full, checkpointing", marks=pytest.mark.slow),
+        pytest.param({"lora_r": 4}, id="LoRA", marks=pytest.mark.slow),
+        pytest.param({"lora_r": 4, "checkpointing": True}, id="LoRA, checkpointing", marks=pytest.mark.slow),
+        pytest.param(
+            {"beta": 0.0, "checkpointing": True, "questions": 1, "steps_per_generation": 4},
+            id="no reference", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_the_total_is_what_two_real_steps_hold_at_most(small_model, two_seconds, tmp_path, change):
+    """With accumulated passes, on a CPU, in float32, without an engine: the one total against the one peak, which says
+    nothing of the parts alone, nor of what a GPU's allocator takes beyond its tensors."""
+    found, peak = hold_two_steps(small_model, two_seconds, tmp_path, replace(SMALL, **change))
+    assert found.total == pytest.approx(peak, rel=0.1), found
+
+
+def test_without_accumulation_the_total_is_an_upper_bound(small_model, two_seconds, tmp_path):
+    """Gradients come as activations go; the estimate has all of both at one time."""
+    settings = replace(SMALL, questions=1, steps_per_generation=1, checkpointing=True)
+    found, peak = hold_two_steps(small_model, two_seconds, tmp_path, settings)
+    assert peak <= found.total <= peak + found.gradients, found
+
+
+def sizes(**changes) -> Estimate:
+    zeros = dict.fromkeys(Estimate.__dataclass_fields__, 0) | {"settings": Settings()}
+    return Estimate(**zeros | changes)
+
+
+def test_the_largest_of_the_three_phases_counts():
+    found = sizes(weights=6, reference=6, rollout=3, activations=9, step=2)
+    assert found.total == 21
+    assert found.fits(23) and not found.fits(22)
+
+
+ENGINE = replace(SMALL, dtype=torch.bfloat16, prompt=120, questions=1, steps_per_generation=1, zero_stage=2)
+
+
+def test_engines_divide_what_they_divide(small_model):
+    config = AutoConfig.from_pretrained(small_model)
+    one, two, three = (estimate(config, replace(ENGINE, processes=4, zero_stage=n)) for n in (1, 2, 3))
+    assert two.gradients == one.gradients // 4 and two.optimizer == one.optimizer and two.weights == one.weights
+    assert three.weights == two.weights // 4 and three.reference == two.reference // 4
+    alone = estimate(config, ENGINE)
+    assert alone.optimizer == pytest.approx(4 * two.optimizer, abs=4) and alone.weights == two.weights
+    offloaded = estimate(config, replace(ENGINE, offload_optimizer=True))
+    assert offloaded.optimizer == offloaded.gradients == 0 and offloaded.host >= alone.optimizer + alone.gradients
+    adapters = estimate(config, replace(ENGINE, lora_r=4))
+    assert adapters.reference == 0 and adapters.optimizer < alone.optimizer / 5 and adapters.weights > alone.weights
+
+
+def test_what_does_not_fit_stops_with_settings_that_fit(small_model):
+    config, offloaded = AutoConfig.from_pretrained(small_model), replace(ENGINE, offload_optimizer=True)
+    found, less = (estimate(config, replace(offloaded, checkpointing=on)) for on in (False, True))
+    advise(config, found, 2 * found.total)  # fits
+    with pytest.raises(ValueError) as error:
+        advise(config, found, int(less.total / 0.9))
+    offers = str(error.value).splitlines()
+    assert f"  --activation_checkpointing true: {less.total / GIB:.1f} GiB, and 0 GiB of the CPU's" in offers[3]
+    assert not any("--activation_checkpointing true --" in offer for offer in offers)  # it is enough
+    with pytest.raises(ValueError, match="take larger devices"):
+        advise(config, estimate(config, replace(offloaded, checkpointing=True, lora_r=4)), 1000)
+
+
+def full_size(layers: int = 2):
+    """The configuration of Qwen2-Audio-7B with fewer of its layers, which are alike, and a model made from it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the real configuration in ../shared, which is not here")
+    config = AutoConfig.from_pretrained(SHARED / "models" / "qwen2-audio-7b-no-weights")
+    config.audio_config.encoder_layers = config.text_config.num_hidden_layers = layers
+    config.text_config.layer_types = config.text_config.layer_types[:layers]
+    return config
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A device that no build of PyTorch lacks; the fused head asks for its autocast, which it has not."""
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": device != "lazy" and asked(device))
+    return "lazy:0"
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(32, marks=pytest.mark.slow)])
+def test_every_pass_of_the_full_size_model_stays_on_its_device(elsewhere, layers):
+    settings = Settings(prompt=400, seconds=10, questions=2)
+    model, built = build(full_size(layers).to_json_string(), settings)
+    assert layers < 32 or built["trained"] == pytest.approx(8.4e9, rel=0.01)
+    with without_storage() as memory:
+        place(model, elsewhere)
+        batch = longest_questions(model, settings)
+        policy_pass(model, batch, settings)
+        assert {(p.grad.device.type, p.grad.dtype) for p in model.parameters() if p.requires_grad} == {
+            ("lazy", torch.bfloat16)
+        }
+        roll_out(model, batch, settings)
+        chosen = torch.full((2,), 7, device=elsewhere)
+        with torch.no_grad():  # `__wrapped__` is `generate` without its inference mode, which fake tensors do not bear
+            completions = generate.__wrapped__(model.eval(), batch, [0], 2, lambda logits, rows, so_far: chosen)
+        assert completions == [[7, 7], [7, 7]]
+        assert memory.peak > built["weights"]
+
+
+@pytest.mark.parametrize("misplaced", ["input_features", "input_ids", "weight"])
+def test_a_mixture_of_devices_is_found(elsewhere, misplaced):
+    settings = Settings(prompt=400, seconds=10)
+    model, _ = build(full_size().to_json_string(), settings)
+    with without_storage():
+        place(model, elsewhere)
+        batch = longest_questions(model, settings)
+        if misplaced == "weight":
+            place(next(m for m in model.modules() if isinstance(m, torch.nn.Linear)), "cpu")
+        else:
+            batch = replace(batch, **{misplaced: getattr(batch, misplaced).to("cpu")})
+        with pytest.raises(RuntimeError, match="device"):
+            policy_pass(model, batch, settings)
