@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from running import run
+import plot_training
 from test_show_acc import write_result
 from trainer.curves import PlotCurves, _accuracies, plot_curves, read_history
 
@@ -32,14 +32,16 @@ def test_the_newest_whole_state_counts(tmp_path):
         read_history(tmp_path / "gone")
 
 
-def test_runs_are_laid_over_one_another(tmp_path):
+def test_runs_are_laid_over_one_another(tmp_path, monkeypatch, capsys):
     write_state(tmp_path / "a", 3)
     write_state(tmp_path / "b", 5, eval_accuracy=60.0)
-    drawn = run("python", "src/plot_training.py", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "x.svg")
-    text = (tmp_path / "x.svg").read_text()
-    assert str(tmp_path / "x.svg") in drawn.stdout and "<svg" in text
-    gone = run("python", "src/plot_training.py", tmp_path / "gone", check=False)
-    assert gone.returncode == 1 and gone.stdout.startswith("plot_training.py: ") and "Traceback" not in gone.stdout
+    command = ["plot_training.py", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.svg")]
+    monkeypatch.setattr("sys.argv", command)
+    plot_training.main()
+    assert str(tmp_path / "x.svg") in capsys.readouterr().out and "<svg" in (tmp_path / "x.svg").read_text()
+    monkeypatch.setattr("sys.argv", ["plot_training.py", str(tmp_path / "gone")])
+    with pytest.raises(SystemExit, match="plot_training.py: .*gone: holds no trainer_state.json"):
+        plot_training.main()
 
 
 def test_accuracies_are_those_of_evaluated_checkpoints_else_of_the_log(tmp_path):

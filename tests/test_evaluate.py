@@ -659,6 +659,7 @@ def test_what_cannot_be_written_is_named(few, checkpoint, tmp_path, capsys):
     assert sweep(*flags, "--out_file", tmp_path / "y.json") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["imports", "answers"])
 def test_ctrl_c_is_answered_by_one_sentence(trained, questions, tmp_path, moment):
     command = [*SCRIPT, "--model_path", trained / "checkpoint-100", "--data_file", questions, "--out_dir", tmp_path]
@@ -711,6 +712,7 @@ def test_the_launcher_without_checkpoints_says_what_to_do(tmp_path):
     assert run.returncode == 1 and "sh run_grpo.sh makes them" in run.stderr
 
 
+@pytest.mark.slow
 def test_shuffled_clips_are_paired_the_same_way_by_every_interpreter():
     """Also those of the same name in two folders."""
     code = (

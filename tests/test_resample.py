@@ -74,6 +74,7 @@ def test_training_with_resampling_logs_the_shares(small_model, questions, tmp_pa
         assert key in trainer.state.log_history[0]
 
 
+@pytest.mark.slow
 def test_two_processes_stay_in_step(small_model, questions, tmp_path):
     """One process finds a group with an advantage sooner than the other, or neither does: no one waits for ever."""
     (tmp_path / "rewards.py").write_text(

@@ -177,6 +177,7 @@ def uncomment_think(script: Path) -> None:
     script.write_text(edited)
 
 
+@pytest.mark.slow
 def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small_model, questions, tmp_path):
     for name in (
         "run_grpo.sh",
