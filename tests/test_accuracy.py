@@ -44,7 +44,8 @@ def accuracies(folder, asked, steps) -> dict[str, tuple]:
     return found
 
 
-@pytest.mark.parametrize("adapters", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_training_logs_what_the_checkpoint_scores(small_model, questions, asked, tmp_path, adapters):
     run(
         "sh", "run_sft.sh", "--use_cpu", "true", "--max_steps", "12", "--save_steps", "4", "--questions_per_step", "8",

@@ -196,6 +196,7 @@ def test_two_processes_through_the_launcher_write_the_same_bytes(swept, trained,
     assert {first.split()[0], second.split()[0]} == {"100", "200"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_in_the_same_file(swept, trained, questions, tmp_path):
     command = [
         *SCRIPT,

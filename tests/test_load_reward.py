@@ -39,6 +39,7 @@ def test_a_reward_that_is_not_there(tmp_path, name, message):
         load_reward(name.format(file=tmp_path / "my_rewards.py"))
 
 
+@pytest.mark.slow
 def test_an_own_reward_trains_and_its_errors_stop_the_run(small_model, questions, tmp_path):
     (tmp_path / "my_rewards.py").write_text(BREVITY + "\ndef broken(completions, **kwargs):\n    return 1 / 0\n")
     flags = [

@@ -334,6 +334,7 @@ def test_a_second_run_makes_nothing_again_and_mends_what_is_damaged(tmp_path):
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True] and wavs[1].read_bytes() == good
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path):
     """Real processes, a real interrupt while they work."""
     (tmp_path / "media").mkdir()

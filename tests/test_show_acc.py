@@ -6,16 +6,17 @@ import io
 import json
 import random
 import shutil
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
-from conftest import ROOT
 from evaluation.collect import build_tables, read_results
 from evaluation.statistics import Difference, confidence_interval
-from utils.show_acc import format_tables, plot, to_table
+from utils.show_acc import format_tables, main, plot, to_table
 
 TASKS = ["sound", "music", "speech"]
 
@@ -47,9 +48,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def show(*flags):
-    command = [sys.executable, ROOT / "src" / "utils" / "show_acc.py", "-i", *flags]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+def show(*flags) -> SimpleNamespace:
+    """The command, in this process: importing its libraries again would take seconds a test."""
+    out, error, status = io.StringIO(), io.StringIO(), 0
+    with patch.object(sys, "argv", ["show_acc.py", "-i", *map(str, flags)]):
+        with redirect_stdout(out), redirect_stderr(error):
+            try:
+                main()
+            except SystemExit as end:  # with a message, which the interpreter would print
+                status = 1
+                print(end, file=sys.stderr)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=error.getvalue())
 
 
 def test_best_first_sorted_as_numbers(folder):

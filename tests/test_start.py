@@ -61,7 +61,6 @@ def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
         ("2", "interrupted", 130, None),
         ("1", "mistake", 1, "script: there is no folder x"),
         ("x", "status", 1, "GPU_NUM is 'x'; it must be the number of processes, from 1 on"),
-        ("0", "status", 1, "GPU_NUM is '0'; it must be the number of processes, from 1 on"),
     ],
 )
 def test_what_a_process_says_is_the_last_thing_printed(tmp_path, processes, what, status, last):

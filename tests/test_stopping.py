@@ -56,6 +56,7 @@ def test_a_signal_in_the_last_step_ends_a_finished_run(small_model, questions, t
     assert (tmp_path / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path):
     code = (
         "import os, signal, sys\nsys.path.insert(0, 'src')\nfrom trainer.stopping import StopOnSignal\n"

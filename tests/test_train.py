@@ -252,7 +252,7 @@ def test_what_is_missing_is_said_at_once(tmp_path):
     ("flags", "messages"),
     [
         ((), ("no usable row is left", "`multi_choice` is missing")),
-        (("--eval_file", "gone.json"), ("no such data file",)),
+        pytest.param(("--eval_file", "gone.json"), ("no such data file",), marks=pytest.mark.slow),
     ],
 )
 def test_bad_files_stop_the_run_without_a_traceback(small_model, questions, tmp_path, flags, messages):
