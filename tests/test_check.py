@@ -482,6 +482,7 @@ def check(*arguments, **settings):
     return run(sys.executable, "src/dataset/check.py", *arguments, check=False, **settings)
 
 
+@pytest.mark.slow
 def test_the_command(folder, small_model, capsys):
     path = write(folder, GOOD, GOOD | {"audio_path": "gone.wav"}, GOOD)
     process = check(path, "--model_path", small_model, "--deep", "--workers", 2, "--keep_file", folder / "kept.jsonl")
@@ -551,6 +552,7 @@ def examine_many(folder: Path, rows: int) -> tuple[float, float]:
     return seconds, mebibytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(folder):
     """8 times the rows; holding them as Python objects would take over 40 MiB more."""
     assert examine_many(folder, 40_000)[1] < examine_many(folder, 5_000)[1] + 25

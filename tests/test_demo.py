@@ -251,6 +251,7 @@ def test_every_row_of_the_demo_can_be_trained_on(built, data):
     assert not examination.dropped and examination.usable == COUNTS["train"]
 
 
+@pytest.mark.slow
 def test_the_warm_start_learns_and_ends_at_its_target(data, tmp_path, capfd):
     def losses() -> list[float]:
         return [float(loss) for loss in re.findall(r"warm start: step \d+, loss ([\d.]+)", capfd.readouterr().out)]
@@ -269,6 +270,7 @@ def test_the_warm_start_learns_and_ends_at_its_target(data, tmp_path, capfd):
     assert isinstance(AutoProcessor.from_pretrained(tmp_path / WARM_START), Qwen2AudioProcessor)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_warm_start(data, tmp_path):
     weights = []
     for seed in (1, 1, 2):

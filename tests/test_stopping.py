@@ -27,7 +27,7 @@ class SignalInStep(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_step_and_the_run_goes_on(small_model, questions, tmp_path, capsys, number):
     settings = dict(save_strategy="no", keep_optimizer="all")
     stopped = make_trainer(small_model, questions, tmp_path / "run", **settings)

@@ -248,11 +248,12 @@ def test_what_is_missing_is_said_at_once(tmp_path):
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
         ((), ("no usable row is left", "`multi_choice` is missing")),
-        pytest.param(("--eval_file", "gone.json"), ("no such data file",), marks=pytest.mark.slow),
+        (("--eval_file", "gone.json"), ("no such data file",)),
     ],
 )
 def test_bad_files_stop_the_run_without_a_traceback(small_model, questions, tmp_path, flags, messages):
