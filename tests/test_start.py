@@ -70,7 +70,7 @@ def test_what_a_process_says_is_the_last_thing_printed(tmp_path, processes, what
     assert "ChildFailedError" not in run.stderr and len(said) < 12
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_is_handed_on_and_what_the_processes_make_of_it_counts(tmp_path, number):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [*START, "2", tmp_path / "script.py", "signal"]

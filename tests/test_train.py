@@ -109,10 +109,8 @@ def real_questions(shared, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    ("processes", "engine"),
-    [(1, ""), *(pytest.param(2, name, marks=pytest.mark.slow) for name in ("", *DEEPSPEED))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "engine"), [(1, ""), *((2, name) for name in ("", *DEEPSPEED))])
 def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path, processes, engine):
     if engine and not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
