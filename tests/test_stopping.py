@@ -82,7 +82,7 @@ def test_two_processes_stop_together_by_the_launcher(small_model, questions, tmp
         said = []
         for line in run.stdout:
             said.append(line)
-            if "'loss'" in line and not any("'loss'" in earlier for earlier in said[:-1]):
+            if "s/step" in line and not any("s/step" in earlier for earlier in said[:-1]):
                 for _ in range(times):
                     run.send_signal(signal.SIGTERM)
                     time.sleep(0.2)
