@@ -144,7 +144,8 @@ def _read_result(file: Path, folder: Path, prefix: str) -> tuple[Result, tuple, 
     except (OSError, ValueError):  # the predictions of another program, say: what is known stands in the name
         audio = next((audio for audio in ("silent", "shuffled") if audio in name), "real")
         run = {"audio": audio, "weights": name.replace(f"_{audio}", "")}
-    if run.get("files", {}).get(file.name, digest(file.read_bytes())) != digest(file.read_bytes()):
+    found = digest(file.read_bytes())
+    if run.get("files", {}).get(file.name, found) != found:
         raise ValueError(f"{file.name} is not what test_mmau.py wrote: it has changed since; evaluate it again")
     label = run.get("label") or file.parent.name.removeprefix("test_")
     if not isinstance(label, str) or not isinstance(run.get("missing", []), list):

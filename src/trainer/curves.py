@@ -114,7 +114,7 @@ def _plot_line(axis, values: pd.Series, name: str, look: dict) -> None:
 def _accuracies(folder: Path, log: pd.DataFrame | None) -> list[tuple[int, float, float, float]]:
     """(step, accuracy in %, its distance to the interval's lower and upper end), of evaluated checkpoints; else what
     was measured in training, which leaves no interval."""
-    results = [result for result in read_results(folder)[0] if result.step is not None and not result.drops]
+    results = [result for result in read_results(folder)[0] if result.step is not None]
     if results:
         first = results[0].benchmark.digest
         points = {result.step: result for result in results if result.benchmark.digest == first}
