@@ -1,7 +1,6 @@
 """Between a training script's command line and its model: the output folder is locked, the checkpoint to go on from
 chosen, the data examined. All that a user can mend is said here, before the model is loaded."""
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from dataset.check import Rules, examine_training_file
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.lock import hold
 from dataset.questions import load_questions
+from dataset.rows import hash_file
 from evaluation.sweep import together
 from model.checkpoints import fingerprint, locate
 from model.qwen2_audio import load_processor
@@ -57,8 +57,7 @@ def describe_run(data: DataArguments, args: TrainingArguments, model: AudioModel
         FileNotFoundError: there is no such data file.
         ValueError: the model is not there, or not whole.
     """
-    with open(check_is_there(data.data_file), "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    content = hash_file(check_is_there(data.data_file))[:16]
     engine = "none"
     if args.deepspeed:
         stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)

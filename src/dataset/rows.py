@@ -5,6 +5,7 @@ Text is UTF-8; a byte-order mark, as some editors write it, does no harm.
 """
 
 import codecs
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -140,6 +141,12 @@ def first_problems(problems: Iterable[str], shown: int = SHOWN) -> str:
     lines = list(problems)
     more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
     return "\n  ".join(lines[:shown] + more)
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hex digits; raises as `open`."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -130,9 +130,18 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
         evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
     hashes = together(lambda: hash_clips(benchmark.questions, sweep.workers))
     clips = cache(lambda: load_clips(benchmark.questions, sweep.run.channels, sweep.workers))  # unless all is finished
+    run = replace(
+        sweep.run,
+        benchmark=benchmark.name,
+        release=benchmark.release,
+        questions=benchmark.digest,
+        records=digest(json.dumps([question.record for question in benchmark.questions]).encode()),
+        clips=digest(" ".join(hashes[question.audio_path] for question in benchmark.questions).encode()),
+    )
+    sweep = replace(sweep, run=run)
     for job in jobs:
         try:
-            folder, run, files = together(lambda job=job: _describe(sweep, hashes, job), main=True)
+            folder, run, files = together(lambda job=job: _describe(sweep, job), main=True)
             _evaluate_model(sweep, hashes, clips, folder, run, files)
             evaluated += 1
         except DataError:
@@ -143,29 +152,19 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
     return evaluated
 
 
-def _describe(sweep: Sweep, hashes: dict[str, str], job: Job) -> tuple[Path, Run, ResultFiles]:
+def _describe(sweep: Sweep, job: Job) -> tuple[Path, Run, ResultFiles]:
     """A model's folder, its own run, and the files of it.
 
     Raises:
         ValueError: the checkpoint is not there, or not whole, or its style record is damaged.
     """
-    folder, benchmark = locate(job.model), sweep.benchmark
+    folder = locate(job.model)
     check_whole(folder)
     recorded, asked = load_style(folder), sweep.run.style
     if asked and recorded and asked != recorded:
         say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {asked} overrides it")
     usual = recorded or DEFAULT_STYLE
-    run = replace(
-        sweep.run,
-        label=job.label,
-        weights=fingerprint(folder),
-        benchmark=benchmark.name,
-        release=benchmark.release,
-        questions=benchmark.digest,
-        records=digest(json.dumps([question.record for question in benchmark.questions]).encode()),
-        clips=digest(" ".join(hashes[question.audio_path] for question in benchmark.questions).encode()),
-        style=asked or usual,
-    )
+    run = replace(sweep.run, label=job.label, weights=fingerprint(folder), style=asked or usual)
     name = f"res_{run.name(usual, DTYPES[sweep.device])}{sweep.suffix}"
     return folder, run, ResultFiles(job.file or job.folder / name)
 

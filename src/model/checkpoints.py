@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Qwen2AudioForCondition
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_files
 
-from dataset.rows import write_whole
+from dataset.rows import hash_file, write_whole
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
 # All that a processor may consist of, copied in this order: `check_whole` finds a folder incomplete until the last.
@@ -132,14 +132,13 @@ def _hash_files(paths: list[Path], record: Path) -> list[str]:
     except (OSError, ValueError, TypeError):
         remembered = {}
 
-    def hash_file(path: Path) -> tuple[str, str]:
+    def look_up(path: Path) -> tuple[str, str]:
         state = path.stat()  # before reading, so that what is written meanwhile is hashed the next time
         key = f"{path.name} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
-        with open(path, "rb", buffering=0) as file:
-            return key, remembered.get(key) or hashlib.file_digest(file, "sha256").hexdigest()
+        return key, remembered.get(key) or hash_file(path)
 
     with ThreadPoolExecutor() as threads:
-        hashed = dict(threads.map(hash_file, paths))
+        hashed = dict(threads.map(look_up, paths))
     if hashed != remembered:
         with suppress(OSError):
             write_whole(record, json.dumps(hashed, indent=2) + "\n")
