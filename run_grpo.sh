@@ -27,13 +27,17 @@ demo() {
     "$PYTHON" src/train.py --use_cpu true --seed "$SEED" \
         --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR" \
         --max_steps 200 --save_steps 50 --logging_steps 10 --learning_rate 3e-4 --beta 0 \
-        --max_completion_length 16 --per_device_train_batch_size 128 "$@"
+        --max_completion_length 16 --per_device_train_batch_size 128 --log_completions true "$@"
     "$PYTHON" src/train_sft.py --use_cpu true --seed "$SEED" --prompt_style answer \
         --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR/sft" \
         --questions_per_step 32 --per_device_train_batch_size 32 --max_steps 100 --save_strategy no --logging_steps 10 \
         --learning_rate 3e-4
     # On the demo's questions, whatever stands in the environment for other runs.
     OUT_DIR=$OUT_DIR MMAU_DIR=$DATA MODEL_NP= DATA_FILE= PROMPT_STYLE= STEPS= sh test_mmau.sh demo
+    echo
+    echo "The curves of the training, and a report to look at and listen to, in any browser:"
+    echo "$OUT_DIR/training.png"
+    "$PYTHON" src/report.py "$OUT_DIR" --audio_dir "$DATA"
 }
 
 if [ "${1:-}" = demo ]; then

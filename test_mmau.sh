@@ -2,17 +2,20 @@
 # Evaluate checkpoints on MMAU and print one table, best first.
 #
 #   sh test_mmau.sh [--flag value ...]         every checkpoint of OUT_DIR; flags: python src/test_mmau.py --help
-#   sh test_mmau.sh demo [--flag value ...]    all models of `sh run_grpo.sh demo`, on its own questions
+#   sh test_mmau.sh demo [--flag value ...]    all models of `sh run_grpo.sh demo`, on its own questions: held-out ones,
+#                                              and ones away from the training's (mmau_shifted.json)
 #
 # Machine and paths come from the environment:  OUT_DIR=exp/x STEPS="base 300 500" sh test_mmau.sh --hear silent
 set -eu
 . "$(dirname "$0")/paths.sh"
 
+SHIFTED=
 case "${1:-}" in
 demo)
     shift
     OUT_DIR=${OUT_DIR:-exp/demo}
     MMAU_DIR=${MMAU_DIR:-data/demo}
+    [ -n "${DATA_FILE:-}" ] || SHIFTED=$MMAU_DIR/mmau_shifted.json
     DATA_FILE=${DATA_FILE:-$MMAU_DIR/mmau_demo.json}
     MODEL_NP=${MODEL_NP:-$OUT_DIR/untrained}
     STEPS=${STEPS:-untrained warm_start sft all}
@@ -41,7 +44,7 @@ PROMPT_STYLE=${PROMPT_STYLE:-}
 
 . ./setup_env.sh
 
-set -- --data_file "$DATA_FILE" --audio_dir "$MMAU_DIR" --out_dir "$OUT_DIR" --batch_size "$BATCH_SIZE" \
+set -- --data_file "$DATA_FILE" ${SHIFTED:+"$SHIFTED"} --audio_dir "$MMAU_DIR" --out_dir "$OUT_DIR" --batch_size "$BATCH_SIZE" \
     ${PROMPT_STYLE:+--prompt_style "$PROMPT_STYLE"} "$@"
 MODELS=0
 for STEP in $STEPS; do

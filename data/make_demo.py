@@ -7,6 +7,9 @@
     data/demo/wavs/                     the clips of both, 16 kHz mono 16-bit wav
     data/demo/mmau_demo.json            held-out questions, in MMAU's format
     data/demo/test-mini-audios/         their clips
+    data/demo/mmau_shifted.json         questions away from the training's, in MMAU's format: other wording, 2 to 8
+                                        choices, other rates and loudness, much noise, two sounds that no answer named
+    data/demo/shifted-audios/           their clips
 
 Pitch, tempo, loudness, timbre and background noise are drawn anew for every clip, so that a held-out clip is a new one.
 A seed decides everything, on one machine down to the byte. The folder appears whole or not at all. Nothing here knows
@@ -19,16 +22,19 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from scipy.signal import resample_poly
 
-SAMPLE_RATE = 16_000  # Hz; the clips need no resampling anywhere
+SAMPLE_RATE = 16_000  # Hz; only the shifted clips need resampling
+SHIFTED_RATES = (8_000, 22_050, 32_000, 44_100, 48_000)  # Hz
 SECONDS = (1.0, 1.9)  # shortest and longest clip; the demo model's window is 2 s
 
 MMAU_FILE = "mmau_demo.json"
+SHIFTED_FILE = "mmau_shifted.json"
 TRAIN_FILE = "train.jsonl"
 WARM_START_FILE = "warm_start.jsonl"
 
@@ -36,6 +42,12 @@ QUESTIONS = (  # AVQA's wording; the loader turns `video` into `audio`
     "What makes the sound in the video?",
     "What is the main source of sound in the video?",
     "What can be heard in the video?",
+)
+SHIFTED_QUESTIONS = (  # never those of the training
+    "Which of these is the recording of?",
+    "Name the source of this sound.",
+    "Listen closely. What do you hear?",
+    "What would one see where this was recorded?",
 )
 
 
@@ -192,6 +204,24 @@ def woman(rng: np.random.Generator, samples: int) -> np.ndarray:
     return _voice(rng, samples, (190, 280), 1.17)
 
 
+def bell(rng: np.random.Generator, samples: int) -> np.ndarray:
+    """Strokes with overtones that are no multiples of one pitch, and ring on."""
+    pitch = rng.uniform(300, 700)
+
+    def stroke(rng: np.random.Generator, index: int) -> np.ndarray:
+        envelope = _decay(1.0, rng.uniform(0.12, 0.2))
+        partials = pitch * np.array([1, 1.19, 1.56, 2, 2.51, 2.66])
+        return envelope * np.sin(2 * np.pi * partials[:, None] * _time(len(envelope))).mean(axis=0)
+
+    return _strokes(rng, samples, (1.5, 3), stroke)
+
+
+def wind(rng: np.random.Generator, samples: int) -> np.ndarray:
+    """Low noise that swells and falls."""
+    gusts = 1 + 0.8 * np.sin(2 * np.pi * (rng.uniform(0.6, 1.5) * _time(samples) + rng.uniform()))
+    return gusts * _noise(rng, samples, 60, rng.uniform(300, 600))
+
+
 # answer -> (MMAU task, MMAU category, MMAU sub-category, synthesis)
 SOUNDS = {
     "engine": ("sound", "Perception", "Acoustic Source Inference", engine),
@@ -208,14 +238,30 @@ SOUNDS = {
 }
 
 
-def synthesise(name: str, rng: np.random.Generator) -> np.ndarray:
-    """One clip of a sound of `SOUNDS`, in 16 kHz float64 of shape (samples,), peak below 1, with background noise."""
+# No question of the training has one of these among its choices.
+UNNAMED = {
+    "bell": ("sound", "Perception", "Acoustic Source Inference", bell),
+    "wind": ("sound", "Perception", "Ambient Sound Interpretation", wind),
+}
+
+
+def synthesise(
+    name: str,
+    rng: np.random.Generator,
+    below: tuple[float, float] = (12, 30),
+    peak: tuple[float, float] = (0.15, 0.9),
+) -> np.ndarray:
+    """One clip of a sound of `SOUNDS` or `UNNAMED`, in 16 kHz float64 of shape (samples,).
+
+    Args:
+        below: least and most dB of the background noise below the sound.
+        peak: least and largest peak.
+    """
     samples = int(rng.uniform(*SECONDS) * 20) * SAMPLE_RATE // 20  # steps of 50 ms keep the FFTs' lengths smooth
-    signal = SOUNDS[name][-1](rng, samples)
+    signal = (SOUNDS | UNNAMED)[name][-1](rng, samples)
     signal = signal / (np.sqrt(np.mean(signal**2)) + 1e-9)
-    below = rng.uniform(12, 30)  # dB of the background noise below the sound
-    signal = signal + 10 ** (-below / 20) * _noise(rng, samples, 50, 7900)
-    return rng.uniform(0.15, 0.9) * signal / np.abs(signal).max()
+    signal = signal + 10 ** (-rng.uniform(*below) / 20) * _noise(rng, samples, 50, 7900)
+    return rng.uniform(*peak) * signal / np.abs(signal).max()
 
 
 # --- Files ---
@@ -225,17 +271,32 @@ def _write_clip(path: Path, name: str, rng: np.random.Generator) -> None:
     soundfile.write(path, synthesise(name, rng), SAMPLE_RATE, subtype="PCM_16")
 
 
-def _questions(count: int, rng: np.random.Generator) -> list[tuple[str, str, list[str]]]:
-    """`count` x (sound, question, 4 choices that hold it): the sounds in equal shares, in random order."""
-    names = list(SOUNDS)
+def _write_shifted_clip(path: Path, name: str, rng: np.random.Generator) -> None:
+    """Noisy, faint or loud, at another rate: all of it what the training's clips are not."""
+    peak = (0.01, 0.1) if rng.integers(2) else (0.92, 1.0)
+    rate = int(rng.choice(SHIFTED_RATES))
+    clip = resample_poly(synthesise(name, rng, below=(0, 10), peak=peak), rate, SAMPLE_RATE)
+    soundfile.write(path, np.clip(clip, -1, 1), rate, subtype="PCM_16")
+
+
+def _questions(
+    count: int,
+    rng: np.random.Generator,
+    names: Sequence[str] = tuple(SOUNDS),
+    wordings: Sequence[str] = QUESTIONS,
+    choices: tuple[int, int] = (4, 4),
+) -> list[tuple[str, str, list[str]]]:
+    """`count` x (sound, question, from least to most `choices` that hold it): the sounds in equal shares, in random
+    order."""
     answers = [names[index % len(names)] for index in range(count)]
     rng.shuffle(answers)
     questions = []
     for answer in answers:
-        others = rng.choice([name for name in names if name != answer], size=3, replace=False)
-        choices = [answer, *(str(name) for name in others)]
-        rng.shuffle(choices)
-        questions.append((answer, QUESTIONS[rng.integers(len(QUESTIONS))], choices))
+        size = choices[0] if choices[0] == choices[1] else int(rng.integers(choices[0], choices[1] + 1))
+        others = rng.choice([name for name in names if name != answer], size=size - 1, replace=False)
+        offered = [answer, *(str(name) for name in others)]
+        rng.shuffle(offered)
+        questions.append((answer, wordings[rng.integers(len(wordings))], offered))
     return questions
 
 
@@ -262,15 +323,22 @@ def _write_avqa(folder: Path, file_name: str, first_id: int, count: int, rng: np
             file.write(json.dumps(row) + "\n")
 
 
-def _write_mmau(folder: Path, count: int, rng: np.random.Generator) -> None:
-    """The held-out questions as MMAU's list, and their clips."""
-    (folder / "test-mini-audios").mkdir()
+def _write_mmau(
+    folder: Path,
+    questions: list[tuple[str, str, list[str]]],
+    rng: np.random.Generator,
+    file_name: str = MMAU_FILE,
+    split: str = "test-mini",
+    write_clip: Callable[[Path, str, np.random.Generator], None] = _write_clip,
+) -> None:
+    """Questions as MMAU's list, and their clips below `folder`/SPLIT-audios."""
+    (folder / f"{split}-audios").mkdir()
     items = []
-    for answer, question, choices in _questions(count, rng):
-        task, category, sub_category, _ = SOUNDS[answer]
+    for answer, question, choices in questions:
+        task, category, sub_category, _ = (SOUNDS | UNNAMED)[answer]
         name = str(uuid.UUID(bytes=rng.bytes(16), version=4))
-        audio_id = f"./test-mini-audios/{name}.wav"
-        _write_clip(folder / audio_id, answer, rng)
+        audio_id = f"./{split}-audios/{name}.wav"
+        write_clip(folder / audio_id, answer, rng)
         items.append(
             {
                 "id": name,
@@ -280,21 +348,23 @@ def _write_mmau(folder: Path, count: int, rng: np.random.Generator) -> None:
                 "answer": answer,
                 "dataset": "demo",
                 "task": task,
-                "split": "test-mini",
+                "split": split,
                 "category": category,
                 "sub-category": sub_category,
-                "difficulty": "easy",
+                "difficulty": "hard" if answer in UNNAMED else "medium" if split == "shifted" else "easy",
             }
         )
-    (folder / MMAU_FILE).write_text(json.dumps(items, indent=2) + "\n", encoding="utf-8")
+    (folder / file_name).write_text(json.dumps(items, indent=2) + "\n", encoding="utf-8")
 
 
-def make_demo(out: str | Path, warm_start: int = 384, train: int = 1024, test: int = 264, seed: int = 1) -> Path:
+def make_demo(
+    out: str | Path, warm_start: int = 384, train: int = 1024, test: int = 264, shifted: int = 260, seed: int = 1
+) -> Path:
     """Write the demo's data set; what was at `out` is replaced once the new one is complete.
 
     Args:
         out: the folder.
-        warm_start, train, test: the number of questions of each file, one clip each.
+        warm_start, train, test, shifted: the number of questions of each file, one clip each.
         seed: decides all of it.
 
     Returns:
@@ -304,8 +374,8 @@ def make_demo(out: str | Path, warm_start: int = 384, train: int = 1024, test: i
         ValueError: a count below 1; `out` exists and holds something else than demo data.
     """
     out = Path(out)
-    if min(warm_start, train, test) < 1:
-        raise ValueError(f"{warm_start}, {train} and {test} questions asked for: every file needs at least 1")
+    if min(counts := (warm_start, train, test, shifted)) < 1:
+        raise ValueError(f"{', '.join(map(str, counts))} questions asked for: every file needs at least 1")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MMAU_FILE).is_file())):
         raise ValueError(f"{out}: holds something else than demo data, so it is left alone; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -313,10 +383,12 @@ def make_demo(out: str | Path, warm_start: int = 384, train: int = 1024, test: i
         folder = Path(temporary) / "new"
         folder.mkdir()
         # A stream of its own for each file: resizing one leaves the others as they are.
-        streams = [np.random.default_rng([seed, part]) for part in range(3)]
+        streams = [np.random.default_rng([seed, part]) for part in range(4)]
         _write_avqa(folder, WARM_START_FILE, 1, warm_start, streams[0])
         _write_avqa(folder, TRAIN_FILE, 1 + warm_start, train, streams[1])
-        _write_mmau(folder, test, streams[2])
+        _write_mmau(folder, _questions(test, streams[2]), streams[2])
+        asked = _questions(shifted, streams[3], (*SOUNDS, *UNNAMED), SHIFTED_QUESTIONS, (2, 8))
+        _write_mmau(folder, asked, streams[3], SHIFTED_FILE, "shifted", _write_shifted_clip)
         if out.exists():
             shutil.move(out, Path(temporary) / "old")
         folder.rename(out)
@@ -330,14 +402,17 @@ def main() -> None:
     parser.add_argument("--warm_start", type=int, default=384, help="questions for the supervised warm start")
     parser.add_argument("--train", type=int, default=1024, help="questions for GRPO")
     parser.add_argument("--test", type=int, default=264, help="held-out questions")
+    parser.add_argument("--shifted", type=int, default=260, help="questions away from the training's")
     args = parser.parse_args()
-    print(f"{args.out}: synthesising {args.warm_start + args.train + args.test} clips ...", flush=True)
+    clips = args.warm_start + args.train + args.test + args.shifted
+    print(f"{args.out}: synthesising {clips} clips ...", flush=True)
     try:
-        make_demo(args.out, args.warm_start, args.train, args.test, args.seed)
+        make_demo(**vars(args))
     except ValueError as error:
         sys.exit(f"make_demo: {error}")
     print(
-        f"{args.out}: {args.warm_start} questions for the warm start, {args.train} for GRPO, {args.test} held out; "
+        f"{args.out}: {args.warm_start} questions for the warm start, {args.train} for GRPO, {args.test} held out, "
+        f"{args.shifted} away from both; "
         f"{len(SOUNDS)} sounds: {', '.join(SOUNDS)}"
     )
 

@@ -41,10 +41,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_path", nargs="+", required=True, metavar="[LABEL=]MODEL", help="folders or hub names; results are "
         "named by LABEL, else by the step of checkpoint-300 or the folder's name")  # fmt: skip
-    add("--data_file", default="data/MMAU/mmau-test-mini.json", help="questions: MMAU's JSON or MMAR's JSONL")
+    add("--data_file", nargs="+", default=["data/MMAU/mmau-test-mini.json"],
+        help="questions: MMAU's JSON or MMAR's JSONL, one file or several")  # fmt: skip
     add("--audio_dir", help="what the clips' paths start from; default: the folder of --data_file")
     add("--out_dir", help="results go to OUT_DIR/test_LABEL/; default: the folder that holds the checkpoint")
-    add("--out_file", help="results of a single model go to this file instead")
+    add("--out_file", help="results of a single model on a single file go here instead")
     add("--batch_size", type=int, default=32, help="questions at once")
     add("--prompt_style", choices=STYLES, help="default: the style recorded in the checkpoint, else "
         f"{DEFAULT_STYLE} (the paper's Prompt <2>); choice is <1>, think <3>")  # fmt: skip
@@ -70,9 +71,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The sweep that the command line asks for; its exit status: 3 if some models were skipped, 1 if all. Raises
-    likewise."""
-    benchmark = load_questions(args.data_file, args.audio_dir)
+    """The sweeps that the command line asks for, one for each question file; the exit status: 3 if some models were
+    skipped, 1 if all. Raises likewise."""
+    if args.out_file and len(args.data_file) > 1:
+        raise ValueError("--out_file holds the results on one file of questions; name a single --data_file")
+    jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
+    benchmarks = [load_questions(file, args.audio_dir) for file in args.data_file]
+    named = {benchmark.name: file for benchmark, file in zip(benchmarks, args.data_file, strict=True)}
+    if len(named) < len(benchmarks):
+        raise ValueError(f"results of {' and '.join(args.data_file)} would have one name; evaluate them one by one")
     asked = Run(
         dtype=args.dtype,
         style=args.prompt_style,
@@ -83,14 +90,16 @@ def run(args: argparse.Namespace) -> int:
         allow_missing=args.allow_missing,
         batch_size=args.batch_size,
     )
-    # Predictions go into the format that the questions came in, which the benchmark's own script reads.
-    suffix = ".jsonl" if Path(args.data_file).suffix == ".jsonl" else ".json"
-    jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
-    evaluated = run_sweep(Sweep(benchmark, asked, suffix, args.device, args.workers, args.force), jobs)
-    if evaluated == len(jobs):
-        return 0
-    say(f"{len(jobs) - evaluated} of {len(jobs)} models were skipped")
-    return 3 if evaluated else 1
+    evaluated = 0
+    for benchmark in benchmarks:
+        # Predictions go into the format that the questions came in, which the benchmark's own script reads.
+        suffix = ".jsonl" if Path(named[benchmark.name]).suffix == ".jsonl" else ".json"
+        evaluated += run_sweep(Sweep(benchmark, asked, suffix, args.device, args.workers, args.force), jobs)
+    if skipped := len(jobs) * len(benchmarks) - evaluated:
+        what = "models" if len(benchmarks) == 1 else "evaluations"
+        say(f"{skipped} of {len(jobs) * len(benchmarks)} {what} were skipped")
+        return 3 if evaluated else 1
+    return 0
 
 
 def main() -> int:

@@ -49,6 +49,7 @@ class RecipeConfig(RunArguments, GRPOConfig):
     temperature: float = HfArg(default=1.0, help="Of sampling. Paper: 1.0.")
     top_k: int = HfArg(default=50, help="Of sampling; 0 is off. Paper: 50, its library's default.")
     max_completion_length: int | None = HfArg(default=256, help="New tokens at most. Paper: 256.")
+    num_completions_to_print: int | None = HfArg(default=0, help="Of --log_completions; its files hold all of them.")
     gradient_checkpointing: bool | None = HfArg(default=None, help="Now activation_checkpointing. Paper: off.")
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from datasets import Dataset
 from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
@@ -23,11 +24,20 @@ from dataset.questions import load_questions
 from dataset.rows import read_records
 from demo import SFT, UNTRAINED, WARM_START, prepare
 from evaluation.collect import read_results
-from make_demo import MMAU_FILE, SOUNDS, TRAIN_FILE, WARM_START_FILE, make_demo, synthesise
+from make_demo import (
+    MMAU_FILE,
+    SHIFTED_FILE,
+    SOUNDS,
+    TRAIN_FILE,
+    UNNAMED,
+    WARM_START_FILE,
+    make_demo,
+    synthesise,
+)
 from model.tiny import IM_END, SPECIAL_TOKENS, build_demo_model, build_processor, build_tokenizer
 from running import run
 
-COUNTS = dict(warm_start=33, train=22, test=22)
+COUNTS = dict(warm_start=33, train=22, test=22, shifted=26)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +91,21 @@ def test_held_out_file_is_a_benchmark_in_mmau_format(data):
     assert set(answers.values()) == {COUNTS["test"] // len(SOUNDS)}, "every sound in equal shares"
 
 
+def test_shifted_questions_are_away_from_the_trainings_in_every_respect(data):
+    shifted = load_questions(data / SHIFTED_FILE)
+    assert shifted.name == "mmau_shifted" and not shifted.faults and len(shifted.questions) == COUNTS["shifted"]
+    trained = [row for name in (WARM_START_FILE, TRAIN_FILE) for row in read_records(data / name)]
+    assert not {row["question_text"] for row in trained} & {q.record["question"] for q in shifted.questions}
+    assert not {choice for row in trained for choice in row["multi_choice"]} & set(UNNAMED)
+    assert Counter(q.record["answer"] for q in shifted.questions) == dict.fromkeys([*SOUNDS, *UNNAMED], 2)
+    sizes = {len(q.record["choices"]) for q in shifted.questions}
+    assert min(sizes) == 2 and max(sizes) == 8 and len(sizes) > 4
+    infos = [soundfile.info(q.audio_path) for q in shifted.questions]
+    assert SAMPLE_RATE not in {info.samplerate for info in infos} and max(info.duration for info in infos) <= 2
+    peaks = [abs(load_audio(q.audio_path)).max() for q in shifted.questions]
+    assert not any(0.15 < peak < 0.8 for peak in peaks) and min(peaks) < 0.1 < 0.9 < max(peaks)
+
+
 def test_training_and_held_out_questions_read_alike_and_share_no_clip(data):
     trained = {row["question_text"].replace("video", "audio") for row in read_records(data / TRAIN_FILE)}
     asked = {record["question"] for record in json.loads((data / MMAU_FILE).read_text())}
@@ -100,10 +125,10 @@ def test_data_is_decided_by_the_seed(data, tmp_path):
 
 
 def test_data_is_written_whole_over_an_old_one_and_over_nothing_else(tmp_path):
-    counts = dict(warm_start=1, train=1, test=1)
-    out = make_demo(tmp_path / "demo", warm_start=2, train=2, test=2)
+    counts = dict(warm_start=1, train=1, test=1, shifted=1)
+    out = make_demo(tmp_path / "demo", warm_start=2, train=2, test=2, shifted=2)
     make_demo(out, **counts)
-    assert len(list(out.rglob("*.wav"))) == 3 and list(tmp_path.iterdir()) == [out]
+    assert len(list(out.rglob("*.wav"))) == 4 and list(tmp_path.iterdir()) == [out]
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
@@ -307,12 +332,13 @@ def test_the_table_names_every_model_and_an_unfinished_one_apart(data, tmp_path)
     done = run("sh", "test_mmau.sh", "demo", check=False, **command)
     assert done.returncode == 3
     head, *rows = done.stdout[done.stdout.rindex("questions in MMAU's format") :].splitlines()[2:]
+    assert "(shifted)" in done.stdout and "mmau_shifted (" in done.stdout.splitlines()[-6]
     assert head.split()[:5] == ["step", "sound", "music", "speech", "total"]
     assert {row.split()[0] for row in rows if "%" not in row} >= {UNTRAINED, WARM_START, SFT, "20", "100"}
     scores = {tuple(row.split()[1:9]) for row in rows if row.split()[0] in (WARM_START, SFT, "20", "100")}
     assert len(scores) == 1, "the same weights, the same scores"
     assert "5: skipped." in done.stdout and "incomplete" in done.stdout
-    assert run("sh", "test_mmau.sh", "demo", check=False, **command).stdout.count("finished before") == 5
+    assert run("sh", "test_mmau.sh", "demo", check=False, **command).stdout.count("finished before") == 10
 
 
 @pytest.mark.slow
@@ -324,7 +350,12 @@ def test_the_whole_demo_adds_ten_points(tmp_path):
         else:
             shutil.copy(source, tmp_path / name)
     run("sh", "run_grpo.sh", "demo", cwd=tmp_path, timeout=1800, OMP_NUM_THREADS=2)
-    totals = {result.label: result.scores.accuracy for result in read_results(tmp_path / "exp" / "demo")[0]}
+    out = tmp_path / "exp" / "demo"
+    assert (out / "training.png").is_file() and "(shifted)" in (out / "report.html").read_text(encoding="utf-8")
+    results, _ = read_results(out)
+    shifted = [result for result in results if result.benchmark.name == "mmau_shifted"]
+    totals = {result.label: result.accuracy for result in results if result not in shifted}
+    assert {result.label for result in shifted} == set(totals)
     assert set(totals) == {UNTRAINED, WARM_START, SFT, "50", "100", "150", "200"}
     assert totals[UNTRAINED] < 10 and 20 < totals[WARM_START] < 80
     assert totals["200"] > totals[WARM_START] + 10 and totals[SFT] > totals[WARM_START] + 10

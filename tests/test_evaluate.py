@@ -623,6 +623,20 @@ def test_labels_and_output_files(few, trained, tmp_path):
     assert sweep(*flags) == 0
 
 
+def test_several_files_are_asked_one_after_the_other(tmp_path, checkpoint):
+    path = write_questions(tmp_path, make_rows(2))
+    other = tmp_path / "shifted.json"
+    other.write_text(json.dumps([row | {"split": "shifted"} for row in make_rows(1)]))
+    flags = ["--model_path", checkpoint, "--data_file", path, other]
+    assert sweep(*flags) == 0
+    results, _ = read_results(checkpoint.parent)
+    assert {r.benchmark.name: r.scores.questions for r in results} == {"mmau_mini": 2, "mmau_shifted": 1}
+    with pytest.raises(ValueError, match="a single --data_file"):
+        sweep(*flags, "--out_file", tmp_path / "x.json")
+    with pytest.raises(ValueError, match="would have one name"):
+        sweep(*flags, path)
+
+
 def test_bad_question_files_are_named_by_row(tmp_path, checkpoint):
     rows = make_rows(2)
     for change, message in (({"choices": []}, "row 2: `choices`"), ({"id": rows[0]["id"]}, "row 2: the id")):

@@ -74,6 +74,8 @@ def test_names_and_answers(tmp_path):
     test = load(tmp_path, [row(split="test", answer="")])
     assert test.name == "mmau" and not test.has_answers
     assert load(tmp_path, [row(modality="speech")]).name == "mmar"
+    assert load(tmp_path, [row(split="shifted")]).name == "mmau_shifted"
+    assert load(tmp_path, [row(split="../x")]).name == load(tmp_path, [row(split=7.5)]).name == "mmau_mini"
 
 
 def test_clips_are_found_below_the_folder_or_right_in_it(tmp_path):

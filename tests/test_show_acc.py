@@ -105,6 +105,26 @@ def test_releases_do_not_share_a_table(folder):
     assert tables == [["1000", "200", "100", "base"], ["300"]]
 
 
+def test_totals_of_one_model_on_several_benchmarks_stand_side_by_side(folder):
+    assert "all of these questions" not in show(folder).stdout
+    others = [row | {"split": "shifted", "question": f"{row['question']}?"} for row in rows(200)]
+    for label, right in (("1000", 60), ("base", 30), ("7", 50)):
+        write_result(folder, label, right, others).rename(folder / f"test_{label}" / "res_mmau_shifted.json")
+        (folder / f"test_{label}" / "run_mmau_mini.json").rename(folder / f"test_{label}" / "run_mmau_shifted.json")
+    for label, right in (("1000", 210), ("base", 27)):  # renamed above
+        write_result(folder, label, right)
+    head, *table = show(folder).stdout.partition("total on all of these questions\n")[2].splitlines()
+    assert head.split()[::2] == ["step", "(6d0a36f2)", "(f6da7855)"]
+    assert head.split()[1::2] == ["mmau_mini", "mmau_shifted"]
+    assert [row.split() for row in table] == [
+        ["1000", "70.00", "(300)", "30.00", "(200)"],
+        ["200", "60.00", "(300)", "-"],
+        ["100", "50.00", "(300)", "-"],
+        ["base", "9.00", "(300)", "15.00", "(200)"],
+        ["7", "-", "25.00", "(200)"],
+    ]
+
+
 def test_markdown_and_csv(folder):
     results, _ = read_results(folder)
     lines = format_tables(results, style="markdown").splitlines()

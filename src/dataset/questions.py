@@ -61,7 +61,7 @@ class Question:
 class Benchmark:
     """A question file."""
 
-    name: str  # for file names: mmau_mini, mmau, mmar
+    name: str  # for file names: mmau_mini, mmau, mmar; mmau_SPLIT for a split that MMAU does not have
     release: str  # as `recognise_release` says it
     digest: str  # of the questions, whatever their order; results compare only where it is equal
     has_answers: bool
@@ -70,7 +70,7 @@ class Benchmark:
 
     @property
     def title(self) -> str:
-        title = TITLES[self.name]
+        title = TITLES.get(self.name, f"questions in MMAU's format ({self.name.removeprefix('mmau_')})")
         if self.name == "mmau_mini":  # without a known question it is the demo's, say
             title = "questions in MMAU's format" if self.release == UNKNOWN else f"{title}, release {self.release}"
         return f"{title}, {len(self.questions)} questions ({self.digest})"
@@ -116,15 +116,23 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmar
     if 0 < len(blank) < len(records):
         message = f"{source}: the answer of {len(blank)} rows is blank, and of others not, so there is no score; "
         raise ValueError(message + f"fill them in, or leave all out for a submission:\n  {first_problems(blank)}")
-    whole_test = all(record.get("split") == "test" for record in records)
     return Benchmark(
-        name="mmar" if any("modality" in record for record in records) else "mmau" if whole_test else "mmau_mini",
+        name=_name(records),
         release=recognise_release(records),
         digest=_digest(question.id + _content_hash(question.record) for question in questions)[:8],
         has_answers=not blank,
         questions=questions,
         faults=faults,
     )
+
+
+def _name(records: list[dict]) -> str:
+    if any("modality" in record for record in records):
+        return "mmar"
+    split, *others = {str(record.get("split")) for record in records}
+    if others or split in ("test-mini", "None") or not re.fullmatch(r"[\w-]{1,40}", split):
+        return "mmau_mini"
+    return "mmau" if split == "test" else f"mmau_{split}"
 
 
 def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int]) -> Question:

@@ -38,6 +38,7 @@ class Result:
     runs: list[Scores]
     seeds: set[int | None]  # of the runs; None if greedy
     records: dict[str, dict]  # question's id -> its row with the answer (of the first run)
+    weights: str = ""  # fingerprint
     not_asked: int = 0  # questions that could not be, and count as wrong
     prefix: str = ""  # of its name, where there are results of several folders
     variant: str = ""  # of the settings, those in which the rows of its table differ
@@ -153,7 +154,8 @@ def _read_result(file: Path, folder: Path, prefix: str) -> tuple[Result, tuple, 
     settings = {column: " ".join(str(run.get(key, "")) for key in keys).strip() for column, keys in SETTINGS.items()}
     seed, missing = run.get("sample_seed"), len(run.get("missing", []))
     by_id = {question.id: question.record for question in benchmark.questions}
-    result = Result(label, str(folder), benchmark, settings, [scores], {seed}, by_id, missing, prefix)
+    weights = str(run.get("weights"))
+    result = Result(label, str(folder), benchmark, settings, [scores], {seed}, by_id, weights, missing, prefix)
     decides = ("weights", "records", "clips", "allow_missing")
     key = (str(folder), label, benchmark.digest, *(run.get(key) for key in decides), *settings.values())
     return result, key, run.get("audio", "real")
@@ -171,6 +173,17 @@ def build_tables(results: list[Result], sort: str = "total") -> list[tuple[Bench
         for result in rows:
             result.variant = ", ".join(result.settings[column] for column in differing(rows))
     return [(rows[0].benchmark, rows) for rows in tables.values()]
+
+
+def join_tables(tables: list[tuple[Benchmark, list[Result]]]) -> list[list[Result | None]]:
+    """A row for each model with its settings, in the order of the first table; a cell for each table, None where this
+    model was not asked these questions."""
+    rows: dict[tuple, list[Result | None]] = {}
+    for column, (_, results) in enumerate(tables):
+        for result in results:
+            key = (result.folder, result.label, result.weights, *result.settings.values())
+            rows.setdefault(key, [None] * len(tables))[column] = result
+    return list(rows.values())
 
 
 def differing(results: list[Result]) -> list[str]:

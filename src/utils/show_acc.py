@@ -6,9 +6,9 @@
     python src/utils/show_acc.py -i exp/model --plot               exp/model/accuracy.png as well
     python src/utils/show_acc.py --paper exp/*                     the table of docs/PAPER.md, filled from these runs
 
-Results on different questions, or on different releases of MMAU, do not compare: they get tables of their own. Settings
-that all rows of a table share stand above it, those in which they differ are columns. Leaves out what a result is and
-what keeps it out of a table (`evaluation/collect.py`).
+Results on different questions, or on different releases of MMAU, do not compare: they get tables of their own, and at
+the end one of the totals side by side. Settings that all rows of a table share stand above it, those in which they
+differ are columns. Leaves out what a result is and what keeps it out of a table (`evaluation/collect.py`).
 """
 
 import argparse
@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.questions import Benchmark
-from evaluation.collect import SETTINGS, Result, build_tables, differing, list_tasks, read_results
+from evaluation.collect import SETTINGS, Result, build_tables, differing, join_tables, list_tasks, read_results
 from evaluation.mmau import get_prediction
 from evaluation.statistics import compare
 
@@ -86,15 +86,30 @@ def format_tables(results: list[Result], sort: str = "total", style: str = "text
     blocks = []
     for benchmark, ranked in tables:
         table = to_table(ranked)
-        if style == "markdown":  # pandas' own needs one more package
-            header, *rows = [f"| {' | '.join(row)} |" for row in [list(table), *table.to_numpy().tolist()]]
-            text = "\n".join(["", header, "|" + "---|" * len(table.columns), *rows])
-        else:  # two spaces between columns
-            text = dedent((" " + table).add_prefix(" ").to_string(index=False))
         shared = {column: ranked[0].settings[column] for column in SETTINGS if column not in differing(ranked)}
         how = ", ".join(f"{column} {value}" for column, value in shared.items() if value) or "how: not recorded"
-        blocks.append(f"{benchmark.title}\n{how}\n{text}\n")
+        blocks.append(f"{benchmark.title}\n{how}\n{_write_table(table, style)}\n")
+    if any(len(row) - row.count(None) > 1 for row in join_tables(tables)):
+        blocks.append(f"total on all of these questions\n{_write_table(to_totals(tables), style)}\n")
     return "\n".join(blocks)
+
+
+def to_totals(tables: list[tuple[Benchmark, list[Result]]]) -> pd.DataFrame:
+    """Accuracies in % as text: a row for each model with its settings, a column for each benchmark."""
+    names = [f"{benchmark.name} ({benchmark.digest})" for benchmark, _ in tables]
+    rows = []
+    for cells in join_tables(tables):
+        first = next(filter(None, cells))
+        totals = [f"{cell.accuracy:.2f} ({cell.scores.questions})" if cell else "-" for cell in cells]
+        rows.append({"step": first.name} | dict(zip(names, totals, strict=True)))
+    return pd.DataFrame(rows)
+
+
+def _write_table(table: pd.DataFrame, style: str) -> str:
+    if style == "markdown":  # pandas' own needs one more package
+        header, *rows = [f"| {' | '.join(row)} |" for row in [list(table), *table.to_numpy().tolist()]]
+        return "\n".join(["", header, "|" + "---|" * len(table.columns), *rows])
+    return dedent((" " + table).add_prefix(" ").to_string(index=False))  # two spaces between columns
 
 
 def format_comparison(results: list[Result], first: str, second: str) -> str:
