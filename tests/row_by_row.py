@@ -35,13 +35,16 @@ def repeat_rows(prompts: dict[str, torch.Tensor], generations: int) -> dict[str,
     return {key: value.repeat_interleave(generations, dim=0) for key, value in prompts.items()}
 
 
-def log_probs(model, prompts: dict, completion_ids: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+def log_probs(
+    model, prompts: dict, completion_ids: torch.Tensor, completion_mask: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """(N, G, C) log-probs, zero at padding.
 
     Args:
         prompts: `input_ids`, `attention_mask` (N, P), left-padded; `input_features` (N, M, F) of the whole window or its
             beginning, `feature_attention_mask` (N, F).
         completion_ids: (N, G, C), right-padded; completion_mask likewise, 0 at padding.
+        temperature: what the logits are divided by.
     """
     questions, generations, length = completion_ids.shape
     rows = repeat_rows(whole_windows(model, prompts), generations)
@@ -50,7 +53,7 @@ def log_probs(model, prompts: dict, completion_ids: torch.Tensor, completion_mas
     rows["attention_mask"] = torch.cat([rows["attention_mask"], mask], dim=1)
     rows["position_ids"] = (rows["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     logits = model(**rows).logits[:, -length - 1 : -1]  # (N * G, C, vocabulary)
-    chosen = logits.log_softmax(dim=-1).gather(2, completions[..., None]).squeeze(2)
+    chosen = (logits / temperature).log_softmax(dim=-1).gather(2, completions[..., None]).squeeze(2)
     return (chosen * mask).view(questions, generations, length)
 
 

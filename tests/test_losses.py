@@ -15,6 +15,7 @@ VARIANTS = {
     "sequence": dict(importance_sampling_level="sequence"),
     "weighted": dict(reward_weights=[2.0, 0.5, 3.0]),
     "no reference": dict(beta=0.0),
+    "another temperature": dict(temperature=0.5),
 }
 
 
@@ -59,20 +60,22 @@ def slow_loss(trainer, policy, old, reference, mask, rewards) -> float:
 def test_against_a_per_token_loop(small_model, questions, tmp_path, name):
     settings = dict(num_iterations=2, gradient_accumulation_steps=1, beta=0.1) | VARIANTS[name]
     trainer = make_trainer(small_model, questions, tmp_path, **settings)
+    assert (trainer.ref_model is None) == (settings["beta"] == 0), "a reference that nothing is compared with"
     if trainer.ref_model is not None:
         for parameter in trainer.ref_model.parameters():
             parameter.data.mul_(1.05)
     trainer.model.train()
     batch = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
     assert "old_per_token_logps" in batch, "a second iteration needs the log-probs of the first"
-    prompts, ids, mask = row_by_row.as_inputs(trainer._questions), batch["completion_ids"], batch["completion_mask"]
+    ids, mask = batch["completion_ids"], batch["completion_mask"]
+    scored = row_by_row.as_inputs(trainer._questions), ids, mask, trainer.args.temperature
     with torch.no_grad():
-        old = row_by_row.log_probs(trainer.model, prompts, ids, mask)
-        reference = row_by_row.log_probs(trainer.ref_model, prompts, ids, mask) if trainer.ref_model else None
+        old = row_by_row.log_probs(trainer.model, *scored)
+        reference = row_by_row.log_probs(trainer.ref_model, *scored) if trainer.ref_model else None
         generator = torch.Generator().manual_seed(1)
         for parameter in trainer.model.parameters():  # a step away from the rollout, for ratios beyond the clip
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-        policy = row_by_row.log_probs(trainer.model, prompts, ids, mask)
+        policy = row_by_row.log_probs(trainer.model, *scored)
         trainer.current_gradient_accumulation_steps = 1
         loss = trainer._compute_loss(trainer.model, dict(batch))
     ratios = (policy - old).exp()[mask.bool()]
