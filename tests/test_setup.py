@@ -1,6 +1,9 @@
 """The set-up that launchers share, and what is said before a run: no network, nothing installed."""
 
+import json
+import re
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -31,6 +34,36 @@ def test_style_is_checked_by_one_version_everywhere():
     assert "-m ruff check\n" in calls and "-m ruff format --check\n" in calls
     steps = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["tests"]["steps"]
     assert any(".ci/run" in step.get("run", "") for step in steps)
+
+
+def test_updates_move_what_belongs_together_and_ask_where_private_methods_are_overridden():
+    rules = json.loads((ROOT / "renovate.json").read_text())["packageRules"]
+    grouped = {name: rule["groupName"] for rule in rules for name in rule.get("matchPackageNames", ())}
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert grouped["ruff"] == grouped[hook["repo"].removeprefix("https://github.com/")]
+    assert set(grouped) - {"astral-sh/ruff-pre-commit"} <= set(read_pins(ROOT / "requirements-dev.txt"))
+    asked = {name for rule in rules if rule.get("dependencyDashboardApproval") for name in rule["matchPackageNames"]}
+    assert "trl" in asked
+    assert any(rule.get("matchManagers") == ["pip_requirements"] for rule in rules)
+
+
+def test_what_is_cited_is_what_the_readme_names():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (paper,) = citation["references"]
+    assert readme.startswith(f"# {citation['title']}\n")
+    assert paper["title"] in " ".join(readme.split()) and paper["url"] in readme and {"type", "authors"} <= set(paper)
+    assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+
+
+def test_the_changelog_keeps_its_form():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"(?m)^## (.+)$", text)
+    assert releases[0] == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}", release) for release in releases[1:])
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"(?m)^### (.+)$", text)) <= kinds
 
 
 def test_an_environment_is_ignored_as_a_folder_and_as_a_link(tmp_path):
