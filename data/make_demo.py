@@ -30,7 +30,7 @@ import soundfile
 from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16_000  # Hz; only the shifted clips need resampling
-SHIFTED_RATES = (8_000, 22_050, 32_000, 44_100, 48_000)  # Hz
+SHIFTED_RATES = (11_025, 22_050, 32_000, 44_100, 48_000)  # Hz; at 8000 a clock's ticks would be gone
 SECONDS = (1.0, 1.9)  # shortest and longest clip; the demo model's window is 2 s
 
 MMAU_FILE = "mmau_demo.json"
