@@ -15,7 +15,7 @@ from dataset.check import Rules, examine_training_file
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.lock import hold
 from dataset.questions import load_questions
-from dataset.rows import hash_file
+from dataset.rows import DataError, hash_file
 from evaluation.sweep import together
 from model.checkpoints import fingerprint, locate
 from model.qwen2_audio import load_processor
@@ -108,9 +108,12 @@ def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> No
                 together(lambda: remove_checkpoints(strange_checkpoints(out, start)), main=True)
         except (ValueError, OSError) as error:  # the user's to mend: its message says how
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-        trainer = build_trainer(dataset, processor, eval_questions, *parsed)
-        trainer.run_settings = settings
-        train(trainer, start)
+        try:
+            trainer = build_trainer(dataset, processor, eval_questions, *parsed)
+            trainer.run_settings = settings
+            train(trainer, start)
+        except DataError as error:  # a reward, or clips that cannot be used any more
+            sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         trainer.end()  # processes that exit with a process group open may abort
 
 

@@ -5,8 +5,9 @@ engine's settings are those of `conf/`.
 """
 
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from datasets import Dataset
@@ -16,7 +17,9 @@ from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
 
 from arguments import AudioModelConfig, DataArguments, RunArguments
 from dataset.questions import Benchmark
+from evaluation.sweep import together
 from startup import run_training
+from trainer.checked_rewards import CheckedReward, RewardError, checked, describe_error, try_rewards
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
@@ -67,11 +70,12 @@ def build_trainer(
     args: RecipeConfig,
     model: AudioModelConfig,
 ) -> AudioGRPOTrainer:
-    """The trainer, its model loaded; the data set has been examined."""
+    """The trainer, its model loaded; the data set has been examined. A `RewardError` comes before the model."""
+    reward_funcs = load_rewards(rewards.reward_funcs, args.reward_weights, dataset, processor)
     args.model_init_kwargs = model.init_kwargs(args) | (args.model_init_kwargs or {})
     trainer = AudioGRPOTrainer(
         model=model.model_name_or_path,
-        reward_funcs=[load_reward(name) for name in rewards.reward_funcs],
+        reward_funcs=reward_funcs,
         args=args,
         train_dataset=dataset,
         processing_class=processor,
@@ -89,25 +93,46 @@ def build_trainer(
     return trainer
 
 
-def load_reward(name: str) -> Callable[..., list[float]]:
-    """A reward by its name: `accuracy`, `format`, or `path/to/file.py:function` for one's own.
-
-    The function gets `completions`, `prompts`, `completion_ids` and every column of the data set (`solution`, `style`,
-    `audio_path`, ...) as keyword arguments, and returns one float for each completion (None: not applicable).
+def load_rewards(
+    names: Sequence[str], weights: Sequence[float] | None, dataset: Dataset, processor: ProcessorMixin
+) -> list[CheckedReward]:
+    """The rewards by their names, each called once by the first process on two made-up completions (`try_rewards`).
 
     Raises:
-        ValueError: no such reward, file or function. What the file itself raises comes through as it is.
+        RewardError: one is not there, cannot be used, or there is not one finite weight for each.
+    """
+    rewards = [checked(load_reward(name)) for name in names]
+    if weights is not None and (len(weights) != len(rewards) or not all(map(isfinite, weights))):
+        given = " ".join(map(str, weights))
+        raise RewardError(f"--reward_weights {given}: one finite number for each of {', '.join(names)} is needed")
+    together(lambda: try_rewards(rewards, dataset, processor.tokenizer), main=True)
+    return rewards
+
+
+def load_reward(name: str) -> Callable[..., list[float | None]]:
+    """A reward by its name: `accuracy`, `format`, or `path/to/file.py:function` for one's own.
+
+    The function gets the arguments that it names, of `completions`, `prompts`, `completion_ids` and every column of the
+    data set (`solution`, `style`, `audio_path`, ...), and returns a list with one number for each completion (None: not
+    applicable). It may be a coroutine function. Before the model is loaded it is called once on two made-up
+    completions, in the first process: one that keeps state, or costs money, must not mind.
+
+    Raises:
+        RewardError: no such reward, file or function, or the file cannot be run.
     """
     if name in REWARD_FUNCS:
         return REWARD_FUNCS[name]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
-        raise ValueError(f"unknown reward {name!r}: it is one of {', '.join(REWARD_FUNCS)}, or file.py:function")
+        raise RewardError(f"unknown reward {name!r}: it is one of {', '.join(REWARD_FUNCS)}, or file.py:function")
     if not Path(path).is_file():
-        raise ValueError(f"reward {name}: there is no file {path}")
-    reward = runpy.run_path(path).get(function)
+        raise RewardError(f"reward {name}: there is no file {path}")
+    try:
+        reward = runpy.run_path(path).get(function)
+    except Exception as error:
+        raise RewardError(f"reward {name}: {describe_error(error, path)}, when its file was run") from error
     if not callable(reward):
-        raise ValueError(f"reward {name}: {path} has no function {function!r}")
+        raise RewardError(f"reward {name}: {path} has no function {function!r}")
     return reward
 
 

@@ -23,7 +23,7 @@ def length_reward(completions, **kwargs) -> list[float]:
     return [sum(c < "n" for c in text) / max(len(text), 1) for text in completions]
 
 
-def make_trainer(model, data, output_dir, style="answer", **settings) -> AudioGRPOTrainer:
+def make_trainer(model, data, output_dir, style="answer", rewards=None, **settings) -> AudioGRPOTrainer:
     defaults = dict(
         num_generations=4, per_device_train_batch_size=8, max_completion_length=8, beta=0.04, learning_rate=1e-3,
         loss_type="grpo", use_bias_correction_kl=False, bf16=False, use_cpu=True, report_to="none", logging_steps=1,
@@ -31,7 +31,7 @@ def make_trainer(model, data, output_dir, style="answer", **settings) -> AudioGR
     )  # fmt: skip
     return AudioGRPOTrainer(
         str(model),
-        [accuracy_reward, format_reward, length_reward],
+        rewards or [accuracy_reward, format_reward, length_reward],
         args=GRPOConfig(str(output_dir), **defaults | settings),
         train_dataset=data if isinstance(data, Dataset) else load_train_dataset(data, style),
     )

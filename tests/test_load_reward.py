@@ -17,6 +17,12 @@ def brevity(completions, **kwargs):
 '''
 
 
+BROKEN = """
+def broken(completions, trainer_state, **kwargs):
+    return [1 / (1 - trainer_state.global_step)] * len(completions)
+"""
+
+
 def test_built_in_and_own_rewards(tmp_path):
     assert load_reward("accuracy") is accuracy_reward
     (tmp_path / "my_rewards.py").write_text(BREVITY)
@@ -41,9 +47,9 @@ def test_a_reward_that_is_not_there(tmp_path, name, message):
 
 @pytest.mark.slow
 def test_an_own_reward_trains_and_its_errors_stop_the_run(small_model, questions, tmp_path):
-    (tmp_path / "my_rewards.py").write_text(BREVITY + "\ndef broken(completions, **kwargs):\n    return 1 / 0\n")
+    (tmp_path / "my_rewards.py").write_text(BREVITY + BROKEN)
     flags = [
-        "--use_cpu", "true", "--model_name_or_path", small_model, "--data_file", questions, "--max_steps", "1",
+        "--use_cpu", "true", "--model_name_or_path", small_model, "--data_file", questions, "--max_steps", "2",
         "--questions_per_step", "2", "--num_generations", "2", "--max_completion_length", "4", "--output_dir", tmp_path / "out",
         "--reward_funcs", "accuracy",
     ]  # fmt: skip

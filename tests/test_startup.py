@@ -54,6 +54,13 @@ def test_fewer_questions_than_a_step_takes_are_refused(script, questions, tmp_pa
     startup.check_enough(12, recipe)
 
 
+def test_a_reward_that_cannot_be_used_ends_in_a_sentence_before_the_model_is_loaded(script, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def few(completions):\n    return [1.0]\n")
+    monkeypatch.setattr(train, "AudioGRPOTrainer", lambda **_: pytest.fail("the model would be loaded"))
+    with pytest.raises(SystemExit, match=r"train\.py: reward few: returned 1 values for 2 completions; a list"):
+        script("--reward_funcs", "accuracy", f"{tmp_path}/mine.py:few", build=train.build_trainer)
+
+
 def test_a_run_without_a_step_writes_no_model(script, tmp_path):
     def no_steps(*parsed):
         trainer = train.build_trainer(*parsed)

@@ -8,6 +8,7 @@ overridden methods are private ones, which the pinned version (trl 1.16.0) prote
     _generate_and_score_completions      decodes each question's clip once; hands out whole groups, (N, G, ...)
     _tokenize_prompts                    the prompts were tokenized with their clips
     _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
+    _calculate_rewards                   what a reward raises or returns wrongly ends the run in all processes
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
     _get_train_sampler                   an epoch's order of questions follows from seed and epoch, resumed or not
@@ -38,6 +39,7 @@ from model.generation import prefill
 from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
 
 from .accuracy import GreedyAccuracy
+from .checked_rewards import checked, find_error, raise_together
 from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
@@ -50,7 +52,8 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
 
     Args:
         model: path, hub name, or the loaded model.
-        reward_funcs: as for `trl.GRPOTrainer`; they get the data set's columns as keyword arguments.
+        reward_funcs: as for `trl.GRPOTrainer`; functions get those of the data set's columns that they name (see
+            `checked_rewards.py`).
         args: `trl.GRPOConfig`. Micro-batches count completions and must hold whole groups.
         train_dataset: with the columns `prompt` (the user's text), `audio_path` and what the rewards ask for; a column
             `style` is recorded in the checkpoints. `dataset.dataset.load_train_dataset` makes it.
@@ -88,7 +91,8 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
             generations = args.num_generations_eval or args.num_generations
             check_whole_groups("per_device_eval_batch_size", args.per_device_eval_batch_size, generations)
         # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.
-        super().__init__(model, reward_funcs, args, train_dataset, processing_class=processor.tokenizer, **kwargs)
+        rewards = list(map(checked, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]))
+        super().__init__(model, rewards, args, train_dataset, processing_class=processor.tokenizer, **kwargs)
         self.processing_class = processor  # what checkpoints are saved with
         self.audio_channels, self.max_resample_rounds = audio_channels, max_resample_rounds
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
@@ -213,6 +217,17 @@ class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
         ended = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
         after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end token belongs to the completion
         return [ids[~after].tolist() for ids, after in zip(completions.cpu(), after_end.cpu(), strict=True)], None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        """Rewards (B of all processes, functions). What one raises ends the run in all processes, and so does a value
+        that is NaN or infinite; None, which TRL makes NaN, is not applicable."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        given = {key: [row[key] for row in inputs] for key in inputs[0]}
+        given |= {"prompts": prompts, "completions": completions}
+        start = self.accelerator.process_index * len(prompts)
+        own = rewards[start : start + len(prompts)]
+        raise_together(find_error(self.reward_funcs, self.reward_func_names, own, given))
+        return rewards
 
     # Going on
 
