@@ -11,11 +11,13 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl import TrlParser
 
 from arguments import AudioModelConfig, DataArguments, result_settings
-from dataset.check import Rules, examine_training_file
+from dataset.check import Rules, examine_evaluation_file, examine_training_file
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.lock import hold
-from dataset.questions import load_questions
+from dataset.questions import Benchmark, load_questions
 from dataset.rows import DataError, hash_file
+from evaluation.mmau import evaluate
+from evaluation.results import Completion, to_records
 from evaluation.sweep import together
 from model.checkpoints import fingerprint, locate
 from model.qwen2_audio import load_processor
@@ -48,6 +50,31 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         return list(examination.dropped)
 
     return load_train_dataset(data.data_file, data.prompt_style, skip=set(together(examine, main=True)))
+
+
+def load_eval_questions(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Benchmark:
+    """The questions of --eval_file that can be asked: examined, reported (`dropped_eval.jsonl`) and limited in the same
+    way as those to train on. As in evaluation, rows that are only not as they should be stay.
+
+    Raises:
+        ValueError: too many cannot be asked, or there would be no score.
+    """
+
+    def examine() -> list[int]:
+        rules = Rules(
+            data.prompt_style, processor, channels=data.audio_channels, lenient=True,
+            dropped_file=Path(args.output_dir) / "dropped_eval.jsonl", progress=not args.disable_tqdm,
+        )  # fmt: skip
+        examination = examine_evaluation_file(args.eval_file, rules)
+        print(examination.table(), flush=True)
+        examination.check_share(data.max_dropped)
+        return list(examination.dropped)
+
+    benchmark = load_questions(args.eval_file, skip=set(together(examine, main=True)))
+    if not benchmark.has_answers:
+        raise ValueError(f"{args.eval_file}: holds no answers, so there is no accuracy; --eval_file needs them")
+    evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
+    return benchmark
 
 
 def describe_run(data: DataArguments, args: TrainingArguments, model: AudioModelConfig, parsed: Sequence) -> dict:
@@ -96,7 +123,8 @@ def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> No
             data, *_, args, model = parsed
             out = Path(args.output_dir)
             together(lambda: held.enter_context(hold(out / LOCK)), main=True)
-            eval_questions = load_questions(args.eval_file) if args.eval_file else None
+            if args.eval_file:
+                check_is_there(args.eval_file)
             processor = load_processor(model.model_name_or_path)
             settings = together(lambda: describe_run(data, args, model, parsed), main=True)
             start = together(lambda: choose_start(args, settings), main=True)
@@ -104,6 +132,7 @@ def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> No
                 return
             dataset = load_training_data(data, args, processor)
             check_enough(len(dataset), args)
+            eval_questions = load_eval_questions(data, args, processor) if args.eval_file else None
             if args.overwrite_output_dir:
                 together(lambda: remove_checkpoints(strange_checkpoints(out, start)), main=True)
         except (ValueError, OSError) as error:  # the user's to mend: its message says how

@@ -1,20 +1,31 @@
 """Accuracy during training is what `test_mmau.py` finds on the saved checkpoint; adapters are evaluated as they are."""
 
 import json
+import math
+import random
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, TrainerCallback
 from trl import GRPOConfig
 
+import evaluation.answers
 import test_mmau
-from conftest import QUESTION
+from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.questions import load_questions
 from running import free_port, run
 from test_grpo_trainer import length_reward
+from train import RecipeConfig
+from train_sft import SFTRecipeConfig
 from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.resume import STATE, check_resumable, checkpoints_in, find_newest, step_of
+from trainer.sft_trainer import AudioSFTTrainer
 from utils.show_acc import read_results
 
 
@@ -78,6 +89,159 @@ def test_grpo_evaluates_on_two_processes(small_model, questions, asked, tmp_path
         MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, MASTER_PORT=free_port(), GPU_NUM=2,
     )  # fmt: skip
     assert re.search(r"^2/2  evaluated: accuracy [\d.]+  accuracy_sound [\d.]+", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.fixture
+def apart(tmp_path) -> Path:
+    """Four questions kept apart, with clips of their own that a test may remove."""
+    records = [
+        {
+            "id": f"q{i}", "audio_id": f"{i}.wav", "question": "What is in the audio?", "choices": ["dog", "cat"],
+            "answer": "dog", "task": "sound", "split": "test-mini", "difficulty": "easy", "sub-category": "any",
+        }
+        for i in range(4)
+    ]  # fmt: skip
+    for i in range(4):
+        write_tone(tmp_path / f"{i}.wav", 1.0, frequency=300 * (i + 1))
+    (tmp_path / "apart.json").write_text(json.dumps(records))
+    return tmp_path / "apart.json"
+
+
+def make_grpo(model, data, out, asked, **settings) -> AudioGRPOTrainer:
+    args = RecipeConfig(
+        str(out), use_cpu=True, questions_per_step=2, num_generations=2, max_completion_length=2, max_steps=3, save_steps=1,
+        report_to="none", disable_tqdm=True, eval_file=str(asked), per_device_eval_batch_size=2, keep_optimizer="all",
+        learning_rate=1e-2, **settings,
+    )  # fmt: skip
+    return AudioGRPOTrainer(
+        str(model), [length_reward], args, load_train_dataset(data), eval_questions=load_questions(asked)
+    )
+
+
+def make_sft(model, data, out, asked, **settings) -> AudioSFTTrainer:
+    args = SFTRecipeConfig(
+        str(out), use_cpu=True, questions_per_step=2, max_steps=3, save_steps=1, report_to="none", disable_tqdm=True,
+        eval_file=str(asked), keep_optimizer="all", learning_rate=1e-2, **settings,
+    )  # fmt: skip
+    loaded = Qwen2AudioForConditionalGeneration.from_pretrained(model)
+    return AudioSFTTrainer(
+        loaded, args, load_train_dataset(data, "choice"), AutoProcessor.from_pretrained(model),
+        eval_questions=load_questions(asked),
+    )  # fmt: skip
+
+
+class RemoveClip(TrainerCallback):
+    """Remove a clip of the evaluation file when a step begins."""
+
+    def __init__(self, clip: Path, step: int):
+        self.clip, self.step = clip, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.clip.unlink()
+
+
+def logged(trainer, key: str) -> dict[int, float]:
+    return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+
+
+def scored(accuracy: float) -> SimpleNamespace:
+    """What an evaluation finds, as far as the trainers look at it."""
+    return SimpleNamespace(accuracy=accuracy, groups={"Task": {}})
+
+
+@pytest.mark.parametrize("make", [make_grpo, make_sft])
+def test_a_clip_that_breaks_in_training_costs_its_question_alone(small_model, questions, apart, tmp_path, caplog, make):
+    trainer = make(small_model, questions, tmp_path / "out", apart)
+    trainer.add_callback(RemoveClip(apart.parent / "1.wav", 1))
+    trainer.train()
+    assert [step_of(path) for path in checkpoints_in(tmp_path / "out")] == [1, 2, 3]
+    assert set(logged(trainer, "eval_accuracy")) == {1, 2, 3}
+    assert logged(trainer, "eval_left_out") == {2: 1, 3: 1}
+    assert caplog.text.count("1 questions of --eval_file are left out") == caplog.text.count("q1: ") == 1
+
+
+def test_a_clip_that_breaks_between_decoding_and_asking_is_left_out_too(
+    small_model, questions, apart, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation.answers, "KEPT_SAMPLES", 0)  # as for a file of many hours of audio
+    trainer = make_grpo(small_model, questions, tmp_path / "out", apart)
+    batches = evaluation.answers.EncodedQuestions.batches
+
+    def remove(self):
+        (apart.parent / "2.wav").unlink(missing_ok=True)
+        return batches(self)
+
+    monkeypatch.setattr(evaluation.answers.EncodedQuestions, "batches", remove)
+    assert trainer.evaluate()["eval_left_out"] == 1
+    for clip in apart.parent.glob("*.wav"):
+        clip.unlink()
+    metrics = trainer.evaluate()
+    assert metrics["eval_left_out"] == 4 and math.isnan(metrics["eval_accuracy"]), "nothing is left to ask"
+
+
+@pytest.mark.parametrize("make", [make_grpo, make_sft])
+def test_a_steps_checkpoint_is_whole_before_its_evaluation(small_model, questions, apart, tmp_path, monkeypatch, make):
+    trainer = make(small_model, questions, tmp_path / "out", apart)
+    usual, there = trainer.evaluate, []
+
+    def evaluate(**kwargs):
+        there.append(step_of(find_newest(tmp_path / "out")))
+        if len(there) == 2:
+            raise MemoryError
+        return usual(**kwargs)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert there == [1, 2]
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / STATE).read_text())
+    assert state["log_history"] == trainer.state.log_history[: len(state["log_history"])]
+    assert "eval_accuracy" in state["log_history"][-1] and state["best_metric"] is not None, (
+        "as of after the evaluation"
+    )
+    check_resumable(tmp_path / "out" / "checkpoint-1")
+
+
+def test_an_evaluation_leaves_the_random_state_as_it_is(small_model, questions, apart, tmp_path):
+    """That of the checkpoint, saved before, is the one with which the run goes on."""
+    trainer = make_grpo(small_model, questions, tmp_path / "out", apart)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    trainer.evaluate()
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+@pytest.mark.slow
+def test_a_run_resumed_from_before_an_evaluation_is_bitwise_the_same(small_model, questions, apart, tmp_path):
+    whole = make_grpo(small_model, questions, tmp_path / "whole", apart)
+    whole.train()
+    resumed = make_grpo(small_model, questions, tmp_path / "resumed", apart)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, expected), found in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(expected, found), name
+    assert logged(resumed, "eval_accuracy") == logged(whole, "eval_accuracy")
+
+
+def test_the_best_checkpoint_is_the_one_that_was_evaluated_best(small_model, questions, apart, tmp_path, monkeypatch):
+    trainer = make_sft(small_model, questions, tmp_path / "out", apart, save_total_limit=2, load_best_model_at_end=True)
+    scores = iter((10.0, 30.0, 20.0))
+    monkeypatch.setattr(trainer, "_score_eval_questions", lambda: scored(next(scores)))
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-2")
+    assert [path.name for path in checkpoints_in(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
+    for path in checkpoints_in(tmp_path / "out"):
+        assert json.loads((path / STATE).read_text())["best_global_step"] == 2
+
+
+def test_a_schedule_by_results_is_saved_after_the_evaluation(small_model, questions, apart, tmp_path, monkeypatch):
+    settings = dict(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs={"patience": 0, "mode": "max"})
+    trainer = make_sft(small_model, questions, tmp_path / "out", apart, **settings)
+    scores = iter((30.0, 20.0, 10.0))
+    monkeypatch.setattr(trainer, "_score_eval_questions", lambda: scored(next(scores)))
+    trainer.train()
+    saved = torch.load(tmp_path / "out" / "checkpoint-3" / "scheduler.pt", weights_only=True)
+    assert saved["last_epoch"] == 3 and saved["_last_lr"] == pytest.approx([1e-4, 1e-4])
 
 
 def test_rows_of_no_one_style_are_evaluated_in_the_default_one(small_model, questions, asked, tmp_path):

@@ -121,3 +121,13 @@ def test_rows_that_should_not_be_so_are_told_apart_from_those_that_cannot_be_ask
 def test_no_rows(tmp_path):
     with pytest.raises(ValueError, match="no questions"):
         load(tmp_path, [])
+
+
+def test_rows_to_skip_are_not_read_and_the_others_keep_their_numbers(tmp_path):
+    good = {"id": "a", "audio_id": "a.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(good), "{broken", "", json.dumps(good | {"id": "b"})]))
+    assert [question.id for question in load_questions(path, skip={2}).questions] == ["a", "b"]
+    path.write_text("\n".join([json.dumps(good), "{broken", "", json.dumps(good | {"id": "b", "answer": ""})]))
+    with pytest.raises(ValueError, match="the answer of 1 rows is blank(.|\n)*row 4"):
+        load_questions(path, skip={2})

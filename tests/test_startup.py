@@ -61,6 +61,40 @@ def test_a_reward_that_cannot_be_used_ends_in_a_sentence_before_the_model_is_loa
         script("--reward_funcs", "accuracy", f"{tmp_path}/mine.py:few", build=train.build_trainer)
 
 
+def test_the_evaluation_file_is_examined_as_the_training_file_is(script, questions, tmp_path, capsys):
+    """A missing clip costs its row, or ends the run where there are more than --max_dropped; rows that are only not as
+    they should be are asked, as in evaluation."""
+    item = {
+        "question": "What is in the audio?", "choices": ["dog", "cat"], "answer": "dog", "task": "sound",
+        "split": "test-mini", "difficulty": "easy", "sub-category": "any",
+    }  # fmt: skip
+    rows = [item | {"id": f"q{i}", "audio_id": str(questions.parent / f"{i}.wav")} for i in range(4)]
+    rows[1]["audio_id"], rows[2]["answer"] = "gone.wav", "bird"
+    path = tmp_path / "eval.json"
+    built = []
+
+    def ask(rows, *flags):
+        path.write_text(json.dumps(rows))
+        script("--eval_file", str(path), *flags, build=lambda *parsed: built.append(parsed[2]) or pytest.fail("built"))
+
+    with pytest.raises(SystemExit, match=r"more than 10% of the rows(.|\n)*eval.json: eval(.|\n)*clip missing +row 2"):
+        ask(rows)
+    with pytest.raises(pytest.fail.Exception):
+        ask(rows, "--max_dropped", "0.25")
+    assert [question.id for question in built[0].questions] == ["q0", "q2", "q3"]
+    said = capsys.readouterr().out
+    assert "4 rows, 3 usable, 1 dropped (25.0%)" in said and "`answer` not among the choices" in said
+    (dropped,) = map(json.loads, (tmp_path / "out" / "dropped_eval.jsonl").read_text().splitlines())
+    assert dropped["line"] == 2 and dropped["id"] == "q1"
+    with pytest.raises(SystemExit, match="eval.json: holds no answers, so there is no accuracy"):
+        ask([row | {"answer": "", "split": "test"} for row in rows if row["id"] != "q1"])
+    with pytest.raises(SystemExit, match="`task` is 3, not a text"):
+        ask([rows[0] | {"task": 3}])
+    with pytest.raises(pytest.fail.Exception):
+        script("--eval_file", str(questions), build=lambda *parsed: built.append(parsed[2]) or pytest.fail("built"))
+    assert len(built[1].questions) == 8, "in AVQA's format"
+
+
 def test_a_run_without_a_step_writes_no_model(script, tmp_path):
     def no_steps(*parsed):
         trainer = train.build_trainer(*parsed)

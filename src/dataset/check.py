@@ -60,6 +60,7 @@ class Rules:
     max_prompt_length: int | None = MAX_PROMPT_LENGTH  # tokens, audio included; None is no limit
     channels: str = "first"  # that will be heard, see `load_audio`
     cut_long_clips: bool = False  # as evaluation does; else they are bad
+    lenient: bool = False  # of an evaluation file, only note rows that are asked although something is wrong with them
     deep: bool = False  # decode every clip, for NaN, silence and clipping
     audio_dir: str | Path | None = None  # what an evaluation file's clips start from; default: the file's own folder
     workers: int | None = None  # threads that read clips; default: THREADS
@@ -167,8 +168,13 @@ def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Ex
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
         records.append(record)
         question = to_question(record, number, audio_dir, ids)
-        notes = check_question(question)
-        check_clip_is_inside(question, audio_dir)
+        try:
+            notes = check_question(question)
+            check_clip_is_inside(question, audio_dir)
+        except DataError as error:
+            if not rules.lenient:
+                raise
+            notes = [error.reason]
         prompt = build_question(question.record["question"], question.record["choices"], rules.style)
         return prompt, question.audio_path, notes
 

@@ -19,12 +19,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .dataset import check_choices, check_is_there, read_fields
-from .rows import DataError, first_problems, get_field, read_records
+from .rows import DataError, first_problems, get_field, read_numbered
 
 ORIGINAL, DRAFT, REVISED, UNKNOWN = "original", "v05.15.25-draft", "v05.15.25", "unrecognised"
 RELEASES = {  # a content's digest, see `recognise_release` -> its release, and the day from which the repository had it
@@ -81,12 +81,13 @@ class Benchmark:
         return self.release.startswith(ORIGINAL)
 
 
-def load_questions(path: str | Path, audio_dir: str | Path | None = None) -> Benchmark:
+def load_questions(path: str | Path, audio_dir: str | Path | None = None, skip: Container[int] = ()) -> Benchmark:
     """Read a question file.
 
     Args:
         path: MMAU's, MMAR's or AVQA's.
         audio_dir: what the clips' paths start from; the file's own folder by default.
+        skip: numbers of rows to leave out unread, e.g. those that `check.examine_evaluation_file` dropped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,15 +95,18 @@ def load_questions(path: str | Path, audio_dir: str | Path | None = None) -> Ben
             others; names file and row.
     """
     path = check_is_there(path)
-    return to_benchmark(read_records(path), path, Path(audio_dir or path.parent))
+    records = read_numbered(path, skip)
+    return to_benchmark(list(records.values()), path, Path(audio_dir or path.parent), list(records))
 
 
-def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmark:
-    """Rows already read -> `Benchmark`; `source` is named in messages. Raises as `load_questions`."""
+def to_benchmark(records: list[dict], source: Path, audio_dir: Path, numbers: Sequence[int] | None = None) -> Benchmark:
+    """Rows already read -> `Benchmark`; `source`, and the rows' `numbers` in it (by default all from 1), are named in
+    messages. Raises as `load_questions`."""
+    numbers = numbers or range(1, len(records) + 1)
     if not records:
         raise ValueError(f"{source}: holds no questions")
     questions, faults, ids = [], [], {}
-    for number, record in enumerate(records, start=1):
+    for number, record in zip(numbers, records, strict=True):
         try:
             questions.append(to_question(record, number, audio_dir, ids))
         except DataError as error:
@@ -112,7 +116,8 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path) -> Benchmar
         except DataError as error:
             faults.append(f"row {number} ({questions[-1].id}): {error}")
     records = [question.record for question in questions]  # AVQA's are others now
-    blank = [f"row {i}" for i, record in enumerate(records, start=1) if not str(record.get("answer") or "").strip()]
+    rows = zip(numbers, records, strict=True)
+    blank = [f"row {number}" for number, record in rows if not str(record.get("answer") or "").strip()]
     if 0 < len(blank) < len(records):
         message = f"{source}: the answer of {len(blank)} rows is blank, and of others not, so there is no score; "
         raise ValueError(message + f"fill them in, or leave all out for a submission:\n  {first_problems(blank)}")

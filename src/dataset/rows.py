@@ -8,7 +8,7 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -71,11 +71,16 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 def read_records(path: str | Path) -> list[dict]:
     """All that `read_rows` reads but blank lines; a `ValueError` names file and row of what is no object."""
-    records = []
+    return list(read_numbered(path).values())
+
+
+def read_numbered(path: str | Path, skip: Container[int] = ()) -> dict[int, dict]:
+    """As `read_records`, by the rows' numbers; those in `skip` are left out unread."""
+    records = {}
     for row in read_rows(path):
         try:
-            if row.text.strip():
-                records.append(row.parse())
+            if row.text.strip() and row.number not in skip:
+                records[row.number] = row.parse()
         except DataError as error:
             raise ValueError(f"{path}, {row.where}: {error}") from error
     return records

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
@@ -199,6 +200,7 @@ def answer_batches(
         num_workers=workers,
         collate_fn=partial(join, pad_id=tokenizer.pad_token_id),
         pin_memory=model.device.type == "cuda",
+        generator=torch.Generator(),  # a loader draws a seed for its workers: not from the random state of a training
     )
     ends, seed = end_ids(questions.processor), questions.run.sample_seed
     right = answered = 0

@@ -45,8 +45,7 @@ def _bulk_files(checkpoint: Path) -> Iterator[Path]:
 
 def record_state(checkpoint: Path, settings: dict) -> None:
     """Write `resume.json`, the last file of a checkpoint that holds training state."""
-    files = [checkpoint / STATE, *_bulk_files(checkpoint)]
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(files)}
+    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(_bulk_files(checkpoint))}
     write_whole(checkpoint / RECORD, json.dumps({"settings": settings, "files": sizes}, indent=2) + "\n")
 
 
@@ -75,6 +74,10 @@ def check_resumable(checkpoint: Path) -> dict:
         settings, sizes = dict(record["settings"]), dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{checkpoint}: incomplete, {RECORD} is damaged ({error})") from error
+    try:  # it grows when its step is evaluated
+        int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompleteCheckpoint(f"{checkpoint}: incomplete, {STATE} is missing or damaged ({error})") from error
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:

@@ -10,13 +10,15 @@ import shutil
 from pathlib import Path
 
 from peft import PeftModel
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
 from dataset.prompt import save_style
 from model.checkpoints import complete_checkpoint, keep_base_names
 from model.qwen2_audio import base_model
 
 from .resume import PARTIAL, STATE, checkpoints_in, drop_state, move_files, record_state
+
+BY_RESULT = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that wait for an evaluation
 
 
 class SelfContainedCheckpoints:
@@ -36,7 +38,8 @@ class SelfContainedCheckpoints:
         """
         out = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        if self._saved == name:  # asked for by the step and by the epoch's end
+        if self._saved == name:  # asked for by the step and by the epoch's end, or before and after an evaluation
+            self._update_state(out / name)
             return
         if self.accelerator.is_local_main_process:
             shutil.rmtree(out / PARTIAL, ignore_errors=True)
@@ -56,6 +59,25 @@ class SelfContainedCheckpoints:
         if self.accelerator.is_local_main_process and (out / PARTIAL / name).is_dir():  # a node with a disk of its own
             self._finish_checkpoint(out / PARTIAL / name, out / name)
         self._saved = name
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict[str, float]:
+        """Evaluate a step after its checkpoint, if it has one, is saved: an evaluation takes long and may fail.
+        A schedule that goes by the evaluation's result is part of the checkpoint, which then must wait for it."""
+        if self.control.should_save and self.args.lr_scheduler_type not in BY_RESULT:
+            self._save_checkpoint(self.model, trial)
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _update_state(self, checkpoint: Path) -> None:
+        """Put what has been logged since, and which checkpoint is the best one, into one that is there."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)
+        if self.args.should_save:
+            written = checkpoint.parent / PARTIAL
+            written.mkdir(exist_ok=True)
+            self.state.save_to_json(str(written / STATE))
+            sync(written)
+            move_files(written, checkpoint)
+        self.accelerator.wait_for_everyone()
 
     def _finish_checkpoint(self, written: Path, checkpoint: Path) -> None:
         if not self.args.save_only_model:
