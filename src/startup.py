@@ -19,6 +19,7 @@ from dataset.rows import DataError, hash_file
 from evaluation.mmau import evaluate
 from evaluation.results import Completion, to_records
 from evaluation.sweep import together
+from launch.packages import find_missing_packages
 from model.checkpoints import fingerprint, locate
 from model.qwen2_audio import load_processor
 from trainer.console import print_lines
@@ -109,6 +110,12 @@ def check_enough(questions: int, args: TrainingArguments) -> None:
         )
 
 
+def check_packages(parsed: Sequence) -> None:
+    """Raise a `ValueError` that names the packages which the flags need and which are not there, with the command."""
+    if problems := find_missing_packages({flag: value for part in parsed for flag, value in vars(part).items()}):
+        raise ValueError("; ".join(problems))
+
+
 def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> None:
     """A training script from its command line to the saved model.
 
@@ -121,6 +128,7 @@ def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> No
         try:
             parsed = parser.parse_args_and_config()
             data, *_, args, model = parsed
+            check_packages(parsed)
             out = Path(args.output_dir)
             together(lambda: held.enter_context(hold(out / LOCK)), main=True)
             if args.eval_file:

@@ -9,6 +9,7 @@ import pytest
 import startup
 import train
 from dataset.lock import hold
+from launch import packages
 from trainer.resume import RECORD, check_resumable, checkpoints_in
 
 FLAGS = (
@@ -39,6 +40,24 @@ def test_a_second_run_in_a_folder_is_refused_with_the_first_ones_process(script,
     with pytest.raises(AssertionError, match="would be loaded"):
         script()
     assert not (tmp_path / "out" / startup.LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--report_to", "none"), None),
+        (("--report_to", "tensorboard"), "--report_to tensorboard: .*; python -m pip install tensorboard"),
+        (("--use_wandb", "true"), "--report_to wandb: .*; python -m pip install wandb"),
+        (("--optim", "paged_adamw_8bit"), "--optim paged_adamw_8bit: needs the package bitsandbytes, which is not"),
+        (("--use_liger_kernel", "true"), "--use_liger_kernel true: .*; python -m pip install liger-kernel"),
+    ],
+)
+def test_a_package_that_a_flag_needs_is_said_before_the_model_is_loaded(script, monkeypatch, flags, message):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(
+        SystemExit if message else AssertionError, match=f"train.py: {message}" if message else "loaded"
+    ):
+        script(*flags)
 
 
 def test_fewer_questions_than_a_step_takes_are_refused(script, questions, tmp_path):

@@ -1,4 +1,5 @@
-"""Say at once, before minutes are spent on loading, what a run lacks: model, data, GPU, engine settings.
+"""Say at once, before minutes are spent on loading, what a run lacks: model, data, GPU, engine settings,
+packages.
 
 Run by the launchers with the flags that the training script will get. Prints the number of processes to start, one for
 each GPU; all that is missing goes to standard error, with its remedy, and the exit status is 1.
@@ -9,6 +10,12 @@ import importlib.util
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.packages import find_missing_packages
+
+SWITCHES = ("use_cpu", "use_wandb", "use_liger_kernel", "load_in_4bit", "load_in_8bit")
 DEMO = "`sh run_grpo.sh demo` needs none of it: it makes its own data and model and trains on a laptop in minutes."
 
 
@@ -40,9 +47,15 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", "--model-name-or-path", default="")
     parser.add_argument("--data_file", "--data-file", default="")
     parser.add_argument("--deepspeed", "--config_path", "--config-path", default="")
-    parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const="true", default="false")
+    parser.add_argument("--optim", default="")
+    parser.add_argument("--report_to", "--report-to", nargs="+", default=[])
+    for flag in SWITCHES:
+        parser.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}", nargs="?", const="true", default="false")
     flags, _ = parser.parse_known_args(arguments)
-    flags.use_cpu = flags.use_cpu.lower() in ("true", "t", "yes", "y", "1")
+    for flag in SWITCHES:
+        setattr(flags, flag, getattr(flags, flag).lower() in ("true", "t", "yes", "y", "1"))
+    if flags.use_wandb:
+        flags.report_to = ["wandb"]
     return flags
 
 
@@ -56,6 +69,7 @@ def main() -> None:
         problems.append(f"engine: there is no file {flags.deepspeed}; CONFIG names one of conf/*.json")
     if flags.deepspeed and importlib.util.find_spec("deepspeed") is None:
         problems.append("engine: DeepSpeed is not installed (it is for Linux); an empty CONFIG trains without it")
+    problems += find_missing_packages(vars(flags))
     if not flags.use_cpu:
         import torch
 
