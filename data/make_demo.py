@@ -16,7 +16,6 @@ A seed decides everything, on one machine down to the byte. The folder appears w
 of models, prompts or rewards.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -28,6 +27,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from scipy.signal import resample_poly
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from command_line import ArgumentParser, at_least
 
 SAMPLE_RATE = 16_000  # Hz; only the shifted clips need resampling
 SHIFTED_RATES = (11_025, 22_050, 32_000, 44_100, 48_000)  # Hz; at 8000 a clock's ticks would be gone
@@ -396,13 +399,13 @@ def make_demo(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Synthesise the demo's clips and question files.")
+    parser = ArgumentParser(description="Synthesise the demo's clips and question files.")
     parser.add_argument("--out", default="data/demo", help="folder to write (replaced if it holds demo data)")
-    parser.add_argument("--seed", type=int, default=1, help="decides every clip and question")
-    parser.add_argument("--warm_start", type=int, default=384, help="questions for the supervised warm start")
-    parser.add_argument("--train", type=int, default=1024, help="questions for GRPO")
-    parser.add_argument("--test", type=int, default=264, help="held-out questions")
-    parser.add_argument("--shifted", type=int, default=260, help="questions away from the training's")
+    parser.add_argument("--seed", type=at_least(0), default=1, help="decides every clip and question")
+    parser.add_argument("--warm_start", type=at_least(1), default=384, help="questions for the supervised warm start")
+    parser.add_argument("--train", type=at_least(1), default=1024, help="questions for GRPO")
+    parser.add_argument("--test", type=at_least(1), default=264, help="held-out questions")
+    parser.add_argument("--shifted", type=at_least(1), default=260, help="questions away from the training's")
     args = parser.parse_args()
     clips = args.warm_start + args.train + args.test + args.shifted
     print(f"{args.out}: synthesising {clips} clips ...", flush=True)

@@ -16,7 +16,6 @@ DIR/gone.jsonl and not asked for again. Everything can be stopped and started ag
 processor can tell, such as the prompt's length: `src/dataset/check.py` does that.
 """
 
-import argparse
 import importlib.util
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +41,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound
 from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
@@ -386,7 +387,7 @@ def check_annotation(row, number: int) -> tuple[dict, Clip]:
     return record, clip
 
 
-def prepare(args: argparse.Namespace) -> Ledger:
+def prepare(args: Namespace) -> Ledger:
     """Do it all; write the two files.
 
     Raises:
@@ -441,8 +442,8 @@ def _relative(path: str, out: Path) -> str:
     return os.path.relpath(path, folder) if os.path.commonpath([path, folder]) == folder else path
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turn AVQA's annotations and clips into the training file.")
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description="Turn AVQA's annotations and clips into the training file.")
     add = parser.add_argument
     add("--annotations", required=True, help="AVQA's train_qa.json or val_qa.json")
     add("--media", required=True, help="folder with wavs or videos, searched with its folders")
@@ -451,7 +452,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) to take out of videos; paper: first")
     add("--download", action="store_true", help="fetch what is missing with yt-dlp; may take days")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=int, default=cores, help="processes; default: one per core; 0: this one")
+    add("--workers", type=at_least(0), default=cores, help="processes; default: one per core; 0: this one")
     return parser.parse_args(argv)
 
 

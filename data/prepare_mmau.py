@@ -12,12 +12,12 @@ Clips are written byte for byte, whatever their names claim. What is there alrea
 stopped and started again. Leaves out decoding: `src/dataset/check.py --deep` does that.
 """
 
-import argparse
 import json
 import re
 import sys
 import tarfile
 import zlib
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from datasets import Audio, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 
+from command_line import ArgumentParser
 from dataset.questions import ORIGINAL, REVISED, UNKNOWN, recognise_release, to_benchmark
 from dataset.rows import first_problems, read_records, write_whole
 
@@ -205,7 +206,7 @@ def find_files(out: Path) -> tuple[Path, list[Path]]:
     return question_file, audio
 
 
-def prepare(args: argparse.Namespace) -> int:
+def prepare(args: Namespace) -> int:
     out = Path(args.out)
     if args.hub:
         records, clips = read_hub(args.hub, args.revision, args.split)
@@ -225,8 +226,8 @@ def prepare(args: argparse.Namespace) -> int:
     return 1 if missing else 0
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Lay out MMAU for evaluation.")
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description="Lay out MMAU for evaluation.")
     add = parser.add_argument
     add("--json", help="mmau-test-mini.json (or the full test's) of the repository; default: the one in --out")
     add("--audio", nargs="+", default=[], help="its tar files, or folders of clips")

@@ -8,12 +8,12 @@ it, and the probability of each choice: that the reply is exactly this choice, i
 divided by the sum over the choices; in style `think`, after the model's own thinking. `--json`: all for a program.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import signal
 import sys
+from argparse import Namespace
 
 if __name__ == "__main__":  # Ctrl-C ends it at once, the imports' seconds included: there is nothing to clean up
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"ask: interrupted\n"), os._exit(130)))
@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting thr
 import torch
 from transformers.utils import logging
 
+from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS, SAMPLE_RATE, load_audio
 from dataset.dataset import check_choices
 from dataset.encode import check_clip_length, check_no_special_token, encode
@@ -34,8 +35,8 @@ from model.generation import generate, score
 from model.qwen2_audio import end_ids, load_processor
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ask Qwen2-Audio about one audio file.")
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description="Ask Qwen2-Audio about one audio file.")
     add = parser.add_argument
     add("--model_path", required=True, help="folder or hub name")
     add("--audio", required=True, help="audio file in any common format")
@@ -44,12 +45,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt_style", choices=STYLES, help=f"prompt style; default: the checkpoint's own, else {DEFAULT_STYLE}")
     add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of the clip to hear; paper: first")
     add("--start", type=float, help="hear the clip from this second on, for as long as the model can")
-    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest completion")
+    add("--max_new_tokens", type=at_least(1), default=MAX_NEW_TOKENS, help="longest completion")
     add("--json", action="store_true", help="print one JSON object instead of text")
-    args = parser.parse_args(argv)
-    if args.max_new_tokens < 1:
-        parser.error("--max_new_tokens must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def cut_clip(clip, start: float, window: int):
@@ -71,7 +69,7 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
     return completion, score(model, batch, reply_ids).softmax(dim=0).tolist()
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: Namespace) -> dict:
     """What `--json` prints: `prompt` is the user's text, `seconds` how much is heard. Raises whatever keeps it."""
     question, *choices = get_field({"command line": [args.question, *args.choices]}, "command line", list)
     if check_choices(question, choices, "--choices") or not all(map(str.strip, choices)):

@@ -6,7 +6,6 @@ Leaves out the rest of `sh run_grpo.sh demo`: the sounds are `data/make_demo.py`
 run through `train.py` and `train_sft.py`, the table through `test_mmau.py` and `utils/show_acc.py`, as for any model.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from statistics import fmean
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from command_line import ArgumentParser, at_least
 from dataset.dataset import load_train_dataset
 from model.tiny import build_demo_model, build_processor
 from trainer.sft_trainer import AudioSFTTrainer
@@ -83,11 +83,11 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The demo's model and its warm start.")
+    parser = ArgumentParser(description="The demo's model and its warm start.")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="what data/make_demo.py wrote")
     parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="for the models")
-    parser.add_argument("--seed", type=int, default=1, help="decides weights and order")
-    parser.add_argument("--max_steps", type=int, default=80, help="end the warm start here at the latest")
+    parser.add_argument("--seed", type=at_least(0), default=1, help="decides weights and order")
+    parser.add_argument("--max_steps", type=at_least(1), default=80, help="end the warm start here at the latest")
     # 0.4 is the right shape and a random word, 0 a finished model
     parser.add_argument("--target_loss", type=float, default=0.25, help="end it at this loss")
     args = parser.parse_args()

@@ -3,10 +3,10 @@
 The result loads by itself, under the base model's tensor names. Leaves out the merging (`load_merged`).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from command_line import ArgumentParser
 from dataset.prompt import load_style, save_style
 from model.checkpoints import complete_checkpoint, keep_base_names, load_merged
 from model.qwen2_audio import load_processor
@@ -26,7 +26,7 @@ def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Merge a LoRA checkpoint into a full model.")
+    parser = ArgumentParser(description="Merge a LoRA checkpoint into a full model.")
     parser.add_argument("--adapter", required=True, help="checkpoint of a run with --use_peft true")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--base", help="base model; default: the one that the adapter names")

@@ -3,15 +3,15 @@
 Also of a run that was killed, or still goes on: its figures are read from the newest checkpoint.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from command_line import ArgumentParser
 from trainer.curves import plot_curves, read_history
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the curves of training runs.")
+    parser = ArgumentParser(description="Draw the curves of training runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold checkpoint-*")
     parser.add_argument("--out", type=Path, help="picture to write; default: training.png in the (first) folder")
     args = parser.parse_args()

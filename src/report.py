@@ -4,21 +4,21 @@ From whatever of the run is there: training may have been killed, no checkpoint 
 what the file holds.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from command_line import ArgumentParser, at_least
 from dataset.rows import write_whole
 from utils.report import build_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a run's report: curves, accuracies, answers and clips.")
+    parser = ArgumentParser(description="Write a run's report: curves, accuracies, answers and clips.")
     parser.add_argument("run", type=Path, help="folder that holds checkpoint-* or test_*")
     parser.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
     parser.add_argument("--audio_dir", type=Path, default=Path("data/MMAU"), help="what the clips' paths start from")
-    parser.add_argument("--clips", type=int, default=50, help="questions whose clip is put into the file (about 60 kB "
-        "for 10 s), those on which checkpoints differ first; the others are linked")  # fmt: skip
+    parser.add_argument("--clips", type=at_least(0), default=50, help="questions whose clip is in the file (about "
+        "60 kB for 10 s), those on which checkpoints differ first; the others are linked")  # fmt: skip
     args = parser.parse_args()
     out = args.out or args.run / "report.html"
     try:

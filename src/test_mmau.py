@@ -6,10 +6,10 @@ In one process, or one per GPU under torchrun. `evaluation/results.py` shows wha
 continues, a finished checkpoint is skipped. Leaves out the table: `utils/show_acc.py` prints it from these files.
 """
 
-import argparse
 import os
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 # Ctrl-C ends it at once, the imports' seconds included: what is answered is on disk. The first process says so; those
@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from transformers.utils import logging
 
+from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS
 from dataset.prompt import DEFAULT_STYLE, STYLES
 from dataset.questions import load_questions
@@ -36,8 +37,8 @@ from evaluation.results import MAX_NEW_TOKENS, Run
 from evaluation.sweep import DTYPES, Sweep, make_jobs, processes, run_sweep, say
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate checkpoints of Qwen2-Audio on MMAU or MMAR.")
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description="Evaluate checkpoints of Qwen2-Audio on MMAU or MMAR.")
     add = parser.add_argument
     add("--model_path", nargs="+", required=True, metavar="[LABEL=]MODEL", help="folders or hub names; results are "
         "named by LABEL, else by the step of checkpoint-300 or the folder's name")  # fmt: skip
@@ -46,23 +47,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--audio_dir", help="what the clips' paths start from; default: the folder of --data_file")
     add("--out_dir", help="results go to OUT_DIR/test_LABEL/; default: the folder that holds the checkpoint")
     add("--out_file", help="results of a single model on a single file go here instead")
-    add("--batch_size", type=int, default=32, help="questions at once")
+    add("--batch_size", type=at_least(1), default=32, help="questions at once")
     add("--prompt_style", choices=STYLES, help="default: the style recorded in the checkpoint, else "
         f"{DEFAULT_STYLE} (the paper's Prompt <2>); choice is <1>, think <3>")  # fmt: skip
     add("--hear", choices=AUDIO, default="real", help="silent or shuffled instead of the clip: is the model listening?")
     add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of a clip to hear; paper: first")
     add("--sample", action="store_true", help="draw answers as the original did, instead of the most probable tokens")
-    add("--seed", type=int, default=42, help="of --sample")
-    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest completion")
+    add("--seed", type=at_least(0), default=42, help="of --sample")
+    add("--max_new_tokens", type=at_least(1), default=MAX_NEW_TOKENS, help="longest completion")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 without")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    add("--workers", type=int, help="processes that decode clips ahead, per process; default: by the number of cores")
+    add("--workers", type=at_least(0), help="processes that decode clips ahead, each; default: by the number of cores")
     add("--allow_missing", action="store_true", help="count questions without a usable clip as wrong, do not stop")
     add("--force", action="store_true", help="evaluate again what is finished")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or DTYPES[args.device]
     if args.workers is None:
@@ -70,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """The sweeps that the command line asks for, one for each question file; the exit status: 3 if some models were
     skipped, 1 if all. Raises likewise."""
     if args.out_file and len(args.data_file) > 1:

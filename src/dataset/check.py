@@ -11,11 +11,11 @@ with the file. Exit status: 0 if every row is usable, 1 if not, 2 if the file as
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import sys
+from argparse import Namespace
 from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
@@ -33,6 +33,7 @@ if not __package__:  # run as a script, from src/dataset: its packages are those
 import numpy as np
 from tqdm import tqdm
 
+from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS, SAMPLE_RATE, DataError, examine_clip
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
 from dataset.encode import MAX_PROMPT_LENGTH, check_prompt, count_heard, count_text_tokens
@@ -272,17 +273,17 @@ def _examine_chunk(chunk: list[Examined], rules: Rules, pool: ThreadPool) -> Non
 # Command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Examine a training or evaluation file: rows, clips, prompt lengths.")
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description="Examine a training or evaluation file: rows, clips, prompt lengths.")
     add = parser.add_argument
     add("file", help="training JSONL, MMAU's JSON or MMAR's JSONL")
     add("--model_path", help=f"whose processor counts the prompt's tokens; `none` does without; default: {MODEL}")
     add("--prompt_style", choices=STYLES, default=DEFAULT_STYLE, help="of the prompts that are counted")
-    add("--max_prompt_length", type=int, default=MAX_PROMPT_LENGTH, help="tokens, audio included; of training files")
+    add("--max_prompt_length", type=at_least(1), default=MAX_PROMPT_LENGTH, help="tokens, with audio; training files'")
     add("--audio_dir", help="what an evaluation file's clips start from; default: the file's own folder")
     add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of a clip that --deep listens to")
     add("--deep", action="store_true", help="decode every clip: NaN, silence, overdriven, damaged in the middle")
-    add("--workers", type=int, help="threads that read clips; default: one per core, at least 8")
+    add("--workers", type=at_least(1), help="threads that read clips; default: one per core, at least 8")
     add("--dropped_file", type=Path, help="write the bad rows here, as JSONL with the reasons")
     add("--keep_file", type=Path, help="write the usable rows of a training file here, as they are")
     return parser.parse_args(argv)

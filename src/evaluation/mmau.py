@@ -6,7 +6,6 @@ Leaves out the model and the reading of answers: a record already carries the pr
     python src/evaluation/mmau.py --input res_mmau_mini.json
 """
 
-import argparse
 import re
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from command_line import ArgumentParser
 from dataset.rows import read_records
 
 WORD = re.compile(r"\b\w+\b")
@@ -147,7 +147,7 @@ def get_prediction(record: dict) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print MMAU's official scores of a file with predictions.")
+    parser = ArgumentParser(description="Print MMAU's official scores of a file with predictions.")
     parser.add_argument("--input", required=True, help="JSON list or JSONL: the benchmark's rows with `model_output`")
     path = parser.parse_args().input
     try:

@@ -12,7 +12,6 @@ upper bound without accumulation, where they come as the activations go.
 Shapes: N questions, G generations, P prompt, C completion, V vocabulary.
 """
 
-import argparse
 import json
 import sys
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from command_line import ArgumentParser, at_least
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch, count_audio_tokens, needed_frames
 from model.generation import prefill
@@ -270,9 +270,9 @@ def roll_out(model: nn.Module, batch: Batch, s: Settings) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print, for a model's configuration, which settings fit which GPUs.")
+    parser = ArgumentParser(description="Print, for a model's configuration, which settings fit which GPUs.")
     parser.add_argument("model", nargs="?", default="Qwen/Qwen2-Audio-7B-Instruct", help="folder or hub name")
-    parser.add_argument("--prompt", type=int, default=400, help="tokens of the longest prompt")
+    parser.add_argument("--prompt", type=at_least(1), default=400, help="tokens of the longest prompt")
     parser.add_argument("--seconds", type=float, default=10, help="of the longest clip")
     args = parser.parse_args()
     config = AutoConfig.from_pretrained(args.model)

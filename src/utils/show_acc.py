@@ -11,10 +11,10 @@ the end one of the totals side by side. Settings that all rows of a table share 
 differ are columns. Leaves out what a result is and what keeps it out of a table (`evaluation/collect.py`).
 """
 
-import argparse
 import re
 import statistics
 import sys
+from argparse import Namespace
 from pathlib import Path
 from textwrap import dedent
 
@@ -23,6 +23,7 @@ import pandas as pd
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from command_line import ArgumentParser
 from dataset.questions import Benchmark
 from evaluation.collect import SETTINGS, Result, build_tables, differing, join_tables, list_tasks, read_results
 from evaluation.mmau import get_prediction
@@ -212,8 +213,8 @@ def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Print the accuracies of evaluated checkpoints.")
+def parse_args() -> Namespace:
+    parser = ArgumentParser(description="Print the accuracies of evaluated checkpoints.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-i", "--input_dir", nargs="+", help="folder(s) that hold test_*/")
     what.add_argument("--paper", nargs="*", metavar="DIR", help="only the paper's table, filled from these runs: exp/*")
@@ -224,7 +225,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show(args: argparse.Namespace) -> None:
+def show(args: Namespace) -> None:
     """What the command line asks for. Raises ValueError and FileNotFoundError."""
     if args.paper is not None:
         text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), args.paper)
