@@ -2,17 +2,23 @@
 
 import json
 import os
-from collections.abc import Sequence
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
-from trl import ModelConfig
+from trl import ModelConfig, TrlParser
 
+from command_line import ExactFlags
 from dataset.audio import CHANNELS
 from dataset.encode import MAX_PROMPT_LENGTH
 from dataset.prompt import DEFAULT_STYLE, STYLES
-from model.qwen2_audio import PARTS
+from limits import check_values, wrong
+from model.qwen2_audio import HEAD, PARTS
+from trainer.shared_prompt import ATTENTION
 
 # Flags that change what a run learns, as far as a recipe has them: recorded in checkpoints, and compared by a run that
 # goes on from one. How the work is spread (processes, accumulation), logged, evaluated and saved is not among them.
@@ -51,6 +57,11 @@ class DataArguments:
     max_dropped: float = HfArg(default=0.1, help="Share of the rows that may be unusable; more stop the run.")
     freeze: list[str] = HfArg(default_factory=list, help="Not trained. Paper: none.", metadata={"choices": list(PARTS)})
 
+    def __post_init__(self):
+        check_values(self)
+        if set(PARTS) <= set(self.freeze):
+            raise ValueError(f"--freeze {' '.join(self.freeze)}: nothing is left to train")
+
 
 @dataclass
 class AudioModelConfig(ModelConfig):
@@ -67,10 +78,24 @@ class AudioModelConfig(ModelConfig):
         help="Layers that get adapters with --use_peft true. Not published by the paper.",
     )
 
+    def __post_init__(self):
+        check_values(self)
+        if self.attn_implementation not in (None, *ATTENTION):
+            words = f"one of {', '.join(ATTENTION)}, which take the mask of a shared prompt"
+            raise wrong("attn_implementation", self.attn_implementation, words)
+        if HEAD in (self.lora_target_modules or ()):
+            raise ValueError(f"--lora_target_modules {HEAD}: its weights make the log-probs without adapters")
+        super().__post_init__()
+
     def init_kwargs(self, args: TrainingArguments) -> dict:
         """Keyword arguments for `from_pretrained`, given the run's precision and engine."""
         dtype = self.dtype or ("bfloat16" if args.bf16 and args.deepspeed else "float32")
-        return {"revision": self.model_revision, "attn_implementation": self.attn_implementation, "dtype": dtype}
+        return {
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+            "dtype": dtype,
+            "use_safetensors": True,
+        }
 
 
 @dataclass
@@ -105,14 +130,16 @@ class RunArguments:
     )
     ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Off: each takes part in every step.")
     use_wandb: bool = HfArg(default=False, help="Short for --report_to wandb.")
+    trust_remote_code: bool = HfArg(default=False, help="Refused: code that comes with a model is never executed.")
 
     def __post_init__(self):
         """Fill in what follows from other settings, before transformers' own checks."""
+        check_values(self)
         if self.use_wandb:
             self.report_to = "wandb"
         self.save_only_model = self.save_only_model or self.keep_optimizer == "none"
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
-            self.resume = self.resume or self.resume_from_checkpoint.lower() == "true"
+            self.resume = self.resume or str(self.resume_from_checkpoint).lower() == "true"
             self.resume_from_checkpoint = None
         if self.bf16 is None:
             self.bf16 = not (self.use_cpu or self.fp16)
@@ -125,6 +152,59 @@ class RunArguments:
             self.eval_steps = self.eval_steps or self.save_steps
             self.metric_for_best_model = self.metric_for_best_model or "accuracy"
         super().__post_init__()
+
+
+class RecipeParser(ExactFlags, TrlParser):
+    """The parser of a training script: TRL's, with exact flags, of which `--config FILE.yaml` names some, too."""
+
+    def __init__(self, parts: Sequence[type], check: Callable[..., None] | None = None):
+        """
+        Args:
+            parts: the dataclasses that the flags fill.
+            check: called with all of them, filled; raises a `ValueError` for what does not go together.
+        """
+        super().__init__(parts)
+        self.check = check
+
+    def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple:
+        """The dataclasses, filled. What argparse itself refuses ends in `error`.
+
+        Raises:
+            ValueError: a value that cannot be, or flags that do not go together.
+            OSError: the --config file cannot be read.
+        """
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            words += word.split("=", 1) if word.startswith("--config=") else [word]
+        if words[-1:] == ["--config"]:
+            self.error("--config: a YAML file is expected")
+        try:
+            parsed = super().parse_args_and_config(words)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config: not YAML ({' '.join(str(error).split())})") from error
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from error  # one sentence, of libraries too
+        if self.check:
+            self.check(*parsed)
+        return parsed
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        """Take the values of a --config file as the flags would: TRL takes them as they are."""
+        for action in self._actions:
+            value = config.get(action.dest)
+            if value is None or action.type in (None, str) and not (action.nargs or action.choices):
+                continue
+            values = value if isinstance(value, list) else [value]
+            try:
+                values = [self._get_value(action, str(word)) for word in values]
+                for found in values:
+                    self._check_value(action, found)
+            except ArgumentError as error:
+                self.error(str(error))
+            config[action.dest] = values if action.nargs == "+" else values[0]
+        if unknown := super().set_defaults_with_config(**config):
+            self.refuse(unknown)
+        return []
 
 
 def derive_accumulation(questions: int, per_pass: int) -> int:

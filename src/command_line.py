@@ -52,12 +52,12 @@ class ExactFlags:
             return super()._get_value(action, word)
         except argparse.ArgumentError as error:
             expected = getattr(action.type, "expected", EXPECTED.get(getattr(action.type, "__name__", "")))
-            raise wrong_value(action, word, f"{expected} is expected" if expected else error.message) from error
+            raise wrong_value(action, word, f"expected {expected}" if expected else error.message) from error
 
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            raise wrong_value(action, value, f"one of {', '.join(choices)} is expected")
+            raise wrong_value(action, value, f"expected one of {', '.join(choices)}")
 
     def error(self, message: str) -> None:
         message = re.sub(r"^argument (-[^:/ ]+)[^: ]*: expected ", r"\1: expected ", message)
@@ -69,7 +69,7 @@ class ArgumentParser(ExactFlags, argparse.ArgumentParser):
 
 
 def wrong_value(action: argparse.Action, value, expected: str) -> argparse.ArgumentError:
-    """The error that says `--flag VALUE: EXPECTED`."""
+    """The error that says `--flag VALUE: expected this`."""
     name = action.option_strings[0] if action.option_strings else action.dest
     return argparse.ArgumentError(None, f"{name} {value}: {expected}")
 

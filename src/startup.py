@@ -8,9 +8,8 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
-from trl import TrlParser
 
-from arguments import AudioModelConfig, DataArguments, result_settings
+from arguments import AudioModelConfig, DataArguments, RecipeParser, result_settings
 from dataset.check import Rules, examine_evaluation_file, examine_training_file
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.lock import hold
@@ -116,7 +115,7 @@ def check_packages(parsed: Sequence) -> None:
         raise ValueError("; ".join(problems))
 
 
-def run_training(parser: TrlParser, build_trainer: Callable[..., Trainer]) -> None:
+def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) -> None:
     """A training script from its command line to the saved model.
 
     Args:

@@ -13,11 +13,12 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
-from trl import GRPOConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOConfig, get_peft_config, get_quantization_config
 
-from arguments import AudioModelConfig, DataArguments, RunArguments
+from arguments import AudioModelConfig, DataArguments, RecipeParser, RunArguments
 from dataset.questions import Benchmark
 from evaluation.sweep import together
+from limits import check_values
 from startup import run_training
 from trainer.checked_rewards import CheckedReward, RewardError, checked, describe_error, try_rewards
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
@@ -35,6 +36,9 @@ class RewardArguments:
     )
     resample_uniform_groups: bool = HfArg(default=False, help="Replace questions whose rewards all agree. Paper: no.")
     max_resample_rounds: int = HfArg(default=4, help="Further rounds of rollouts for that, per generation batch.")
+
+    def __post_init__(self):
+        check_values(self)
 
 
 @dataclass
@@ -56,7 +60,9 @@ class RecipeConfig(RunArguments, GRPOConfig):
     gradient_checkpointing: bool | None = HfArg(default=None, help="Now activation_checkpointing. Paper: off.")
 
     def __post_init__(self):
-        self.per_device_train_batch_size = self.per_device_train_batch_size or self.num_generations
+        check_values(self)  # before it is divided by them
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = self.num_generations
         check_whole_groups("per_device_train_batch_size", self.per_device_train_batch_size, self.num_generations)
         super().__post_init__()
 
@@ -136,9 +142,26 @@ def load_reward(name: str) -> Callable[..., list[float | None]]:
     return reward
 
 
-def make_parser() -> TrlParser:
+def check_together(data: DataArguments, rewards: RewardArguments, args: RecipeConfig, model: AudioModelConfig) -> None:
+    """Raise a `ValueError` for flags that do not go together, which TRL would find when the model is loaded."""
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(rewards.reward_funcs):
+        raise ValueError(
+            f"--reward_weights has {len(weights)} weights for the {len(rewards.reward_funcs)} rewards "
+            f"{' '.join(rewards.reward_funcs)}; give one for each"
+        )
+    if args.sync_ref_model and args.beta == 0:
+        raise ValueError("--sync_ref_model true with --beta 0: without a KL term there is no reference model to update")
+    if args.sync_ref_model and model.use_peft:
+        raise ValueError("--sync_ref_model true with --use_peft true: the reference is the model with its adapters off")
+    for flag in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} true: it cannot take audio in TRL's GRPO")
+
+
+def make_parser() -> RecipeParser:
     """Every flag: ours, `GRPOConfig`'s and `ModelConfig`'s; `--config FILE.yaml` reads them from a file."""
-    return TrlParser((DataArguments, RewardArguments, RecipeConfig, AudioModelConfig))
+    return RecipeParser((DataArguments, RewardArguments, RecipeConfig, AudioModelConfig), check_together)
 
 
 if __name__ == "__main__":

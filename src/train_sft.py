@@ -10,10 +10,10 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import ProcessorMixin, TrainingArguments
 from transformers.hf_argparser import HfArg
-from trl import TrlParser, get_peft_config
+from trl import get_peft_config
 from trl.trainer.utils import create_model_from_path
 
-from arguments import AudioModelConfig, DataArguments, RunArguments
+from arguments import AudioModelConfig, DataArguments, RecipeParser, RunArguments
 from dataset.questions import Benchmark
 from startup import run_training
 from trainer.sft_trainer import AudioSFTTrainer
@@ -58,9 +58,9 @@ def build_trainer(
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> RecipeParser:
     """Every flag: ours, `TrainingArguments`' and `ModelConfig`'s; `--config FILE.yaml` reads them from a file."""
-    return TrlParser((ChoiceDataArguments, SFTRecipeConfig, AudioModelConfig))
+    return RecipeParser((ChoiceDataArguments, SFTRecipeConfig, AudioModelConfig))
 
 
 if __name__ == "__main__":

@@ -263,4 +263,4 @@ def test_a_terminal_that_lacks_characters_gets_them_escaped(run, monkeypatch):
 def test_less_than_one_new_token_is_no_completion(capsys):
     with pytest.raises(SystemExit):
         ask.parse_args("--model_path m --audio a --question q --choices dog cat --max_new_tokens 0".split())
-    assert "--max_new_tokens 0: a whole number from 1 on is expected" in capsys.readouterr().err
+    assert "--max_new_tokens 0: expected a whole number from 1 on" in capsys.readouterr().err

@@ -19,11 +19,12 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from dataset.encode import build_chat, needed_frames
 
+HEAD = "lm_head"  # its weights are multiplied with hidden states directly, so it takes no adapter
 # part -> the modules it is made of, by their names in transformers
 PARTS = {
     "audio_encoder": ("audio_tower",),
     "projector": ("multi_modal_projector",),
-    "language_model": ("language_model", "lm_head"),
+    "language_model": ("language_model", HEAD),
 }
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
