@@ -24,7 +24,10 @@ set -- \
     "$@"
 
 . ./setup_env.sh
-PROCESSES=$("$PYTHON" src/launch/preflight.py "$@")
+PROCESSES=$(
+    GPU_NUM=${GPU_NUM:-} NODE_NUM=$NODE_NUM NODE_RANK=$NODE_RANK MASTER_PORT=${MASTER_PORT:-} \
+        "$PYTHON" src/launch/preflight.py "$SCRIPT" "$@"
+)
 GPU_NUM=${GPU_NUM:-$PROCESSES} # processes on this machine, one for each GPU
 
 exec "$PYTHON" src/launch/start.py \

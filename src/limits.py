@@ -86,7 +86,7 @@ def wrong(flag: str, value, expected: str) -> ValueError:
 
 def _check_object(flag: str, value) -> None:
     """A flag whose value is a JSON object, or a file with one."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         if value.startswith("{"):
             try:
                 value = json.loads(value)

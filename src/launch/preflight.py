@@ -1,21 +1,26 @@
 """Say at once, before minutes are spent on loading, what a run lacks: model, data, GPU, engine settings,
-packages.
+packages; and which of its flags cannot be.
 
-Run by the launchers with the flags that the training script will get. Prints the number of processes to start, one for
-each GPU; all that is missing goes to standard error, with its remedy, and the exit status is 1.
+Run by the launchers with the training script and the flags that it will get; how many processes they start is their
+environment's. Prints the number of GPUs, or 1 without; all that is missing goes to standard error, with its remedy, and
+the exit status is not 0.
 """
 
 import argparse
+import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from dataset.rows import read_json
 from launch.packages import find_missing_packages
 
 SWITCHES = ("use_cpu", "use_wandb", "use_liger_kernel", "load_in_4bit", "load_in_8bit")
+COUNTS = {"GPU_NUM": 1, "NODE_NUM": 1, "NODE_RANK": 0, "MASTER_PORT": 1}  # variables, and the least that they can be
 DEMO = "`sh run_grpo.sh demo` needs none of it: it makes its own data and model and trains on a laptop in minutes."
 
 
@@ -59,17 +64,57 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     return flags
 
 
+def find_engine_problem(config: str) -> str | None:
+    """What is wrong with a file of DeepSpeed's settings; None if it can be used, or none is."""
+    if not config:
+        return None
+    if not Path(config).is_file():
+        return f"engine: there is no file {config}; CONFIG names one of conf/*.json"
+    if importlib.util.find_spec("deepspeed") is None:
+        return "engine: DeepSpeed is not installed (it is for Linux); an empty CONFIG trains without it"
+    try:
+        read_json(config, "CONFIG names one of conf/*.json")
+    except ValueError as error:
+        return f"engine: {error}"
+    return None
+
+
+def find_count_problems() -> list[str]:
+    """Which of the launchers' variables that count something hold no number that can be."""
+    wrong = [name for name, least in COUNTS.items() if not is_count(os.environ.get(name) or str(least), least)]
+    return [f"{name}: is {os.environ[name]!r}; a whole number from {COUNTS[name]} on is needed" for name in wrong]
+
+
+def is_count(word: str, least: int) -> bool:
+    return word.isdecimal() and int(word) >= least
+
+
+def check_flags(script: str, arguments: list[str], processes: int) -> None:
+    """Parse the whole command line as the script will, with its, TRL's and transformers' own checks, as for `processes`
+    processes over all nodes. No process is joined, no device looked at, no engine started: that is left to the script.
+
+    Raises:
+        ValueError, OSError, SystemExit: as the script's parser.
+    """
+    sys.argv[0] = script  # what errors begin with
+    os.environ["WORLD_SIZE"] = str(processes)
+    parser = importlib.import_module(Path(script).stem).make_parser()
+    import torch
+    from transformers import TrainingArguments
+
+    TrainingArguments._setup_devices = property(lambda self: torch.device("cpu"))
+    TrainingArguments.world_size = processes
+    parser.parse_args_and_config([*arguments, "--deepspeed", ""])
+
+
 def main() -> None:
-    flags, count = parse_flags(sys.argv[1:]), 1
-    problems = [find_model_problem(flags.model_name_or_path)]
+    script, *arguments = sys.argv[1:]
+    flags, count = parse_flags(arguments), 1
+    problems = [*find_count_problems(), find_model_problem(flags.model_name_or_path)]
     if not Path(flags.data_file).is_file():
         remedy = "data/README.md says how to prepare it, DATA_FILE names another"
         problems.append(f"data: there is no file {flags.data_file}; {remedy}")
-    if flags.deepspeed and not Path(flags.deepspeed).is_file():
-        problems.append(f"engine: there is no file {flags.deepspeed}; CONFIG names one of conf/*.json")
-    if flags.deepspeed and importlib.util.find_spec("deepspeed") is None:
-        problems.append("engine: DeepSpeed is not installed (it is for Linux); an empty CONFIG trains without it")
-    problems += find_missing_packages(vars(flags))
+    problems += [find_engine_problem(flags.deepspeed), *find_missing_packages(vars(flags))]
     if not flags.use_cpu:
         import torch
 
@@ -78,6 +123,13 @@ def main() -> None:
             problems.append(f"GPU: PyTorch sees none; {remedy}")
     if any(problems):
         sys.exit("\n  ".join(["This run cannot start:", *filter(None, problems), DEMO]))
+    processes = int(os.environ.get("GPU_NUM") or count) * int(os.environ.get("NODE_NUM") or 1)
+    # A single process that is not wrapped (see start.py) says it itself, as soon: the imports, seconds, are spent once.
+    if processes > 1 or flags.deepspeed or os.environ.get("MASTER_PORT"):
+        try:
+            check_flags(script, arguments, processes)
+        except (ValueError, OSError) as error:
+            sys.exit(f"{Path(script).name}: {error}")
     print(count)
 
 
