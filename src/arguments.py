@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import yaml
+from peft import PeftConfig
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from command_line import ExactFlags
 from dataset.audio import CHANNELS
@@ -86,6 +87,13 @@ class AudioModelConfig(ModelConfig):
         if HEAD in (self.lora_target_modules or ()):
             raise ValueError(f"--lora_target_modules {HEAD}: its weights make the log-probs without adapters")
         super().__post_init__()
+
+    def adapters(self) -> PeftConfig | None:
+        """The adapters to train, which record their base's revision on the hub; None without --use_peft."""
+        config = get_peft_config(self)
+        if config and self.model_revision != "main" and not os.path.isdir(self.model_name_or_path):
+            config.revision = self.model_revision
+        return config
 
     def init_kwargs(self, args: TrainingArguments) -> dict:
         """Keyword arguments for `from_pretrained`, given the run's precision and engine."""

@@ -1,28 +1,21 @@
 """Adapter checkpoint -> full model: python src/merge_lora.py --adapter exp/model/checkpoint-500 --out exp/merged
 
-The result loads by itself, under the base model's tensor names. Leaves out the merging (`load_merged`).
+The result loads by itself, under the base model's tensor names. Leaves out the merging (`write_merged`).
 """
 
 import sys
 from pathlib import Path
 
 from command_line import ArgumentParser
-from dataset.prompt import load_style, save_style
-from model.checkpoints import complete_checkpoint, keep_base_names, load_merged
-from model.qwen2_audio import load_processor
+from model.checkpoints import write_merged
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
     """Write the merged model, its processor and its prompt style to `out`; a `ValueError` if `out` is there already, or
-    from `load_merged`."""
+    from `write_merged`."""
     if Path(out).exists():
         raise ValueError(f"{out}: is there already; choose another --out")
-    model = load_merged(adapter, base, dtype=dtype)
-    keep_base_names(model)
-    model.save_pretrained(out)
-    if style := load_style(adapter):
-        save_style(out, style)
-    complete_checkpoint(out, load_processor(adapter))
+    write_merged(adapter, Path(out), base, dtype)
 
 
 def main() -> None:

@@ -17,16 +17,18 @@ from dataset.questions import Benchmark, load_questions
 from dataset.rows import DataError, hash_file
 from evaluation.mmau import evaluate
 from evaluation.results import Completion, to_records
-from evaluation.sweep import together
+from evaluation.sweep import processes, together
 from launch.packages import find_missing_packages
-from model.checkpoints import fingerprint, locate
+from model.checkpoints import fingerprint, full_model, locate
 from model.qwen2_audio import load_processor
 from trainer.console import print_lines
 from trainer.curves import PlotCurves
 from trainer.resume import choose_start, finish, remove_checkpoints, step_of, strange_checkpoints
 from trainer.stopping import StopOnSignal
 
-LOCK = ".lock"  # in the output folder: one run at a time writes there
+# In the output folder:
+LOCK = ".lock"  # one run at a time writes there
+START = "start"  # the model that a run from an adapter checkpoint starts from
 
 
 def load_training_data(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Dataset:
@@ -89,8 +91,18 @@ def describe_run(data: DataArguments, args: TrainingArguments, model: AudioModel
     if args.deepspeed:
         stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
         engine = f"ZeRO-{stage} on {args.world_size} processes"
-    weights = fingerprint(locate(model.model_name_or_path))
+    weights = fingerprint(locate(model.model_name_or_path, model.model_revision))
     return result_settings(parsed) | {"data_file (content)": content, "model (weights)": weights, "engine": engine}
+
+
+def merge_adapter(model: str, out: Path) -> str:
+    """What training loads: the model itself, or `out`/start, in which an adapter checkpoint is merged into its base: by
+    one process of each machine, while the others wait for it. New adapters (--use_peft) go on top of it."""
+    if not (Path(model) / "adapter_config.json").is_file():
+        return model
+    if processes().is_local_main_process:
+        full_model(Path(model), out / START)
+    return str(out / START)
 
 
 def check_enough(questions: int, args: TrainingArguments) -> None:
@@ -137,9 +149,11 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
             start = together(lambda: choose_start(args, settings), main=True)
             if start and together(lambda: finish(start, args), main=True):
                 return
+            folder = together(lambda: merge_adapter(model.model_name_or_path, out))
             dataset = load_training_data(data, args, processor)
             check_enough(len(dataset), args)
             eval_questions = load_eval_questions(data, args, processor) if args.eval_file else None
+            model.model_name_or_path = folder
             if args.overwrite_output_dir:
                 together(lambda: remove_checkpoints(strange_checkpoints(out, start)), main=True)
         except (ValueError, OSError) as error:  # the user's to mend: its message says how

@@ -13,7 +13,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
-from trl import GRPOConfig, get_peft_config, get_quantization_config
+from trl import GRPOConfig, get_quantization_config
 
 from arguments import AudioModelConfig, DataArguments, RecipeParser, RunArguments
 from dataset.questions import Benchmark
@@ -89,7 +89,7 @@ def build_trainer(
         freeze=data.freeze,
         eval_questions=eval_questions,
         max_resample_rounds=rewards.max_resample_rounds if rewards.resample_uniform_groups else 0,
-        peft_config=get_peft_config(model),
+        peft_config=model.adapters(),
         quantization_config=get_quantization_config(model),
     )
     trainer.accelerator.print(

@@ -10,7 +10,6 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import ProcessorMixin, TrainingArguments
 from transformers.hf_argparser import HfArg
-from trl import get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from arguments import AudioModelConfig, DataArguments, RecipeParser, RunArguments
@@ -49,7 +48,7 @@ def build_trainer(
 ) -> AudioSFTTrainer:
     """The trainer, its model loaded; the data set has been examined."""
     model = create_model_from_path(config.model_name_or_path, device_map=None, **config.init_kwargs(args))
-    if peft_config := get_peft_config(config):
+    if peft_config := config.adapters():
         model = get_peft_model(model, peft_config)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if peft_config else 1e-5

@@ -1,22 +1,39 @@
 """GRPO with adapters: the base model is the reference, checkpoints hold the adapter, and merge into a full model."""
 
 import json
+import shlex
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
 import row_by_row
+import startup
+import train
+import train_sft
 from arguments import AudioModelConfig
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
+from merge_lora import main as merge_main
 from merge_lora import merge
-from model.checkpoints import load_merged
+from model.checkpoints import (
+    IncompleteCheckpoint,
+    check_whole,
+    complete_checkpoint,
+    find_base,
+    fingerprint,
+    full_model,
+    load_merged,
+    load_model,
+)
+from model.qwen2_audio import load_processor
 from running import free_port, run
 from test_grpo_trainer import first_rows, length_reward
 from trainer.grpo_trainer import AudioGRPOTrainer
@@ -86,11 +103,133 @@ def test_what_cannot_be_merged_is_said(small_model, tmp_path):
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "gone")})
     )
     with pytest.raises(
-        ValueError, match="its base model .*gone cannot be loaded.*merge_lora.py takes another as --base"
+        ValueError, match="its base model is not .*gone: no such folder.*merge_lora.py .* --base FOLDER"
     ):
         load_merged(tmp_path)
     done = run(sys.executable, "src/merge_lora.py", "--adapter", tmp_path, "--out", tmp_path, check=False)
     assert done.returncode == 1 and "is there already" in done.stdout and "Traceback" not in done.stdout
+
+
+@pytest.fixture(scope="module")
+def adapter(small_model, tmp_path_factory) -> Path:
+    """An adapter checkpoint that changes its base's answers, as a trainer completes it."""
+    folder = tmp_path_factory.mktemp("adapter") / "checkpoint-1"
+    torch.manual_seed(0)
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    model.save_pretrained(folder)
+    complete_checkpoint(folder, load_processor(small_model))
+    return folder
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def rename_base(adapter: Path, to: Path, name: str | None, **more) -> Path:
+    """A copy of an adapter that names another base."""
+    shutil.copytree(adapter, to)
+    record = record_of(adapter) | {"base_model_name_or_path": name} | more
+    (to / "adapter_config.json").write_text(json.dumps(record))
+    return to
+
+
+@pytest.mark.parametrize("script", [train, train_sft])
+def test_the_base_is_recorded_so_that_it_is_found_from_anywhere(small_model, questions, tmp_path, monkeypatch, script):
+    monkeypatch.chdir(small_model.parent)
+    words = [
+        "--use_cpu", "true", "--questions_per_step", "2", "--max_steps", "1", "--save_steps", "1", "--use_peft", "true", "--report_to",
+        "none", "--model_name_or_path", small_model.name, "--data_file", questions, "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    words += ["--num_generations", "2", "--max_completion_length", "4"] if script is train else []
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, words)])
+    startup.run_training(script.make_parser(), script.build_trainer)
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        assert record_of(folder)["base_model_name_or_path"] == str(small_model)
+    monkeypatch.chdir(tmp_path)
+    assert find_base(tmp_path / "out" / "checkpoint-1") == small_model
+    assert load_merged(Path("out/checkpoint-1"))
+
+
+def test_a_hub_name_is_recorded_with_its_revision(tmp_path):
+    config = AudioModelConfig(model_name_or_path="a/b", model_revision="v1", use_peft=True)
+    assert config.adapters().revision == "v1"
+    assert AudioModelConfig(model_name_or_path="a/b", use_peft=True).adapters().revision is None
+    assert (
+        AudioModelConfig(model_name_or_path=str(tmp_path), model_revision="v1", use_peft=True).adapters().revision
+        is None
+    )
+    assert AudioModelConfig().adapters() is None
+
+
+def test_a_record_that_is_relative_is_looked_for_where_it_was_meant(adapter, small_model, tmp_path, monkeypatch):
+    (tmp_path / "exp").mkdir()
+    shutil.copytree(small_model, tmp_path / "models" / "base")
+    old = rename_base(adapter, tmp_path / "exp" / "run" / "checkpoint-1", "models/base")
+    assert find_base(old).samefile(tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path / "exp")
+    assert find_base("run/checkpoint-1").samefile(tmp_path / "models" / "base")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        far = rename_base(adapter, Path(elsewhere) / "far", "models/base")
+        monkeypatch.chdir(tmp_path)
+        assert find_base(far).samefile(tmp_path / "models" / "base")
+
+
+@pytest.mark.parametrize("name", ["/gone/base", "gone/base", "exp/gone/base", "", None])
+@pytest.mark.parametrize(
+    "use", [fingerprint, load_merged, lambda path: load_model(path, torch.float32, torch.device("cpu"))]
+)
+def test_a_base_that_is_missing_is_named_with_what_to_do(adapter, tmp_path, name, use):
+    lost = rename_base(adapter, tmp_path / "it's lost", name)
+    with pytest.raises(IncompleteCheckpoint, match=f"lost: .*{name or 'names no base model'}") as error:
+        use(lost)
+    assert "Connection" not in str(error.value) and "\n" not in str(error.value)
+    if name:  # the command that it advises is one
+        command = shlex.split(str(error.value).partition("of it: ")[2])
+        assert command == ["python", "src/merge_lora.py", "--adapter", str(lost), "--base", "FOLDER", "--out", "FOLDER"]
+
+
+def test_the_advised_command_merges_with_another_copy_of_the_base(adapter, small_model, tmp_path, monkeypatch):
+    lost = rename_base(adapter, tmp_path / "lost", "/gone/base")
+    words = ["--adapter", lost, "--base", small_model, "--out", tmp_path / "full"]
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, words)])
+    merge_main()
+    merge(adapter, tmp_path / "expected")
+    assert fingerprint(tmp_path / "full") == fingerprint(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("peft", ["false", "true"])
+def test_a_run_starts_from_an_adapter_as_from_its_merged_model(
+    adapter, small_model, questions, tmp_path, monkeypatch, peft
+):
+    out, merged = tmp_path / "out", load_merged(adapter)
+
+    def start(*flags: str) -> list:
+        words = [
+            "--use_cpu", "true", "--questions_per_step", "2", "--num_generations", "2", "--max_completion_length", "4",
+            "--max_steps", "1", "--save_steps", "1", "--use_peft", peft, "--report_to", "none", "--learning_rate", "0",
+            "--model_name_or_path", adapter, "--data_file", questions, "--output_dir", out, *flags,
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        built = []
+        startup.run_training(
+            train.make_parser(), lambda *parsed: built.append(train.build_trainer(*parsed)) or built[0]
+        )
+        return built
+
+    (trainer,) = start()
+    reference = trainer.model.get_base_model() if peft == "true" else trainer.ref_model
+    found = {name.replace(".base_layer", ""): tensor for name, tensor in reference.state_dict().items()}
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    assert (
+        record_of(out)["base_model_name_or_path"] == str(out / "start") if peft == "true" else check_whole(out) is None
+    )
+    assert load_model(out, torch.float32, torch.device("cpu"))
+    written = (out / "start" / "config.json").stat().st_mtime_ns
+    assert start("--resume") == [], "all steps are taken"
+    assert full_model(adapter, out / "start") == out / "start"
+    assert (out / "start" / "config.json").stat().st_mtime_ns == written, "merged once"
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from peft import LoraConfig
 from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
@@ -180,10 +179,7 @@ def test_weights_that_are_cut_off_or_missing_are_named(small_model, tmp_path):
         with pytest.raises(IncompleteCheckpoint, match=r"incomplete, model\.safetensors is cut off"):
             check_whole(folder)
     weights.unlink()
-    torch.save({"weight": torch.zeros(1000)}, folder / "pytorch_model.bin")
-    check_whole(folder)
-    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-100])
-    with pytest.raises(IncompleteCheckpoint, match=r"incomplete, pytorch_model\.bin is cut off"):
+    with pytest.raises(IncompleteCheckpoint, match="holds no weights"):
         check_whole(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     with pytest.raises(IncompleteCheckpoint, match=r"incomplete, model-1\.safetensors is missing"):

@@ -296,7 +296,7 @@ def load_processor(name: str | None) -> ProcessorMixin | None:
     from transformers import AutoProcessor  # takes seconds, which `none` need not wait
 
     try:
-        processor = AutoProcessor.from_pretrained(name or MODEL)
+        processor = AutoProcessor.from_pretrained(name or MODEL, trust_remote_code=False)
         count_heard(processor)  # one that takes no audio cannot say it
         return processor
     except (OSError, ValueError, AttributeError) as error:

@@ -1,5 +1,5 @@
-"""Say at once, before minutes are spent on loading, what a run lacks: model, data, GPU, engine settings,
-packages; and which of its flags cannot be.
+"""Say at once, before minutes are spent on loading, what a run lacks: model, data, GPU, engine settings, packages;
+and which of its flags cannot be.
 
 Run by the launchers with the training script and the flags that it will get; how many processes they start is their
 environment's. Prints the number of GPUs, or 1 without; all that is missing goes to standard error, with its remedy, and

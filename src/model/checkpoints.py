@@ -5,23 +5,36 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ProcessorMixin, Qwen2AudioForConditionalGeneration
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_files
 
-from dataset.rows import hash_file, write_whole
+from dataset.prompt import load_style, save_style
+from dataset.rows import hash_file, read_json, write_whole
 
-WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
+from .qwen2_audio import load_processor
+
+ROOT = Path(__file__).resolve().parents[2]  # where the launchers run, and relative paths started from
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+PICKLED = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # .bin -> what it would be as .safetensors
+# A pickle can execute anything when it is read; with weights_only it is refused instead.
+CONVERT = (
+    "import glob, sys, torch; from safetensors.torch import save_file; folder, old, new = sys.argv[1:]; tensors = {}; "
+    "[tensors.update(torch.load(path, map_location='cpu', weights_only=True)) "
+    "for path in sorted(glob.glob(f'{glob.escape(folder)}/{old}*.bin'))]; "
+    "tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}; "
+    "save_file(tensors, f'{folder}/{new}.safetensors', {'format': 'pt'})"
+)
 # All that a processor may consist of, copied in this order: `check_whole` finds a folder incomplete until the last.
 PROCESSOR_FILES = (
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "merges.txt",
@@ -46,8 +59,8 @@ def label_of(model: str) -> str:
     return Path(model).resolve().name.removeprefix("checkpoint-")
 
 
-def locate(model: str) -> Path:
-    """The folder of a model given as folder or hub name (which is downloaded once).
+def locate(model: str, revision: str | None = None) -> Path:
+    """The folder of a model given as folder or hub name (which is downloaded once, in a revision or its newest).
 
     Raises:
         IncompleteCheckpoint: it is neither.
@@ -57,7 +70,7 @@ def locate(model: str) -> Path:
     if model.startswith(("/", ".")) or model.count("/") != 1:
         raise IncompleteCheckpoint(f"{model}: no such folder")
     try:
-        return Path(snapshot_download(model, ignore_patterns=["*.md", "*.png", "*.mp3", "*.wav"]))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.md", "*.png", "*.mp3", "*.wav"]))
     except Exception as error:  # whatever the hub's client raises, the model is not to be had
         message = f"{model}: neither a folder nor a model on the hub within reach ({type(error).__name__})"
         raise IncompleteCheckpoint(message) from error
@@ -68,16 +81,16 @@ def check_whole(folder: Path) -> None:
     is_adapter = (folder / "adapter_config.json").is_file()
     config, key = ("adapter_config.json", "base_model_name_or_path") if is_adapter else ("config.json", "model_type")
     try:
-        named = json.loads((folder / config).read_text(encoding="utf-8"))[key]
+        named = read_json(folder / config, "save it again")[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{folder}: incomplete, {config} is missing or cut off") from error
     if not is_adapter and named != MODEL_TYPE:  # of another, transformers would build the full-size default
         raise IncompleteCheckpoint(f"{folder}: holds a model of type {named!r}, not a Qwen2-Audio")
     for path in weight_files(folder):
         try:
-            with zipfile.ZipFile(path) if path.suffix == ".bin" else safe_open(path, "pt"):
+            with safe_open(path, "pt"):
                 pass  # the headers agree with the file's size
-        except (FileNotFoundError, zipfile.BadZipFile, SafetensorError) as error:
+        except (FileNotFoundError, SafetensorError) as error:
             state = "cut off" if path.is_file() else "missing"
             raise IncompleteCheckpoint(f"{folder}: incomplete, {path.name} is {state}") from error
     for names in PROCESSOR:
@@ -86,17 +99,59 @@ def check_whole(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A checkpoint's files of weights, those listed in its index; `IncompleteCheckpoint` if none, or it is cut off."""
+    """A checkpoint's files of weights, those listed in its index.
+
+    Raises:
+        IncompleteCheckpoint: there are none, the index is cut off, or they are pickles: then the message has the
+            command that converts them.
+    """
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                return [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            except (ValueError, KeyError) as error:
+                shards = read_json(index, "save it again")["weight_map"].values()
+                return [folder / shard for shard in sorted(set(shards))]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise IncompleteCheckpoint(f"{folder}: incomplete, {index.name} is cut off") from error
         if (folder / name).is_file():
             return [folder / name]
+    for old, new in PICKLED.items():
+        if any(folder.glob(f"{old}*.bin")):
+            command = shlex.join(["python", "-c", CONVERT, str(folder), old, new])
+            raise IncompleteCheckpoint(
+                f"{folder}: its weights are a pickle ({old}*.bin), which could execute anything; weights are read from "
+                f"safetensors only. If you trust where it is from, convert it: {command}"
+            )
     raise IncompleteCheckpoint(f"{folder}: incomplete, it holds no weights")
+
+
+def find_base(adapter: str | Path) -> Path:
+    """The folder of an adapter's base model, or of its copy from the hub.
+
+    What an adapter records is absolute (`complete_checkpoint`). A relative path, as older ones have it, is looked for
+    from the repository, from each folder that holds the adapter, and from the working directory.
+
+    Raises:
+        IncompleteCheckpoint: there is no record, or the base is not there.
+    """
+    try:
+        record = dict(read_json(Path(adapter) / "adapter_config.json", "save it again"))
+        name, revision = record["base_model_name_or_path"], record.get("revision")
+        if not name or not isinstance(name, str):
+            raise ValueError(f"but {name!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompleteCheckpoint(f"{adapter}: its adapter_config.json names no base model ({error})") from error
+    for start in (ROOT, *Path(adapter).resolve().parents, Path.cwd()):
+        if (start / name / "config.json").is_file():  # of an absolute name, `start` is dropped
+            return start / name
+    try:
+        return locate(name, revision)
+    except IncompleteCheckpoint as error:
+        raise IncompleteCheckpoint(
+            f"{adapter}: incomplete, its base model is not where its adapter_config.json says ({error}); move it back, "
+            "or make a full model with another copy of it: python src/merge_lora.py --adapter "
+            f"{shlex.quote(str(adapter))} --base FOLDER --out FOLDER"
+        ) from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -108,9 +163,9 @@ def fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = find_base(folder)
         try:
-            digest.update(fingerprint(locate(str(base))).encode())
+            digest.update(fingerprint(base).encode())
         except (ValueError, OSError) as error:
             message = f"{folder}: incomplete, its base model {base} is not there or not whole ({error})"
             raise IncompleteCheckpoint(message) from error
@@ -169,7 +224,9 @@ def _load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if (Path(folder) / "adapter_config.json").is_file():
         return load_merged(folder, dtype=dtype)
-    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, use_safetensors=True
+    )
     if missing := sorted(info["missing_keys"]):
         raise IncompleteCheckpoint(f"{folder}: lacks {len(missing)} tensors, e.g. {missing[0]}; save it again")
     return model
@@ -187,13 +244,45 @@ def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch
     """
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"{adapter}: has no adapter_config.json, so it is no adapter checkpoint")
-    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    base = find_base(adapter) if base is None else locate(str(base))
+    for folder in (base, Path(adapter)):
+        weight_files(folder)  # or a ValueError that says what is wrong with them
     try:
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(base, dtype=dtype)
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(base, dtype=dtype, use_safetensors=True)
     except OSError as error:
-        message = f"{adapter}: its base model {base} cannot be loaded ({error}); merge_lora.py takes another as --base"
-        raise ValueError(message) from error
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        raise ValueError(f"{adapter}: its base model {base} cannot be loaded ({error})") from error
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+def write_merged(adapter: str | Path, out: Path, base: str | None = None, dtype: str = "auto") -> None:
+    """Write the full model of an adapter checkpoint, its processor and its prompt style to a folder; arguments and
+    errors as of `load_merged`."""
+    model = load_merged(adapter, base, dtype)
+    keep_base_names(model)
+    model.save_pretrained(out)
+    if style := load_style(adapter):
+        save_style(out, style)
+    complete_checkpoint(out, load_processor(adapter))
+
+
+def full_model(adapter: Path, folder: Path) -> Path:
+    """The full model that training from an adapter checkpoint starts from: `folder`, written unless it is there.
+
+    On the disk, since more than the trained weights is loaded from it: the reference of the KL term, every part of a
+    model that ZeRO-3 spreads, and, for new adapters on top, the base that their checkpoints name.
+    """
+    source = folder / "merged_from.json"
+    weights = json.dumps({"weights": fingerprint(adapter)})
+    if not source.is_file() or source.read_text(encoding="utf-8") != weights:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        try:
+            write_merged(adapter, partial)
+            (partial / source.name).write_text(weights, encoding="utf-8")
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 def keep_base_names(model: PreTrainedModel) -> None:
@@ -210,7 +299,14 @@ def complete_checkpoint(folder: str | Path, processor: ProcessorMixin) -> None:
     left to processors that were built in memory or whose files are gone.
     """
     folder, name = Path(folder), processor.tokenizer.name_or_path
-    if not (folder / "adapter_config.json").is_file():
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        record = json.loads(adapter.read_text(encoding="utf-8"))
+        base = record["base_model_name_or_path"]
+        if base and Path(base).is_dir():  # else a name on the hub, which stays, with its revision
+            record["base_model_name_or_path"] = os.path.abspath(base)
+            adapter.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    else:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # transformers 4 looks for these elsewhere, and else takes its own defaults.
         config["torch_dtype"] = config["dtype"]

@@ -32,10 +32,13 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 def load_processor(model: str | Path, processor: ProcessorMixin | None = None) -> Qwen2AudioProcessor:
     """A model's processor, or the given one, padding on the left; a `ValueError` where it is damaged, or another's."""
     try:
-        processor = processor or AutoProcessor.from_pretrained(model)
+        processor = processor or AutoProcessor.from_pretrained(model, trust_remote_code=False)
         if isinstance(processor, Qwen2AudioProcessor):
             build_chat(processor, "")  # so that a damaged template shows now
     except Exception as error:  # over damaged files libraries raise anything, from KeyError to jinja2's
+        if "trust_remote_code" in str(error):  # they advise to allow it
+            message = f"{model}: its processor is code that comes with the model, which is never executed"
+            raise ValueError(f"{message}; use Qwen2-Audio's own files") from error
         message = f"{model}: its processor cannot be loaded ({type(error).__name__}: {error})"
         raise ValueError(f"{message}; get its files again, if they are damaged") from error
     if not isinstance(processor, Qwen2AudioProcessor):

@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=at_least(1), default=400, help="tokens of the longest prompt")
     parser.add_argument("--seconds", type=float, default=10, help="of the longest clip")
     args = parser.parse_args()
-    config = AutoConfig.from_pretrained(args.model)
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
     print("| settings | " + " | ".join(f"{name}, CPU's" for name in ("1 device", "8 devices")) + " |")
     print("| --- | --- | --- |")
     for flags, change in ROWS:

@@ -145,6 +145,8 @@ def choose_start(args: TrainingArguments, settings: dict) -> Path | None:
     start, strange = None, []
     if args.resume_from_checkpoint:
         start = Path(args.resume_from_checkpoint)
+        if not start.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {start}: there is no such folder; --resume takes the newest")
     elif args.resume:
         start = find_newest(out)
     if start and getattr(args, "sync_ref_model", False):

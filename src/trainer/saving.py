@@ -128,7 +128,7 @@ class SelfContainedCheckpoints:
         if isinstance(model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
             model.load_state_dict(saved.state_dict())
 
     def _run_epoch(self, *, epoch: int, train_dataloader, **kwargs) -> None:

@@ -1,0 +1,162 @@
+"""Nothing that comes with a model is executed: no code beside it, no pickle of its weights, no pickle of its state."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import Qwen2AudioForConditionalGeneration
+
+import startup
+import train
+from dataset import check
+from model.checkpoints import IncompleteCheckpoint, check_whole, fingerprint, load_merged, load_model
+from model.qwen2_audio import load_processor
+from test_resume import make_trainer
+
+CODE = "import pathlib\npathlib.Path({marker!r}).touch()\n"
+
+
+class Touch:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def marker(tmp_path) -> Path:
+    return tmp_path / "marker"
+
+
+@pytest.fixture
+def folder(small_model, tmp_path) -> Path:
+    return shutil.copytree(small_model, tmp_path / "model")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a type that is known", "one that is not"])
+@pytest.mark.parametrize("answer", ["", "y\n" * 9])
+def test_code_beside_a_model_is_not_executed(folder, marker, monkeypatch, known, answer):
+    """transformers asks at the terminal whether to run it, and takes a y."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: answer or "n")
+    for name in ("modeling_x.py", "configuration_x.py", "processing_x.py", "tokenization_x.py", "generate.py"):
+        (folder / name).write_text(CODE.format(marker=str(marker)))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(CODE.format(marker=str(marker)))
+    for file, entries in {
+        "config.json": {
+            "AutoConfig": "configuration_x.XConfig",
+            "AutoModelForCausalLM": "modeling_x.X",
+        },
+        "processor_config.json": {"AutoProcessor": "processing_x.XProcessor"},
+        "tokenizer_config.json": {"AutoTokenizer": ["tokenization_x.X", None]},
+    }.items():
+        content = json.loads((folder / file).read_text()) | {"auto_map": entries}
+        if not known:
+            content |= (
+                {"model_type": "x"} if file == "config.json" else {"processor_class": "X", "tokenizer_class": "X"}
+            )
+        (folder / file).write_text(json.dumps(content))
+    for load in (
+        load_processor,
+        check.load_processor,
+        check_whole,
+        lambda path: load_model(path, torch.float32, torch.device("cpu")),
+    ):
+        try:
+            load(folder)
+        except ValueError as error:
+            assert "trust_remote_code" not in str(error), "advice that is refused"
+            assert not known, error
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(folder, sharded):
+    folder = folder.rename(folder.with_name("it's a 'model' [1]"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if sharded:
+        parts = dict(list(weights.items())[:9]), dict(list(weights.items())[9:])
+        for i, part in enumerate(parts):
+            torch.save(part, folder / f"pytorch_model-0000{i}-of-00002.bin")
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")
+    for use in (check_whole, fingerprint, lambda path: load_model(path, torch.float32, torch.device("cpu"))):
+        with pytest.raises((IncompleteCheckpoint, OSError)) as refused:
+            use(folder)
+    with pytest.raises(IncompleteCheckpoint, match="its weights are a pickle") as refused:
+        check_whole(folder)
+    run(refused)
+    check_whole(folder)
+    converted = load_file(folder / "model.safetensors")
+    assert converted.keys() == weights.keys() and all(torch.equal(converted[k], weights[k]) for k in weights)
+
+
+def run(refused) -> subprocess.CompletedProcess:
+    """The command of the message, on this interpreter."""
+    program, *rest = shlex.split(re.search(r"convert it: (.*)", str(refused.value), re.DOTALL)[1])
+    assert program == "python"
+    return subprocess.run([sys.executable, *rest], capture_output=True, text=True, timeout=100)
+
+
+def test_the_command_does_not_execute_a_pickle(folder, marker):
+    (folder / "model.safetensors").unlink()
+    torch.save(Touch(marker), folder / "pytorch_model.bin")
+    with pytest.raises(IncompleteCheckpoint) as refused:
+        check_whole(folder)
+    assert "weights_only" in run(refused).stderr and not marker.exists()
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_a_pickled_adapter_is_refused_too(small_model, folder, tmp_path, marker):
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    adapter = tmp_path / "adapter"
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(weights, adapter / "adapter_model.bin")
+    for use in (fingerprint, load_merged):
+        with pytest.raises(IncompleteCheckpoint, match=r"its weights are a pickle \(adapter_model") as refused:
+            use(adapter)
+    run(refused)
+    assert load_merged(adapter)
+
+
+def test_a_model_of_pickled_weights_does_not_start_a_run(folder, questions, tmp_path, monkeypatch):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    words = [
+        "--use_cpu",
+        "true",
+        "--model_name_or_path",
+        folder,
+        "--data_file",
+        questions,
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    with pytest.raises(SystemExit, match="its weights are a pickle"):
+        startup.run_training(train.make_parser(), None)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rollouts_0.pt"])
+def test_state_that_is_a_foreign_pickle_is_not_executed(small_model, questions, tmp_path, marker, name):
+    make_trainer(small_model, questions, tmp_path / "run", max_steps=1).train()
+    torch.save(Touch(marker), tmp_path / "run" / "checkpoint-1" / name)
+    trainer = make_trainer(small_model, questions, tmp_path / "run", max_steps=2)
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert not marker.exists()
