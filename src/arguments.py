@@ -129,6 +129,9 @@ class RunArguments:
         help="Of another run in output_dir, remove the checkpoints and their results (checkpoint-*, test_STEP) first; "
         "with --resume_from_checkpoint, those of later steps.",
     )
+    max_skipped: int = HfArg(
+        default=5, help="Steps in a row whose loss or gradient is not finite, and which are skipped, that end the run."
+    )
     logging_steps: float = HfArg(default=1, help="Steps between two lines of metrics.")
     bf16: bool | None = HfArg(default=None, help="Mixed precision. Default: unless --use_cpu or --fp16.")
     questions_per_step: int = HfArg(default=16, help="Questions per optimizer step. Paper: 16.")
@@ -149,6 +152,8 @@ class RunArguments:
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
             self.resume = self.resume or str(self.resume_from_checkpoint).lower() == "true"
             self.resume_from_checkpoint = None
+        if self.max_skipped < 1:
+            raise ValueError(f"--max_skipped {self.max_skipped} must be 1 at least: the run ends at the first")
         if self.bf16 is None:
             self.bf16 = not (self.use_cpu or self.fp16)
         if self.gradient_accumulation_steps is None:

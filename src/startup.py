@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
@@ -24,7 +25,7 @@ from model.qwen2_audio import load_processor
 from trainer.console import print_lines
 from trainer.curves import PlotCurves
 from trainer.resume import choose_start, finish, remove_checkpoints, step_of, strange_checkpoints
-from trainer.stopping import StopOnSignal
+from trainer.stopping import RunEnded, StopOnSignal
 
 # In the output folder:
 LOCK = ".lock"  # one run at a time writes there
@@ -178,7 +179,10 @@ def train(trainer: Trainer, start: Path | None) -> None:
     for callback in (stop, PlotCurves()):
         trainer.add_callback(callback)
     print_lines(trainer)
-    trainer.train(resume_from_checkpoint=start and str(start))
+    try:
+        trainer.train(resume_from_checkpoint=start and str(start))
+    except RunEnded as error:
+        end_with(error, trainer)
     state, out = trainer.state, trainer.args.output_dir
     if state.global_step <= (step_of(start) if start else 0):
         sys.exit("no step was taken, so no model is written; --max_steps and --num_train_epochs say how many to take")
@@ -188,3 +192,12 @@ def train(trainer: Trainer, start: Path | None) -> None:
         trainer.accelerator.print(f"{stop.stopped}: stopped after step {state.global_step}; {saved}, {remedy}")
     else:
         trainer.save_result()
+
+
+def end_with(error: RunEnded, trainer: Trainer) -> NoReturn:
+    """End this process with a run's last words, which the first process says where all have the same."""
+    if not error.everywhere or trainer.accelerator.is_main_process:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    if error.everywhere:  # so that none ends before it is said: the launcher stops the others
+        trainer.accelerator.wait_for_everyone()
+    sys.exit(1)

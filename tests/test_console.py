@@ -45,3 +45,12 @@ def test_everything_is_logged_by_the_first_process_alone(tmp_path, capsys):
     assert log(tmp_path, capsys, GRPO, main=False) == ""
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert entries == [{"step": 120} | GRPO, {"step": 200, "eval_accuracy": 56.25}]
+
+
+def test_what_is_not_a_number_is_null_in_the_log_and_not_on_the_line(tmp_path, capsys):
+    """TRL logs None for a metric that was NaN in every pass; a skipped step has no loss."""
+    line = log(tmp_path, capsys, {"reward": 1.0, "kl": None, "entropy": float("nan"), "skipped_steps": 2})
+    assert line.startswith(" 120/1000  reward 1.00  skipped 2  3600.0 s/step")
+    assert "skipped" not in log(tmp_path, capsys, {"reward": 1.0, "skipped_steps": 0}, step=121)
+    (first, second) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(first, parse_constant=str)["entropy"] is None and "skipped_steps" in second

@@ -53,13 +53,12 @@ def test_exactly_the_answer_is_learned(processor, tmp_path, style, learned):
 
 
 def make_trainer(model, data, output_dir, style="choice", freeze=(), **settings) -> AudioSFTTrainer:
-    defaults = dict(max_steps=1, save_strategy="no")
+    defaults = dict(max_steps=1, save_strategy="no", lr_scheduler_type="constant")
     args = SFTRecipeConfig(
         str(output_dir),
         use_cpu=True,
         report_to="none",
         learning_rate=1e-3,
-        lr_scheduler_type="constant",
         **defaults | settings,
     )
     return AudioSFTTrainer(

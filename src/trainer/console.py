@@ -6,6 +6,7 @@ Leaves out pictures (`curves.py`) and what --report_to sends elsewhere.
 import json
 import time
 from datetime import timedelta
+from math import isfinite
 from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -34,8 +35,9 @@ class StepLines(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if not state.is_world_process_zero:
             return
+        odd = [key for key, value in logs.items() if isinstance(value, float) and not isfinite(value)]
         with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+            file.write(json.dumps({"step": state.global_step} | logs | dict.fromkeys(odd)) + "\n")  # JSON has no NaN
         if "train_runtime" in logs:
             text = f"{timedelta(seconds=round(logs['train_runtime']))} for {state.global_step - self.began[1]} steps"
         elif evaluated := [f"{key.removeprefix('eval_')} {logs[key]:.2f}" for key in logs if key.startswith("eval_")]:
@@ -45,10 +47,13 @@ class StepLines(TrainerCallback):
         print(f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}", flush=True)
 
     def _describe_step(self, logs: dict[str, float], state) -> str:
-        shown = {name: column for name, column in COLUMNS.items() if column[0] in logs}
+        # TRL logs None for what was NaN in all passes.
+        shown = {name: column for name, column in COLUMNS.items() if logs.get(column[0]) is not None}
         parts = [
             f"{name} {logs[key]:{form}}" for name, (key, form) in shown.items() if ONLY_WITHOUT.get(name) not in shown
         ]
+        if skipped := logs.get("skipped_steps"):
+            parts.append(f"skipped {skipped}")
         seconds = (time.monotonic() - self.began[0]) / max(1, state.global_step - self.began[1])
         left = timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
         return "  ".join([*parts, f"{seconds:.1f} s/step", f"{left} left"])

@@ -40,6 +40,7 @@ from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_pro
 
 from .accuracy import GreedyAccuracy
 from .checked_rewards import checked, find_error, raise_together
+from .finite import FiniteSteps
 from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
@@ -47,7 +48,7 @@ from .shared_prompt import ATTENTION, pack, score, unpack
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
 
 
-class AudioGRPOTrainer(GreedyAccuracy, SelfContainedCheckpoints, GRPOTrainer):
+class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, GRPOTrainer):
     """GRPO on questions about audio, for Qwen2-Audio and models with its interface.
 
     Args:

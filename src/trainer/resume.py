@@ -106,6 +106,19 @@ def find_newest(out: Path) -> Path:
     raise ValueError(f"{out}: holds no checkpoint to go on from{reasons or '; without --resume a new run starts'}")
 
 
+def describe_newest(out: Path) -> str:
+    """What a run that ends early leaves to go on from, as a sentence."""
+    for checkpoint in reversed(checkpoints_in(out)):
+        try:
+            check_resumable(checkpoint)
+        except IncompleteCheckpoint:
+            continue
+        return f"The last good checkpoint is {checkpoint}: --resume goes on from it"
+    if checkpoints := checkpoints_in(out):
+        return f"{checkpoints[-1]} holds the last weights that are saved; there is no checkpoint to resume from"
+    return "No checkpoint was saved yet: a new run has to start"
+
+
 def check_settings(checkpoint: Path, now: dict) -> None:
     """Raise a `ValueError` that names the settings in which a run differs from the one that wrote the checkpoint."""
     before = check_resumable(checkpoint)

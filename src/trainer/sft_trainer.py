@@ -19,6 +19,7 @@ from dataset.prompt import STYLES, extract_answer
 from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
 from .accuracy import GreedyAccuracy
+from .finite import FiniteSteps
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import IGNORE
 
@@ -60,7 +61,7 @@ class AnswerCollator:
         return tokens | batch.audio_inputs
 
 
-class AudioSFTTrainer(GreedyAccuracy, SelfContainedCheckpoints, Trainer):
+class AudioSFTTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, Trainer):
     """Supervised fine-tuning of a Qwen2-Audio, all of it or its adapters.
 
     Args:

@@ -1,4 +1,5 @@
-"""A signal ends a run without loss: all processes finish the step, save, and go home together.
+"""How a run ends before its time. A signal ends it without loss: all processes finish the step, save, and go home
+together.
 
 SIGTERM (a cluster's warning) and SIGINT (Ctrl-C) reach processes at different moments, so they agree once a step on
 whether any has got one. A second signal ends a process at once. Before the first step a signal ends it as usual, since
@@ -10,6 +11,18 @@ import signal
 
 import torch
 from transformers import TrainerCallback
+
+
+class RunEnded(Exception):
+    """A run cannot go on, for a reason that is its user's to mend: the message says what is saved, and how to go on.
+
+    Args:
+        everywhere: all processes have agreed, and raise it at the same place.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class StopOnSignal(TrainerCallback):
