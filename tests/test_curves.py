@@ -16,7 +16,7 @@ def write_state(folder: Path, step: int, **logged) -> Path:
     """A checkpoint's state after `step` steps, each with one logged figure or more."""
     path = folder / f"checkpoint-{step}" / "trainer_state.json"
     path.parent.mkdir(parents=True)
-    history = [{"step": at, "loss": 1 / at, "reward_std": 0.5} for at in range(1, step + 1)]
+    history = [{"step": at, "loss": 1 / at, "group_reward_std": 0.5} for at in range(1, step + 1)]
     path.write_text(json.dumps({"global_step": step, "log_history": [*history, {"step": step} | logged]}))
     return path
 

@@ -176,6 +176,20 @@ def test_training_changes_the_encoder_but_not_its_positions(small_model, questio
     assert logged["grad_norm"] > 0
 
 
+def test_the_spread_that_is_logged_is_that_within_a_question(small_model, questions, tmp_path):
+    """As the paper's curve; two questions of other rewards, but each with equal ones, have none."""
+
+    def reward(completions, calls=[], **kwargs) -> list[float]:  # noqa: B006, it counts its calls
+        calls.append(1)
+        return [1.0] * 4 + [3.0] * 4 if len(calls) == 1 else [0.0, 2.0] * 4
+
+    trainer = make_trainer(small_model, questions, tmp_path, rewards=[reward], reward_weights=[2.0], max_steps=2)
+    trainer.train()
+    first, second = (logged["group_reward_std"] for logged in trainer.state.log_history[:2])
+    assert first == 0 and second == pytest.approx(4 / 3**0.5)
+    assert trainer.state.log_history[0]["reward_std"] > 1
+
+
 def test_a_clip_that_fails_in_training_is_named_and_its_question_replaced(small_model, tmp_path, caplog):
     for i in range(4):
         write_tone(tmp_path / f"{i}.wav", 1.0 + 0.1 * i)

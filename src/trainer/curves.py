@@ -17,7 +17,7 @@ from evaluation.collect import read_results
 PANELS = {
     "accuracy reward": ("rewards/accuracy_reward/mean", "mean of 0 and 1"),
     "format reward": ("rewards/format_reward/mean", "mean of 0 and 1"),
-    "spread of the rewards": ("reward_std", "standard deviation in a group"),
+    "spread of the rewards": ("group_reward_std", "standard deviation in a group"),
     "loss": ("loss", ""),
     "KL to the reference": ("kl", "nats a token"),
     "completion length": ("completions/mean_length", "tokens"),

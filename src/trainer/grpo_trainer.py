@@ -228,6 +228,11 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, GR
         start = self.accelerator.process_index * len(prompts)
         own = rewards[start : start + len(prompts)]
         raise_together(find_error(self.reward_funcs, self.reward_func_names, own, given))
+        # The paper's curve; TRL's `reward_std` is that over all completions.
+        mode = "train" if self.model.training else "eval"
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        groups = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, size)
+        self._metrics[mode]["group_reward_std"].append(groups.std(dim=1).mean().item())
         return rewards
 
     # Going on
