@@ -46,7 +46,7 @@ from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound
 from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
 from dataset.prompt import DEFAULT_STYLE
-from dataset.rows import DataError, read_json, write_whole
+from dataset.rows import DataError, read_json, read_records, write_whole
 
 CLIP_SECONDS = 10
 SLACK_SECONDS = 1.0  # files a little longer than the clip are the clip: real ones last 10.008 s
@@ -286,7 +286,7 @@ def download_missing(clips: list[Clip], folder: Path, wavs: Path, channels: str)
     """
     command = find_yt_dlp()
     gone_file, partial_folder = folder / "gone.jsonl", folder / "unfinished"
-    gone = {json.loads(line)["id"] for line in gone_file.read_text().splitlines()} if gone_file.is_file() else set()
+    gone = {record.get("id") for record in read_records(gone_file)} if gone_file.is_file() else set()
     starts = defaultdict(list)
     for video_id, start in clips:
         if video_id not in gone:

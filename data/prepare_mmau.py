@@ -72,7 +72,7 @@ def hub_record(row: dict, number: int) -> dict:
     try:
         attributes = json.loads(row["other_attributes"])
         id_ = attributes.pop("id")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"row {number}: `other_attributes` is no JSON object with an id ({error!r})") from error
     for key, value in attributes.items():
         if isinstance(value, list) and len(value) == 1:  # the category of a few rows

@@ -18,9 +18,22 @@ from transformers import Qwen2AudioForConditionalGeneration
 import startup
 import train
 from dataset import check
-from model.checkpoints import IncompleteCheckpoint, check_whole, fingerprint, load_merged, load_model
+from dataset.dataset import load_train_dataset
+from dataset.prompt import load_style
+from dataset.questions import load_questions
+from model.checkpoints import (
+    FINGERPRINTS,
+    IncompleteCheckpoint,
+    check_whole,
+    find_base,
+    fingerprint,
+    load_merged,
+    load_model,
+)
 from model.qwen2_audio import load_processor
 from test_resume import make_trainer
+from trainer.curves import read_history
+from trainer.resume import RECORD, STATE, check_resumable, finish
 
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\n"
 
@@ -160,3 +173,37 @@ def test_state_that_is_a_foreign_pickle_is_not_executed(small_model, questions, 
     with pytest.raises(Exception, match="[Ww]eights.only"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert not marker.exists()
+
+
+DEEP = '{"a":' * 100_000
+
+
+def test_json_that_is_nested_too_deep_breaks_no_reader(folder, questions, tmp_path):
+    shutil.copytree(folder, checkpoint := tmp_path / "run" / "checkpoint-1")
+    for name in (RECORD, STATE, FINGERPRINTS, "prompt_style.json"):
+        (checkpoint / name).write_text(DEEP)
+    with pytest.raises(ValueError, match="prompt_style.json.*not JSON"):
+        load_style(checkpoint)
+    assert fingerprint(checkpoint) == fingerprint(folder), "a damaged record of hashes is written anew"
+    with pytest.raises(ValueError, match=f"{RECORD} is damaged"):
+        check_resumable(checkpoint)
+    with pytest.raises(ValueError, match="not JSON"):
+        finish(checkpoint, None)
+    with pytest.raises(FileNotFoundError, match="no trainer_state.json"):
+        read_history(tmp_path / "run")
+    for name, said in (
+        ("config.json", "config.json is missing or cut off"),
+        ("adapter_config.json", "adapter_config.json"),
+    ):
+        (checkpoint / name).write_text(DEEP)
+        with pytest.raises(IncompleteCheckpoint, match=said):
+            check_whole(checkpoint)
+        (checkpoint / name).write_text("{}")
+    with pytest.raises(IncompleteCheckpoint, match="names no base model"):
+        find_base(checkpoint)
+    (tmp_path / "rows.jsonl").write_text(questions.read_text() + DEEP + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 9: not JSON"):
+        load_train_dataset(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.json").write_text("[" + DEEP)
+    with pytest.raises(ValueError, match=r"rows\.json: not JSON"):
+        load_questions(tmp_path / "rows.json")

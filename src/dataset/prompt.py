@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .rows import read_json
+
 STYLE_FILE = "prompt_style.json"
 
 # The released code's expressions. It backs out of a match that fails; here the first place where a part matches stays
@@ -108,6 +110,6 @@ def load_style(folder: str | Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return get_style(json.loads(path.read_text(encoding="utf-8"))["prompt_style"]).name
+        return get_style(read_json(path, "write it anew")["prompt_style"]).name
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not name a prompt style ({error}); write it anew or delete it") from error

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-MAX_LINE = 2**24  # bytes
+MAX_LINE = 2**24  # bytes of a line
+MAX_FILE = 2**30  # bytes of a file that is read as a whole; MMAU's 9000 questions have 5 million
+MAX_DEPTH = 50  # lists and objects within one another, far below what Python's own functions fail over
 SHOWN = 20  # problems listed in one message
 
 
@@ -94,8 +96,12 @@ def starts_a_list(path: str | Path) -> bool:
 
 
 def read_json(path: str | Path, remedy: str):
-    """The value of a JSON file; for one that is not JSON in UTF-8, a `ValueError` with file, line and `remedy`."""
-    data = Path(path).read_bytes()
+    """The value of a JSON file; for one that is too large or not JSON in UTF-8, a `ValueError` with file, line and
+    `remedy`."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise ValueError(f"{path}: more than {MAX_FILE >> 30} GiB; {remedy}")
     try:
         return _parse(data, remedy)
     except DataError as error:
@@ -107,11 +113,31 @@ def read_json(path: str | Path, remedy: str):
 
 def _parse(text: bytes, remedy: str):
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        value = json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 ({error.reason}); save the file as UTF-8", "not UTF-8") from error
     except (ValueError, RecursionError) as error:  # among the ValueErrors: a number of more digits than Python takes
         raise DataError(f"not JSON ({error}); {remedy}", "not JSON") from error
+    if is_deeper(value, MAX_DEPTH):
+        raise DataError(f"lists or objects more than {MAX_DEPTH} deep in one another; {remedy}", "too deep")
+    return value
+
+
+def is_deeper(value, depth: int) -> bool:
+    """Whether a value has more than `depth` lists and objects within one another; goes down level by level, without
+    recursion.
+
+    >>> is_deeper({"a": [1]}, 2), is_deeper({"a": [1]}, 1)
+    (False, True)
+    """
+    level = [value]
+    for _ in range(depth + 1):
+        level = [held for held in level if isinstance(held, list | dict)]
+        inner = (held.values() if isinstance(held, dict) else held for held in level)
+        if not level:
+            return False
+        level = [item for items in inner for item in items]
+    return True
 
 
 def get_field(record: dict, key: str, kind: type, filled: bool = False):

@@ -4,13 +4,12 @@ Everything is computed anew from the predictions in `test_*/res_*.json`; what ca
 written, is named and left out. Leaves out how results are shown (`utils/show_acc.py`).
 """
 
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.questions import Benchmark, to_benchmark
-from dataset.rows import read_records
+from dataset.rows import read_json, read_records
 
 from .mmau import Scores, evaluate
 from .results import digest
@@ -141,7 +140,7 @@ def _read_result(file: Path, folder: Path, prefix: str) -> tuple[Result, tuple, 
     scores = evaluate(records)
     name = file.stem.removeprefix("res_")
     try:
-        run = json.loads(file.with_name(f"run_{name}.json").read_text(encoding="utf-8"))
+        run = read_json(file.with_name(f"run_{name}.json"), "evaluate again")
     except (OSError, ValueError):  # the predictions of another program, say: what is known stands in the name
         audio = next((audio for audio in ("silent", "shuffled") if audio in name), "real")
         run = {"audio": audio, "weights": name.replace(f"_{audio}", "")}

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from dataset.prompt import DEFAULT_STYLE, build_question, extract_answer
 from dataset.questions import Benchmark
-from dataset.rows import write_whole
+from dataset.rows import read_json, write_whole
 
 from .mmau import CUT_OFF, MATCH_RULE, evaluate
 
@@ -127,7 +127,7 @@ class ResultFiles:
         if not self.run.is_file() and not self.results.is_file():
             return None
         try:
-            found = json.loads(self.run.read_text(encoding="utf-8"))
+            found = read_json(self.run, "evaluate again")
             files = dict(found["files"])
         except (OSError, ValueError, KeyError, TypeError):
             return [self.run.name]
@@ -162,7 +162,7 @@ class ResultFiles:
                     }
                 elif lines:
                     print(f"{path}: is of another run, dropped", file=sys.stderr, flush=True)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 print(f"{path}: is damaged ({error}), dropped", file=sys.stderr, flush=True)
         return done
 

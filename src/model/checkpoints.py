@@ -183,7 +183,7 @@ def _hash_files(paths: list[Path], record: Path) -> list[str]:
     programs cannot set, tells apart what copying tools exchange under an unchanged mtime.
     """
     try:
-        remembered = dict(json.loads(record.read_text(encoding="utf-8")))
+        remembered = dict(read_json(record, "delete it"))
     except (OSError, ValueError, TypeError):
         remembered = {}
 

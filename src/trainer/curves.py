@@ -4,13 +4,13 @@ The figures are those of `trainer_state.json`, so a killed run can be drawn too;
 read from `test_*`. Leaves out the table of accuracies (`utils/show_acc.py`).
 """
 
-import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 from transformers import TrainerCallback
 
+from dataset.rows import read_json
 from evaluation.collect import read_results
 
 # title -> key in the log, its unit; the first six are the paper's
@@ -55,7 +55,7 @@ def read_history(run: Path) -> list[dict]:
     found = []
     for path in (*run.glob("checkpoint-*/trainer_state.json"), run / "trainer_state.json"):
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = read_json(path, "an older one is read")
             found.append((state["global_step"], state["log_history"]))
         except (OSError, ValueError, KeyError, TypeError):  # cut off: an older one is whole
             continue

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from dataset.rows import write_whole
+from dataset.rows import read_json, write_whole
 from model.checkpoints import FINGERPRINTS, IncompleteCheckpoint, check_whole, label_of
 
 RECORD = "resume.json"
@@ -22,6 +22,7 @@ BULK = (
     "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts*.pt", "global_step*", "latest",
     "zero_to_fp32.py",
 )  # fmt: skip
+DAMAGED = "remove the checkpoint, and go on from another"
 PARTIAL = ".partial"  # in the output folder: what is being written, or was when the run was cut off
 
 
@@ -34,7 +35,7 @@ def checkpoints_in(out: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """300 of `.../checkpoint-300`; of a whole one under another name, what its state says."""
     label = label_of(str(checkpoint))
-    return int(label) if label.isdecimal() else json.loads((checkpoint / STATE).read_text())["global_step"]
+    return int(label) if label.isdecimal() else read_json(checkpoint / STATE, DAMAGED)["global_step"]
 
 
 def _bulk_files(checkpoint: Path) -> Iterator[Path]:
@@ -70,7 +71,7 @@ def check_resumable(checkpoint: Path) -> dict:
             f"on. --model_name_or_path {checkpoint} starts a new run from its weights"
         )
     try:
-        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        record = read_json(checkpoint / RECORD, DAMAGED)
         settings, sizes = dict(record["settings"]), dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{checkpoint}: incomplete, {RECORD} is damaged ({error})") from error
@@ -181,7 +182,7 @@ def choose_start(args: TrainingArguments, settings: dict) -> Path | None:
 
 def finish(start: Path, args: TrainingArguments) -> bool:
     """Whether a run has taken all its steps before; then its last checkpoint's model is put into the output folder."""
-    state = json.loads((start / STATE).read_text(encoding="utf-8"))
+    state = read_json(start / STATE, DAMAGED)
     if state["global_step"] < (args.max_steps if args.max_steps > 0 else state["max_steps"]):
         return False
     out = Path(args.output_dir)
