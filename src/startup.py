@@ -24,7 +24,8 @@ from model.checkpoints import fingerprint, full_model, locate
 from model.qwen2_audio import load_processor
 from trainer.console import print_lines
 from trainer.curves import PlotCurves
-from trainer.resume import choose_start, finish, remove_checkpoints, step_of, strange_checkpoints
+from trainer.resume import choose_start, describe_newest, finish, remove_checkpoints, step_of, strange_checkpoints
+from trainer.room import foresee_room
 from trainer.stopping import RunEnded, StopOnSignal
 
 # In the output folder:
@@ -180,9 +181,18 @@ def train(trainer: Trainer, start: Path | None) -> None:
         trainer.add_callback(callback)
     print_lines(trainer)
     try:
+        foresee_room(trainer, step_of(start) if start else 0)
         trainer.train(resume_from_checkpoint=start and str(start))
+        report_end(trainer, stop, start)
     except RunEnded as error:
         end_with(error, trainer)
+    except DataError as error:  # in a loader's process with the traceback before it
+        reason = str(error).rpartition("DataError: ")[2].strip()
+        end_with(RunEnded(f"{reason}. {describe_newest(Path(trainer.args.output_dir))}"), trainer)
+
+
+def report_end(trainer: Trainer, stop: StopOnSignal, start: Path | None) -> None:
+    """Save the model of a run that has taken all its steps; say of another what it has come to."""
     state, out = trainer.state, trainer.args.output_dir
     if state.global_step <= (step_of(start) if start else 0):
         sys.exit("no step was taken, so no model is written; --max_steps and --num_train_epochs say how many to take")

@@ -21,6 +21,7 @@ from dataset.encode import (
     load_or_replace,
     needed_frames,
 )
+from dataset.rows import DataError
 from model.qwen2_audio import load_processor
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "audio_tokens.json").read_text())["cases"]
@@ -103,6 +104,6 @@ def test_a_question_whose_clip_cannot_be_used_is_replaced(small_model, questions
 def test_replacing_ends_where_no_clip_can_be_read(small_model, questions, tmp_path, caplog):
     processor, dataset = load_processor(small_model), load_train_dataset(questions)
     gone = dataset.map(lambda row: row | {"audio_path": str(tmp_path / "gone.wav")})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match="11 clips in a row.*gone.wav"):
         load_or_replace(gone[0], "first", processor, gone)
     assert len(caplog.messages) == MAX_REPLACEMENTS

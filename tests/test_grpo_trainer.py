@@ -13,6 +13,7 @@ import row_by_row
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
+from dataset.rows import DataError
 from model.qwen2_audio import PARTS, freeze_parts
 from trainer.grpo_trainer import AudioGRPOTrainer
 from utils.rewards import accuracy_reward, format_reward
@@ -204,7 +205,7 @@ def test_a_clip_that_fails_in_training_is_named_and_its_question_replaced(small_
     assert trainer.state.log_history[0]["clips/replaced"] >= 1
     for i in range(4):
         (tmp_path / f"{i}.wav").unlink()
-    with pytest.raises(FileNotFoundError, match="no such audio file"):
+    with pytest.raises(DataError, match="11 clips in a row.*no such audio file"):
         trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
 
 

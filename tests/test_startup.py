@@ -60,6 +60,13 @@ def test_a_package_that_a_flag_needs_is_said_before_the_model_is_loaded(script, 
         script(*flags)
 
 
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_an_output_folder_that_cannot_be_written_is_refused_at_once(script, tmp_path, place):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SystemExit, match=r"train\.py: .*out: cannot be written to \(.*name another folder"):
+        script("--output_dir", str(tmp_path / place))
+
+
 def test_fewer_questions_than_a_step_takes_are_refused(script, questions, tmp_path):
     with pytest.raises(SystemExit, match="8 usable questions are fewer than the 9 .*--questions_per_step 8, or 1 more"):
         script("--questions_per_step", "9")

@@ -72,7 +72,8 @@ def load_or_replace(
         The row, its clip, and how many rows were replaced to get there.
 
     Raises:
-        ValueError, OSError: the clip cannot be used, and there are no `others`, or MAX_REPLACEMENTS were no better.
+        ValueError, OSError: the clip cannot be used, and there are no `others`.
+        DataError: it cannot be, and MAX_REPLACEMENTS others were no better.
     """
     import torch
 
@@ -82,8 +83,14 @@ def load_or_replace(
             check_clip_length(len(clip), processor)
             return row, clip, replaced
         except (ValueError, OSError) as error:
-            if others is None or replaced == MAX_REPLACEMENTS:
+            if others is None:
                 raise
+            if replaced == MAX_REPLACEMENTS:
+                message = (
+                    f"{MAX_REPLACEMENTS + 1} clips in a row, picked at random, cannot be used any more, the last since "
+                    f"{error}. Was the data's folder moved or removed, or is its disk gone? Mend that first"
+                )
+                raise DataError(message, "no usable clip") from error
             logger.warning(f"{error} (this question is replaced by another)")
             row = others[int(torch.randint(len(others), ()))]
 

@@ -14,15 +14,20 @@ def hold(path: Path) -> Iterator[None]:
     """Hold a lock file; its folder is made. The system lets go of it when its owner ends, however that is.
 
     Raises:
-        ValueError: another process holds it; names that process, its host, and since when.
+        ValueError: another process holds it; names that process, its host, and since when. Or the folder cannot be
+            written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(path)
-    while not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):  # its owner has just removed it
-        os.close(descriptor)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path)
-    os.truncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}".encode())
+        while not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):  # its owner just removed it
+            os.close(descriptor)
+            descriptor = _lock(path)
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}".encode())
+    except OSError as error:
+        message = f"{path.parent}: cannot be written to ({error.strerror}); make it writable, or name another folder"
+        raise ValueError(message) from error
     try:
         yield
     finally:

@@ -197,5 +197,8 @@ def open_whole(path: Path) -> Iterator[TextIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write to a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)

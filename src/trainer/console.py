@@ -4,7 +4,11 @@ Leaves out pictures (`curves.py`) and what --report_to sends elsewhere.
 """
 
 import json
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
@@ -36,15 +40,16 @@ class StepLines(TrainerCallback):
         if not state.is_world_process_zero:
             return
         odd = [key for key, value in logs.items() if isinstance(value, float) and not isfinite(value)]
-        with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step} | logs | dict.fromkeys(odd)) + "\n")  # JSON has no NaN
+        line = json.dumps({"step": state.global_step} | logs | dict.fromkeys(odd))  # JSON has no NaN
+        with warn_once(Path(args.output_dir) / "log.jsonl", "lines are missing"):
+            append_line(Path(args.output_dir) / "log.jsonl", line)
         if "train_runtime" in logs:
             text = f"{timedelta(seconds=round(logs['train_runtime']))} for {state.global_step - self.began[1]} steps"
         elif evaluated := [f"{key.removeprefix('eval_')} {logs[key]:.2f}" for key in logs if key.startswith("eval_")]:
             text = "evaluated: " + "  ".join(evaluated)
         else:
             text = self._describe_step(logs, state)
-        print(f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}", flush=True)
+        print_on(f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {text}")
 
     def _describe_step(self, logs: dict[str, float], state) -> str:
         # TRL logs None for what was NaN in all passes.
@@ -57,6 +62,41 @@ class StepLines(TrainerCallback):
         seconds = (time.monotonic() - self.began[0]) / max(1, state.global_step - self.began[1])
         left = timedelta(seconds=round(seconds * (state.max_steps - state.global_step)))
         return "  ".join([*parts, f"{seconds:.1f} s/step", f"{left} left"])
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, after what a full disk may have left of an earlier one."""
+    with open(path, "ab+") as file:
+        if path.is_file() and file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
+def print_on(text: str) -> None:
+    """Print a line; where that cannot be (a full disk behind it, a reader that has gone), nothing more is printed, and
+    the run goes on."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")
+        with suppress(OSError):
+            print(f"standard output: cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+
+
+@contextmanager
+def warn_once(path: Path, consequence: str) -> Iterator[None]:
+    """Go on where a file cannot be written that a run can do without, and say so once."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if (path, str(error)) not in _unwritten:
+            _unwritten.add((path, str(error)))
+            with suppress(OSError):
+                print(f"{path}: not written ({error}); {consequence}, the run goes on", file=sys.stderr, flush=True)
+
+
+_unwritten: set[tuple[Path, str]] = set()  # and why
 
 
 def print_lines(trainer: Trainer) -> None:

@@ -4,7 +4,6 @@ The figures are those of `trainer_state.json`, so a killed run can be drawn too;
 read from `test_*`. Leaves out the table of accuracies (`utils/show_acc.py`).
 """
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +11,8 @@ from transformers import TrainerCallback
 
 from dataset.rows import read_json
 from evaluation.collect import read_results
+
+from .console import warn_once
 
 # title -> key in the log, its unit; the first six are the paper's
 PANELS = {
@@ -38,10 +39,8 @@ class PlotCurves(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
-            try:
+            with warn_once(folder / "training.png", "`python src/plot_training.py` draws it later"):
                 plot_curves({folder.name: (folder, state.log_history)}, folder / "training.png")
-            except (OSError, ValueError) as error:  # a picture is not worth a run
-                print(f"training.png: not drawn ({error})", file=sys.stderr)
 
     on_train_end = on_save
 
@@ -100,8 +99,14 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
     if len(runs) > 1:
         axes[0, 0].legend(fontsize="small")
     figure.suptitle(", ".join(runs))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib takes it
+    partial = path.with_stem(f".{path.stem}.partial")
+    try:
+        figure.savefig(partial, dpi=110)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+        pyplot.close(figure)
 
 
 def _plot_line(axis, values: pd.Series, name: str, look: dict) -> None:

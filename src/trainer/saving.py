@@ -7,6 +7,7 @@ Optimizer state and engines are left to transformers' `Trainer`; what a run need
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
@@ -17,6 +18,7 @@ from model.checkpoints import complete_checkpoint, keep_base_names
 from model.qwen2_audio import base_model
 
 from .resume import PARTIAL, STATE, checkpoints_in, drop_state, move_files, record_state
+from .room import check_room, write_together, writing
 
 BY_RESULT = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that wait for an evaluation
 
@@ -43,21 +45,26 @@ class SelfContainedCheckpoints:
             return
         if self.accelerator.is_local_main_process:
             shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        needed = check_room(self, out / name)
+        write = partial(super()._save_checkpoint, model, trial)  # where `_unfinished` says
+        waits = self.is_deepspeed_enabled or bool(self.state.best_global_step)
         self._unfinished = out / PARTIAL
         try:
-            super()._save_checkpoint(model, trial)
+            write_together(self, out / name, out / PARTIAL, needed, write, waits)
         finally:
             self._unfinished = None
-        self.accelerator.wait_for_everyone()
         if self.state.best_model_checkpoint == str(out / PARTIAL / name):  # as Trainer saw it
             self.state.best_model_checkpoint = str(out / name)
-        if self.accelerator.is_main_process:
-            self.state.save_to_json(str(out / PARTIAL / name / STATE))
-            self._finish_checkpoint(out / PARTIAL / name, out / name)
-        self.accelerator.wait_for_everyone()
+
+        def finish() -> None:
+            if self.accelerator.is_main_process:
+                self.state.save_to_json(str(out / PARTIAL / name / STATE))
+                self._finish_checkpoint(out / PARTIAL / name, out / name)
+
+        write_together(self, out / name, out / PARTIAL, needed, finish)
         if self.accelerator.is_local_main_process and (out / PARTIAL / name).is_dir():  # a node with a disk of its own
-            self._finish_checkpoint(out / PARTIAL / name, out / name)
+            with writing(out / name, out / PARTIAL, needed):
+                self._finish_checkpoint(out / PARTIAL / name, out / name)
         self._saved = name
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict[str, float]:
@@ -115,11 +122,18 @@ class SelfContainedCheckpoints:
     def save_result(self) -> None:
         """Save the trained model into the output folder, where its files replace others when all are on the disk."""
         out = Path(self.args.output_dir)
-        self.save_model(str(out / PARTIAL))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            sync(out / PARTIAL)
-            move_files(out / PARTIAL, out)
+        needed = check_room(self, out / "model", state=False)
+
+        def finish() -> None:
+            if self.accelerator.is_main_process:
+                sync(out / PARTIAL)
+                move_files(out / PARTIAL, out)
+
+        for write, waits in (
+            (partial(self.save_model, str(out / PARTIAL)), self.is_deepspeed_enabled),
+            (finish, False),
+        ):
+            write_together(self, out / "model", out / PARTIAL, needed, write, waits)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load weights to resume from. The checkpoint's names are the base model's, which `Trainer` would not find in
