@@ -196,6 +196,7 @@ def test_killed_anywhere_in_a_save_the_old_state_or_the_new_one_is_there(
     ):  # fmt: skip
         watch(module, name)
     trainer.train()
+    trainer._save_checkpoint(trainer.model, None)  # the last one's state once more, as after its evaluation
     trainer.save_result()
     monkeypatch.undo()
     assert len(copies) > 60

@@ -34,8 +34,8 @@ class CheckedReward:
 
     The function gets, of `prompts`, `completions`, `completion_ids`, the data set's columns and what TRL adds
     (`trainer_state`, `log_extra`, `log_metric`), the arguments that it names, or all of them if it takes `**kwargs`.
-    What it raises is kept in `error` for `raise_together`: TRL goes on to gather the rewards of all processes, which
-    would wait for one that is gone.
+    What a call raises is kept in `error` for `raise_together`: TRL goes on to gather the rewards of all processes,
+    which would wait for one that is gone.
     """
 
     def __init__(self, function: Callable[..., list[float | None]]):
@@ -43,6 +43,7 @@ class CheckedReward:
         self.__name__ = get_callable_name(function)  # of TRL's metrics
 
     def __call__(self, **given) -> list[float | None]:
+        self.error = None
         try:
             return check_values(self.__name__, self.function(**self._named(given)), given)
         except Exception as error:
@@ -77,7 +78,7 @@ class CheckedReward:
         return [0.0] * len(given["completions"])
 
     def _raise_as_found(self, given: dict) -> None:
-        error, self.error = self.error, None
+        error = self.error
         how = f"a trial call on two made-up completions, {given['completions']}"
         if isinstance(error, RewardError):
             raise RewardError(f"{error} (found by {how})") from error
@@ -92,6 +93,7 @@ class AsyncReward(CheckedReward):
     keeps open belongs to the loop that it was first used in."""
 
     async def __call__(self, **given) -> list[float | None]:
+        self.error = None
         try:
             call = asyncio.run_coroutine_threadsafe(self.function(**self._named(given)), _event_loop())
             return check_values(self.__name__, await asyncio.wrap_future(call), given)
@@ -198,7 +200,7 @@ def find_error(rewards: Sequence, names: Sequence[str], values: torch.Tensor, gi
                 check_values(name, column.tolist(), given)
             except RewardError as error:
                 return error
-        elif reward.error:
+        elif isinstance(reward, CheckedReward) and reward.error:  # TRL may add functions of its own
             return reward.error
     return None
 

@@ -78,7 +78,7 @@ class SelfContainedCheckpoints:
         """Put what has been logged since, and which checkpoint is the best one, into one that is there."""
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(checkpoint)
-        if self.args.should_save:
+        if self.args.should_save and checkpoint.is_dir():  # others may have moved it away
             written = checkpoint.parent / PARTIAL
             written.mkdir(exist_ok=True)
             self.state.save_to_json(str(written / STATE))
