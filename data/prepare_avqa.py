@@ -39,12 +39,12 @@ import av
 import librosa
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound
 from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
+from dataset.progress import progress
 from dataset.prompt import DEFAULT_STYLE
 from dataset.rows import DataError, read_json, read_records, write_whole
 
@@ -56,7 +56,6 @@ NAME = re.compile(r"([\w-]{11})_0*(\d{1,6})", re.ASCII)
 VIDEO_ID = re.compile(r"[\w-]{11}", re.ASCII)
 UNFINISHED = re.compile(r"\.part|\.ytdl$|\.tmp$")
 TO_DECODE = ("clip is no audio file", "longer than the clip")  # what PyAV may make a clip of
-BAR_INTERVAL = 0.1 if sys.stderr.isatty() else 30  # s
 INLINE = 32  # clips up to which worker processes would take longer to start than to help
 
 # What yt-dlp says of a video that will not come back, and of an address that is asking too much.
@@ -246,7 +245,7 @@ def find_clips(
     tasks = [(clip, _readable_first(media.get(clip, []) + media.get(clip[0], []))) for clip in clips]
     find = partial(_find_task, wavs=wavs, channels=channels)
     with _pool(workers if len(tasks) > INLINE else 0) as run:
-        found = tqdm(run(find, tasks), total=len(tasks), unit=" clips", desc="clips", mininterval=BAR_INTERVAL)
+        found = progress(run(find, tasks), total=len(tasks), unit=" clips", desc="clips")
         return dict(zip(clips, found, strict=True))
 
 
@@ -297,7 +296,7 @@ def download_missing(clips: list[Clip], folder: Path, wavs: Path, channels: str)
             file.write(json.dumps({"id": video_id, "message": message}) + "\n")
 
     failures = 0
-    bar = tqdm(starts.items(), unit=" videos", desc="download", mininterval=BAR_INTERVAL)
+    bar = progress(starts.items(), unit=" videos", desc="download")
     for video_id, wanted in bar:
         path, message = fetch(command, video_id, partial_folder)
         if path:

@@ -140,6 +140,7 @@ class RunArguments:
         default=None, help="Questions in MMAU's or AVQA's format, asked every eval_steps; default: save_steps."
     )
     ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Off: each takes part in every step.")
+    verbose: bool = HfArg(default=False, help="Show what libraries say of themselves, too: bars, deprecations.")
     use_wandb: bool = HfArg(default=False, help="Short for --report_to wandb.")
     trust_remote_code: bool = HfArg(default=False, help="Refused: code that comes with a model is never executed.")
 

@@ -20,7 +20,6 @@ if __name__ == "__main__":  # Ctrl-C ends it at once, the imports' seconds inclu
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads shall not spin
 
 import torch
-from transformers.utils import logging
 
 from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS, SAMPLE_RATE, load_audio
@@ -33,6 +32,7 @@ from evaluation.results import MAX_NEW_TOKENS
 from model.checkpoints import check_whole, load_model, locate
 from model.generation import generate, score
 from model.qwen2_audio import end_ids, load_processor
+from quiet import silence_libraries
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -105,7 +105,7 @@ def describe(error: Exception) -> str:
 
 def main() -> int:
     args = parse_args()
-    logging.disable_progress_bar()
+    silence_libraries()
     sys.stdout.reconfigure(errors="backslashreplace")  # models write what a terminal may not be able to
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone

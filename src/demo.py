@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import fmean
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from command_line import ArgumentParser, at_least
 from dataset.dataset import load_train_dataset
 from model.tiny import build_demo_model, build_processor
+from quiet import silence_libraries
 from trainer.sft_trainer import AudioSFTTrainer
 
 UNTRAINED, WARM_START, SFT = "untrained", "warm_start", "sft"  # folders below the demo's output
@@ -91,7 +91,7 @@ def main() -> None:
     # 0.4 is the right shape and a random word, 0 a finished model
     parser.add_argument("--target_loss", type=float, default=0.25, help="end it at this loss")
     args = parser.parse_args()
-    logging.disable_progress_bar()
+    silence_libraries()
     try:
         prepare(**vars(args))
     except (ValueError, FileNotFoundError) as error:

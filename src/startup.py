@@ -22,6 +22,7 @@ from evaluation.sweep import processes, together
 from launch.packages import find_missing_packages
 from model.checkpoints import fingerprint, full_model, locate
 from model.qwen2_audio import load_processor
+from quiet import loading_shown, silence_libraries
 from trainer.console import print_lines
 from trainer.curves import PlotCurves
 from trainer.resume import choose_start, describe_newest, finish, remove_checkpoints, step_of, strange_checkpoints
@@ -141,6 +142,8 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
         try:
             parsed = parser.parse_args_and_config()
             data, *_, args, model = parsed
+            if not args.verbose:
+                silence_libraries()
             check_packages(parsed)
             out = Path(args.output_dir)
             together(lambda: held.enter_context(hold(out / LOCK)), main=True)
@@ -161,11 +164,12 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
         except (ValueError, OSError) as error:  # the user's to mend: its message says how
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         try:
-            trainer = build_trainer(dataset, processor, eval_questions, *parsed)
-            trainer.run_settings = settings
-            train(trainer, start)
-        except DataError as error:  # a reward, or clips that cannot be used any more
+            with loading_shown():
+                trainer = build_trainer(dataset, processor, eval_questions, *parsed)
+        except DataError as error:  # a reward that cannot be used
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        trainer.run_settings = settings
+        train(trainer, start)
         trainer.end()  # processes that exit with a process group open may abort
 
 

@@ -26,7 +26,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from transformers.utils import logging
 
 from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS
@@ -35,6 +34,7 @@ from dataset.questions import load_questions
 from evaluation.answers import AUDIO, default_workers
 from evaluation.results import MAX_NEW_TOKENS, Run
 from evaluation.sweep import DTYPES, Sweep, make_jobs, processes, run_sweep, say
+from quiet import silence_libraries
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -102,7 +102,7 @@ def run(args: Namespace) -> int:
 
 def main() -> int:
     args = parse_args()
-    logging.disable_progress_bar()
+    silence_libraries()
     state = processes()
     try:
         status = run(args)

@@ -16,6 +16,7 @@ SRC = ROOT / "src"
 SCRIPTS_OWN = (
     "arguments",
     "limits",
+    "quiet",
     "startup",
     "utils",
     "launch",

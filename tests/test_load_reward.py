@@ -55,6 +55,8 @@ def test_an_own_reward_trains_and_its_errors_stop_the_run(small_model, questions
     ]  # fmt: skip
     done = run(sys.executable, "src/train.py", *flags, f"{tmp_path}/my_rewards.py:brevity")
     assert "rewards/brevity/mean" in (tmp_path / "out" / "log.jsonl").read_text(), done.stdout
+    chatter = ("\r", "Writing model shards", "Loading weights", "deprecated", "Setting accelerator")
+    assert not [word for word in chatter if word in done.stdout], done.stdout
     done = run(
         sys.executable, "src/train.py", *flags, f"{tmp_path}/my_rewards.py:broken", "--overwrite_output_dir", "true",
         check=False,

@@ -31,12 +31,12 @@ if not __package__:  # run as a script, from src/dataset: its packages are those
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from tqdm import tqdm
 
 from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS, SAMPLE_RATE, DataError, examine_clip
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
 from dataset.encode import MAX_PROMPT_LENGTH, check_prompt, count_heard, count_text_tokens
+from dataset.progress import progress
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, get_style
 from dataset.questions import UNKNOWN, check_clip_is_inside, check_question, recognise_release, to_question
 from dataset.rows import SHOWN, Row, open_whole, read_lines, read_rows, starts_a_list
@@ -205,7 +205,7 @@ def _examine(data_file: str | Path, read: Callable[[Path], Iterator[Row]], rule:
     get_style(rules.style)
     examination = Examination(check_is_there(data_file))
     total = sum(1 for _ in read(examination.file)) if rules.progress else None
-    rows = iter(tqdm(read(examination.file), total=total, disable=not rules.progress, unit=" rows"))
+    rows = iter(progress(read(examination.file), total=total, disable=not rules.progress, unit=" rows"))
     ids = array("q")  # hashed, to count those that repeat in however long a file
     bad_rows = open_whole(rules.dropped_file) if rules.dropped_file else nullcontext()
     with ThreadPool(rules.workers or THREADS) as pool, bad_rows as file:

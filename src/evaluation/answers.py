@@ -6,7 +6,6 @@ files (`results.py`), wording (`dataset/prompt.py`) and the decoding of tokens (
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from dataset.audio import load_audio
@@ -31,6 +29,7 @@ from dataset.encode import (
     encode_question,
     join,
 )
+from dataset.progress import progress
 from dataset.prompt import build_question, extract_answer
 from dataset.questions import Question
 from dataset.rows import DataError, hash_file
@@ -204,14 +203,11 @@ def answer_batches(
     )
     ends, seed = end_ids(questions.processor), questions.run.sample_seed
     right = answered = 0
-    interval = 0.1 if sys.stderr.isatty() else 30
-    bar = tqdm(
+    bar = progress(
         total=sum(map(len, batches)),
         desc=title,
         unit=" questions",
         disable=quiet or not state.is_main_process,
-        mininterval=interval,
-        maxinterval=60,
     )
     with bar:
         for indices, batch in zip(batches, loader, strict=True):
