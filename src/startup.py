@@ -25,7 +25,15 @@ from model.qwen2_audio import load_processor
 from quiet import loading_shown, silence_libraries
 from trainer.console import print_lines
 from trainer.curves import PlotCurves
-from trainer.resume import choose_start, describe_newest, finish, remove_checkpoints, step_of, strange_checkpoints
+from trainer.resume import (
+    choose_start,
+    describe_newest,
+    execute_nothing,
+    finish,
+    remove_checkpoints,
+    step_of,
+    strange_checkpoints,
+)
 from trainer.room import foresee_room
 from trainer.stopping import RunEnded, StopOnSignal
 
@@ -185,6 +193,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
         trainer.add_callback(callback)
     print_lines(trainer)
     try:
+        execute_nothing(bool(trainer.args.deepspeed))
         foresee_room(trainer, step_of(start) if start else 0)
         trainer.train(resume_from_checkpoint=start and str(start))
         report_end(trainer, stop, start)

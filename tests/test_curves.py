@@ -67,7 +67,7 @@ def test_the_picture_is_refreshed_and_costs_no_run(tmp_path, capsys):
     shutil.rmtree(tmp_path)
     state.log_history.append({"step": 1, "loss": 1.0})
     PlotCurves().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
-    assert "No such file" in capsys.readouterr().err
+    assert "training.png: not written" in capsys.readouterr().err
 
 
 def test_a_run_of_one_step_or_none(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -33,7 +34,7 @@ from model.checkpoints import (
 from model.qwen2_audio import load_processor
 from test_resume import make_trainer
 from trainer.curves import read_history
-from trainer.resume import RECORD, STATE, check_resumable, finish
+from trainer.resume import RECORD, STATE, check_resumable, execute_nothing, finish
 
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\n"
 
@@ -172,6 +173,27 @@ def test_state_that_is_a_foreign_pickle_is_not_executed(small_model, questions, 
     trainer = make_trainer(small_model, questions, tmp_path / "run", max_steps=2)
     with pytest.raises(Exception, match="[Ww]eights.only"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert not marker.exists()
+
+
+def test_so_it_is_for_an_engines_state_which_the_engine_itself_reads_as_any_pickle(tmp_path, marker, monkeypatch):
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    execute_nothing(engine=True)
+    state = {
+        "stage": ZeroStageEnum.weights, "scaler": LossScaler(2.0), "dynamic": DynamicLossScaler(4.0, 2.0, 1000, 1, 1, True),
+        "part": fragment_address(numel=1, start=2), "tensor": torch.ones(2),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "optim_states.pt")
+    read = torch.load(tmp_path / "optim_states.pt", weights_only=False)  # as DeepSpeed does
+    assert read["stage"] == state["stage"] and read["part"] == state["part"] and read["scaler"].cur_scale == 2
+    torch.save(state | {"x": Touch(marker)}, tmp_path / "optim_states.pt")
+    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
+        torch.load(tmp_path / "optim_states.pt", weights_only=False)
     assert not marker.exists()
 
 

@@ -5,11 +5,13 @@ decide its result. A checkpoint without it holds weights only. Leaves out writin
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from dataset.rows import read_json, write_whole
@@ -178,6 +180,24 @@ def choose_start(args: TrainingArguments, settings: dict) -> Path | None:
             "newest, --overwrite_output_dir true removes them, --output_dir (OUT_DIR) names another folder"
         )
     return start
+
+
+def execute_nothing(engine: bool) -> None:
+    """From now on, `torch.load` makes tensors and plain values only in this process, whoever calls it and however.
+
+    The training state that a run goes on from may come from elsewhere. transformers and our trainers read it so anyway;
+    DeepSpeed reads its own as a pickle that could execute anything, though it needs but four classes of its own.
+
+    Args:
+        engine: whether DeepSpeed trains.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if engine:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 def finish(start: Path, args: TrainingArguments) -> bool:

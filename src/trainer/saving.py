@@ -129,11 +129,9 @@ class SelfContainedCheckpoints:
                 sync(out / PARTIAL)
                 move_files(out / PARTIAL, out)
 
-        for write, waits in (
-            (partial(self.save_model, str(out / PARTIAL)), self.is_deepspeed_enabled),
-            (finish, False),
-        ):
-            write_together(self, out / "model", out / PARTIAL, needed, write, waits)
+        write = partial(self.save_model, str(out / PARTIAL))
+        write_together(self, out / "model", out / PARTIAL, needed, write, waits=self.is_deepspeed_enabled)
+        write_together(self, out / "model", out / PARTIAL, needed, finish)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load weights to resume from. The checkpoint's names are the base model's, which `Trainer` would not find in
