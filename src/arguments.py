@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import yaml
 from peft import PeftConfig
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.hf_argparser import HfArg
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -18,7 +18,7 @@ from dataset.audio import CHANNELS
 from dataset.encode import MAX_PROMPT_LENGTH
 from dataset.prompt import DEFAULT_STYLE, STYLES
 from limits import check_values, wrong
-from model.qwen2_audio import HEAD, PARTS
+from model.qwen2_audio import HEAD, NOT_QUANTISED, PARTS
 from trainer.shared_prompt import ATTENTION
 
 # Flags that change what a run learns, as far as a recipe has them: recorded in checkpoints, and compared by a run that
@@ -97,13 +97,39 @@ class AudioModelConfig(ModelConfig):
 
     def init_kwargs(self, args: TrainingArguments) -> dict:
         """Keyword arguments for `from_pretrained`, given the run's precision and engine."""
-        dtype = self.dtype or ("bfloat16" if args.bf16 and args.deepspeed else "float32")
+        frozen = self.load_in_4bit or self.load_in_8bit  # all but the adapters, which are float32
+        dtype = self.dtype or ("bfloat16" if args.bf16 and (args.deepspeed or frozen) else "float32")
         return {
             "revision": self.model_revision,
             "attn_implementation": self.attn_implementation,
             "dtype": dtype,
             "use_safetensors": True,
         }
+
+    def quantisation(self, args: TrainingArguments) -> BitsAndBytesConfig | None:
+        """How the base model's layers are stored in 4 or 8 bits, for `from_pretrained`; None: they are not."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        return BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_compute_dtype="bfloat16" if args.bf16 else "float32",
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
+            llm_int8_skip_modules=list(NOT_QUANTISED),
+        )
+
+
+def check_quantised(args: TrainingArguments, model: AudioModelConfig) -> None:
+    """Raise a `ValueError` for a model of 4 or 8 bits that cannot be trained so."""
+    if not (model.load_in_4bit or model.load_in_8bit):
+        return
+    flag = f"--load_in_{4 if model.load_in_4bit else 8}bit true"
+    if not model.use_peft:
+        raise ValueError(f"{flag} stores the weights in too few bits to train them; add --use_peft true (LoRA)")
+    if args.deepspeed and args.hf_deepspeed_config.is_zero3():
+        raise ValueError(f"{flag} does not work with ZeRO-3; start with an empty CONFIG, which needs less memory still")
 
 
 @dataclass
@@ -138,6 +164,10 @@ class RunArguments:
     gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: what makes questions_per_step.")
     eval_file: str | None = HfArg(
         default=None, help="Questions in MMAU's or AVQA's format, asked every eval_steps; default: save_steps."
+    )
+    probe_memory: bool | None = HfArg(
+        default=None,
+        help="Before step 1, try the largest micro-batch that the data can give, and throw it away. Default: on a GPU.",
     )
     ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Off: each takes part in every step.")
     verbose: bool = HfArg(default=False, help="Show what libraries say of themselves, too: bars, deprecations.")

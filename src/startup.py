@@ -4,13 +4,15 @@ chosen, the data examined. All that a user can mend is said here, before the mod
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import ProcessorMixin, Trainer, TrainingArguments
+from transformers import AutoConfig, ProcessorMixin, Trainer, TrainingArguments
 
-from arguments import AudioModelConfig, DataArguments, RecipeParser, result_settings
+from arguments import AudioModelConfig, DataArguments, RecipeParser, check_quantised, result_settings
 from dataset.check import Rules, examine_evaluation_file, examine_training_file
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.lock import hold
@@ -25,6 +27,9 @@ from model.qwen2_audio import load_processor
 from quiet import loading_shown, silence_libraries
 from trainer.console import print_lines
 from trainer.curves import PlotCurves
+from trainer.fitting import check_devices, device_of, read_settings
+from trainer.memory import Settings
+from trainer.probe import ProbeFirst, explain_out_of_memory
 from trainer.resume import (
     choose_start,
     describe_newest,
@@ -35,6 +40,7 @@ from trainer.resume import (
     strange_checkpoints,
 )
 from trainer.room import foresee_room
+from trainer.sft_trainer import count_longest_answer
 from trainer.stopping import RunEnded, StopOnSignal
 
 # In the output folder:
@@ -42,8 +48,11 @@ LOCK = ".lock"  # one run at a time writes there
 START = "start"  # the model that a run from an adapter checkpoint starts from
 
 
-def load_training_data(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Dataset:
-    """The usable rows of the training file; what is dropped is reported in a table and written to `dropped.jsonl`.
+def load_training_data(
+    data: DataArguments, args: TrainingArguments, processor: ProcessorMixin
+) -> tuple[Dataset, dict[str, float]]:
+    """The usable rows of the training file; what is dropped is reported in a table and written to `dropped.jsonl`. And
+    what they take at most: tokens of a `prompt`, `seconds` of a clip.
 
     The main process examines every row and every clip's header; the others learn from it which lines to skip.
 
@@ -52,7 +61,7 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         ValueError: more than `max_dropped` of the rows are unusable, or there is none; the table says why.
     """
 
-    def examine() -> list[int]:
+    def examine() -> tuple[list[int], dict[str, float]]:
         rules = Rules(
             data.prompt_style, processor, data.max_prompt_length, data.audio_channels,
             dropped_file=Path(args.output_dir) / "dropped.jsonl", progress=not args.disable_tqdm,
@@ -60,9 +69,13 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
         examination = examine_training_file(data.data_file, rules)
         print(examination.table(), flush=True)
         examination.check_share(data.max_dropped)
-        return list(examination.dropped)
+        return list(examination.dropped), {
+            "prompt": examination.longest_prompt[0],
+            "seconds": examination.longest,
+        }
 
-    return load_train_dataset(data.data_file, data.prompt_style, skip=set(together(examine, main=True)))
+    dropped, longest = together(examine, main=True)
+    return load_train_dataset(data.data_file, data.prompt_style, skip=set(dropped)), longest
 
 
 def load_eval_questions(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Benchmark:
@@ -138,6 +151,22 @@ def check_packages(parsed: Sequence) -> None:
         raise ValueError("; ".join(problems))
 
 
+def check_memory(
+    data: DataArguments, args: TrainingArguments, model: AudioModelConfig, longest: dict[str, float]
+) -> Settings:
+    """Say what the run takes of each device, and return what that depends on.
+
+    Raises:
+        ValueError: it cannot fit a GPU; names settings that would.
+    """
+    kwargs = model.init_kwargs(args) | (getattr(args, "model_init_kwargs", None) or {})
+    config = AutoConfig.from_pretrained(model.model_name_or_path, revision=kwargs["revision"], trust_remote_code=False)
+    settings = replace(read_settings(args, model, kwargs["dtype"], data.freeze, config), **longest)
+    devices = gather_object([device_of(args)])
+    together(lambda: check_devices(config, settings, devices), main=True)
+    return settings
+
+
 def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) -> None:
     """A training script from its command line to the saved model.
 
@@ -162,11 +191,15 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
             start = together(lambda: choose_start(args, settings), main=True)
             if start and together(lambda: finish(start, args), main=True):
                 return
+            check_quantised(args, model)
             folder = together(lambda: merge_adapter(model.model_name_or_path, out))
-            dataset = load_training_data(data, args, processor)
+            dataset, longest = load_training_data(data, args, processor)
             check_enough(len(dataset), args)
             eval_questions = load_eval_questions(data, args, processor) if args.eval_file else None
             model.model_name_or_path = folder
+            if not hasattr(args, "num_generations"):
+                longest["completion"] = count_longest_answer(dataset, processor)
+            memory = check_memory(data, args, model, longest)
             if args.overwrite_output_dir:
                 together(lambda: remove_checkpoints(strange_checkpoints(out, start)), main=True)
         except (ValueError, OSError) as error:  # the user's to mend: its message says how
@@ -176,7 +209,7 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
                 trainer = build_trainer(dataset, processor, eval_questions, *parsed)
         except DataError as error:  # a reward that cannot be used
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-        trainer.run_settings = settings
+        trainer.run_settings, trainer.memory_settings = settings, memory
         train(trainer, start)
         trainer.end()  # processes that exit with a process group open may abort
 
@@ -188,14 +221,17 @@ def train(trainer: Trainer, start: Path | None) -> None:
     Args:
         start: the checkpoint to go on from.
     """
-    stop = StopOnSignal()
+    args, stop = trainer.args, StopOnSignal()
     for callback in (stop, PlotCurves()):
         trainer.add_callback(callback)
     print_lines(trainer)
     try:
         execute_nothing(bool(trainer.args.deepspeed))
         foresee_room(trainer, step_of(start) if start else 0)
-        trainer.train(resume_from_checkpoint=start and str(start))
+        if args.device.type == "cuda" if args.probe_memory is None else args.probe_memory:
+            trainer.add_callback(ProbeFirst(trainer))
+        with explain_out_of_memory(trainer):
+            trainer.train(resume_from_checkpoint=start and str(start))
         report_end(trainer, stop, start)
     except RunEnded as error:
         end_with(error, trainer)

@@ -13,7 +13,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
-from trl import GRPOConfig, get_quantization_config
+from trl import GRPOConfig
 
 from arguments import AudioModelConfig, DataArguments, RecipeParser, RunArguments
 from dataset.questions import Benchmark
@@ -90,7 +90,7 @@ def build_trainer(
         eval_questions=eval_questions,
         max_resample_rounds=rewards.max_resample_rounds if rewards.resample_uniform_groups else 0,
         peft_config=model.adapters(),
-        quantization_config=get_quantization_config(model),
+        quantization_config=model.quantisation(args),
     )
     trainer.accelerator.print(
         f"{len(dataset)} questions, style {data.prompt_style}; a step is {args.gradient_accumulation_steps} x "

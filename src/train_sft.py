@@ -47,7 +47,10 @@ def build_trainer(
     config: AudioModelConfig,
 ) -> AudioSFTTrainer:
     """The trainer, its model loaded; the data set has been examined."""
-    model = create_model_from_path(config.model_name_or_path, device_map=None, **config.init_kwargs(args))
+    kwargs = config.init_kwargs(args)
+    if quantisation := config.quantisation(args):
+        kwargs["quantization_config"] = quantisation
+    model = create_model_from_path(config.model_name_or_path, device_map=None, **kwargs)
     if peft_config := config.adapters():
         model = get_peft_model(model, peft_config)
     if args.learning_rate is None:

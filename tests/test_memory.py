@@ -7,15 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen2AudioForConditionalGeneration, TrainingArguments
 from trl import GRPOConfig
 
 from conftest import QUESTION, SHARED, write_tone
 from dataset.dataset import load_train_dataset
-from model.generation import generate
+from model.generation import generate, prefill
+from model.qwen2_audio import base_model, load_processor
 from model.without_storage import PeakMemory, place, without_storage
+from trainer import memory
 from trainer.grpo_trainer import AudioGRPOTrainer
-from trainer.memory import GIB, Estimate, Settings, advise, build, estimate, longest_questions, policy_pass, roll_out
+from trainer.memory import Estimate, Settings, build, decode_last, estimate, longest_questions, policy_pass
+from trainer.sft_trainer import AudioSFTTrainer, count_longest_answer
 
 pytestmark = pytest.mark.slow  # a minute on two cores
 
@@ -86,6 +89,35 @@ def test_without_accumulation_the_total_is_an_upper_bound(small_model, two_secon
     assert peak <= found.total <= peak + found.gradients, found
 
 
+def test_of_supervised_steps_too(small_model, two_seconds, tmp_path):
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True, bf16=False,
+        report_to="none", max_steps=2, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    processor = load_processor(small_model)
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
+    trainer = AudioSFTTrainer(model, args, two_seconds, processor)
+    with PeakMemory([*trainer.model.parameters(), *trainer.model.buffers()]) as held:
+        trainer.train()
+    ids = trainer.data_collator([two_seconds[0]])["input_ids"]
+    answer = count_longest_answer(two_seconds, processor)
+    settings = replace(SMALL, supervised=True, completion=answer, prompt=ids.shape[1] - answer)
+    found = estimate(trainer.model.config, settings)
+    assert found.rollout == found.reference == 0
+    assert found.total == pytest.approx(held.peak, rel=0.1), found
+
+
+@pytest.mark.parametrize("change", [{}, {"lora_r": 4, "checkpointing": True}, {"supervised": True}], ids=str)
+def test_a_deep_model_follows_from_shallow_ones(small_model, monkeypatch, change):
+    config = AutoConfig.from_pretrained(small_model)
+    config.text_config.num_hidden_layers, config.audio_config.encoder_layers = 6, 5
+    config.text_config.layer_types = ["full_attention"] * 6
+    settings = replace(SMALL, prompt=120, **change)
+    found = estimate(config, settings)
+    monkeypatch.setattr(memory, "FEW", 6)
+    assert estimate(config, settings) == found
+
+
 def sizes(**changes) -> Estimate:
     zeros = dict.fromkeys(Estimate.__dataclass_fields__, 0) | {"settings": Settings()}
     return Estimate(**zeros | changes)
@@ -113,19 +145,6 @@ def test_engines_divide_what_they_divide(small_model):
     assert adapters.reference == 0 and adapters.optimizer < alone.optimizer / 5 and adapters.weights > alone.weights
 
 
-def test_what_does_not_fit_stops_with_settings_that_fit(small_model):
-    config, offloaded = AutoConfig.from_pretrained(small_model), replace(ENGINE, offload_optimizer=True)
-    found, less = (estimate(config, replace(offloaded, checkpointing=on)) for on in (False, True))
-    advise(config, found, 2 * found.total)  # fits
-    with pytest.raises(ValueError) as error:
-        advise(config, found, int(less.total / 0.9))
-    offers = str(error.value).splitlines()
-    assert f"  --activation_checkpointing true: {less.total / GIB:.1f} GiB, and 0 GiB of the CPU's" in offers[3]
-    assert not any("--activation_checkpointing true --" in offer for offer in offers)  # it is enough
-    with pytest.raises(ValueError, match="take larger devices"):
-        advise(config, estimate(config, replace(offloaded, checkpointing=True, lora_r=4)), 1000)
-
-
 def full_size(layers: int = 2):
     """The configuration of Qwen2-Audio-7B with fewer of its layers, which are alike, and a model made from it."""
     if not SHARED.is_dir():
@@ -151,12 +170,13 @@ def test_every_pass_of_the_full_size_model_stays_on_its_device(elsewhere, layers
     assert layers < 32 or built["trained"] == pytest.approx(8.4e9, rel=0.01)
     with without_storage() as memory:
         place(model, elsewhere)
-        batch = longest_questions(model, settings)
-        policy_pass(model, batch, settings)
+        batch = longest_questions(model, settings, model.device)
+        policy_pass(model, batch, settings).backward()
         assert {(p.grad.device.type, p.grad.dtype) for p in model.parameters() if p.requires_grad} == {
             ("lazy", torch.bfloat16)
         }
-        roll_out(model, batch, settings)
+        with torch.no_grad():
+            decode_last(model, batch, prefill(base_model(model), batch)[1], settings)
         chosen = torch.full((2,), 7, device=elsewhere)
         with torch.no_grad():  # `__wrapped__` is `generate` without its inference mode, which fake tensors do not bear
             completions = generate.__wrapped__(model.eval(), batch, [0], 2, lambda logits, rows, so_far: chosen)
@@ -170,7 +190,7 @@ def test_a_mixture_of_devices_is_found(elsewhere, misplaced):
     model, _ = build(full_size().to_json_string(), settings)
     with without_storage():
         place(model, elsewhere)
-        batch = longest_questions(model, settings)
+        batch = longest_questions(model, settings, model.device)
         if misplaced == "weight":
             place(next(m for m in model.modules() if isinstance(m, torch.nn.Linear)), "cpu")
         else:

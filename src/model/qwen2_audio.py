@@ -26,6 +26,8 @@ PARTS = {
     "projector": ("multi_modal_projector",),
     "language_model": ("language_model", HEAD),
 }
+# What stays as it is in a model of 4 or 8 bits: the head, and the ears, a thirteenth of the weights.
+NOT_QUANTISED = ("lm_head", "model.audio_tower", "model.multi_modal_projector")
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -75,6 +77,11 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"--freeze {' '.join(parts)} leaves nothing to train")
+
+
+def quantised_layers(model: nn.Module) -> list[nn.Linear]:
+    """The layers of a Qwen2-Audio that `NOT_QUANTISED` leaves to be stored in fewer bits."""
+    return [layer for layer in model.model.language_model.modules() if isinstance(layer, nn.Linear)]
 
 
 @contextmanager

@@ -20,7 +20,11 @@ cut questions instead of completions, so that groups stay whole.
 Shapes: N questions, G generations, B = N * G completions, P prompt, C completion, M mel bins, F mel frames, T packed.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -41,6 +45,8 @@ from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_pro
 from .accuracy import GreedyAccuracy
 from .checked_rewards import checked, find_error, raise_together
 from .finite import FiniteSteps
+from .memory import longest_questions
+from .probe import MemoryProbe
 from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
@@ -48,7 +54,7 @@ from .shared_prompt import ATTENTION, pack, score, unpack
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
 
 
-class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, GRPOTrainer):
+class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, GRPOTrainer):
     """GRPO on questions about audio, for Qwen2-Audio and models with its interface.
 
     Args:
@@ -134,6 +140,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, GR
         encoded = encode(self.processing_class, [row["prompt"] for row in questions], clips)
         self._questions = encoded.to(self.accelerator.device)
         self._clips = self._questions.audio_inputs
+        self.describe_batch = partial(self._describe_rollout, encoded, generations)
 
         output = super()._generate_and_score_completions([row for row in questions for _ in range(generations)])
         shape = len(questions), generations
@@ -273,6 +280,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, GR
     def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """TRL's loss on a micro-batch of whole groups."""
         self._clips = {key: inputs[key] for key in AUDIO_INPUTS}
+        self.describe_batch = partial(describe_pass, inputs["prompt_mask"], inputs["completion_mask"])
         rows = {key: value.flatten(0, 1) if value.ndim > 1 else value for key, value in inputs.items()}
         return super()._compute_loss(model, {key: value for key, value in rows.items() if key not in AUDIO_INPUTS})
 
@@ -307,6 +315,65 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, GR
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    # Memory
+
+    def probe_memory(self) -> None:
+        metrics, entropies = self._metrics, self._entropy_window_stats
+        self._metrics = {mode: defaultdict(list) for mode in metrics}
+        super().probe_memory()
+        self._metrics, self._entropy_window_stats = metrics, entropies
+
+    def _largest_batch(self) -> dict[str, torch.Tensor]:
+        """By a rollout of as many questions as ever, completions of the full length, and a pass as the reference's."""
+        s, args, G = self.memory_settings, self.args, self.num_generations
+        whole = replace(s, questions=s.questions * args.steps_per_generation)
+        self._questions = questions = longest_questions(base_model(self.model), whole, args.device)
+        self._clips = questions.audio_inputs
+        self.describe_batch = partial(self._describe_rollout, questions, G)
+        config = self.generation_config
+        self.generation_config = deepcopy(config)
+        self.generation_config.min_new_tokens = s.completion
+        try:
+            completions, _ = self._generate_single_turn([], None, {}, G)
+        finally:
+            self.generation_config = config
+        batch = {
+            "prompt_ids": questions.input_ids[:, None].expand(-1, G, -1),  # (N, G, P)
+            "prompt_mask": questions.attention_mask[:, None].expand(-1, G, -1),
+            "completion_ids": torch.tensor(completions, device=args.device).unflatten(0, (-1, G)),  # (N, G, C)
+        }
+        batch["completion_mask"] = torch.ones_like(batch["completion_ids"])
+        ids, mask = (
+            torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], dim=2).flatten(0, 1)
+            for kind in ("ids", "mask")
+        )
+        with torch.no_grad():
+            log_probs, _, _ = self._get_per_token_logps_and_entropies(
+                self.ref_model or self.model, ids, mask, s.completion, args.per_device_train_batch_size
+            )
+        batch |= self._clips
+        batch["ref_per_token_logps"] = log_probs.unflatten(0, (-1, G))
+        batch["advantages"] = torch.zeros_like(batch["completion_ids"][..., 0], dtype=torch.float32)  # (N, G)
+        first = {key: value[: s.questions] for key, value in batch.items()}
+        return first | {"num_items_in_batch": batch["completion_mask"].sum()}
+
+    def _describe_rollout(self, questions: Batch, generations: int) -> str:
+        longest = int(questions.attention_mask.cpu().sum(dim=1).max())
+        return (
+            f"a rollout of {len(questions)} question(s) x {generations} completions, the longest prompt {longest} "
+            f"tokens, completions of up to {self.max_completion_length}"
+        )
+
+
+def describe_pass(prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> str:
+    """What a micro-batch of masks (N, G, P) and (N, G, C) takes memory for."""
+    prompt, completion = (int(mask.cpu().sum(dim=-1).max()) for mask in (prompt_mask, completion_mask))
+    questions, generations = prompt_mask.shape[:2]
+    return (
+        f"a pass over {questions} question(s) x {generations} completions, the longest prompt {prompt} tokens, the "
+        f"longest completion {completion}"
+    )
 
 
 class QuestionOrder(RepeatSampler):

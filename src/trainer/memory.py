@@ -1,10 +1,9 @@
-"""How much memory a run will take on each device, before its model is loaded; and what would take less.
-
-    python src/trainer/memory.py [MODEL]    prints the table of docs/MEMORY.md, from MODEL's configuration alone
+"""How much memory a run takes on each device, calculated from its model's configuration before the model is loaded.
 
 Weights, gradients and optimizer follow from the parameters of a model without storage. Activations and rollout are the
-peaks of the trainer's own passes, run on such a model (`without_storage`), operator by operator. Left out: the CUDA
-context, what kernels take for themselves, and what the allocator loses between blocks; `RESERVED` is for these.
+peaks of the trainers' own passes, run on such a model (`without_storage`), operator by operator. Layers are alike, so
+that a deep model follows from three shallow ones. Left out: what would take less (`fitting.py`), the CUDA context, what
+kernels take for themselves, and what the allocator loses between blocks; `RESERVED` is for these.
 
 The policy's gradients are taken to be there before its pass, as they are from the second of accumulated passes on: an
 upper bound without accumulation, where they come as the activations go.
@@ -13,47 +12,31 @@ Shapes: N questions, G generations, P prompt, C completion, V vocabulary.
 """
 
 import json
-import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedConfig
+from transformers.integrations import deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
-from command_line import ArgumentParser, at_least
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch, count_audio_tokens, needed_frames
 from model.generation import prefill
-from model.qwen2_audio import audio_token_id, base_model, freeze_parts
+from model.qwen2_audio import audio_token_id, base_model, freeze_parts, needed_frames_only, quantised_layers
 from model.without_storage import place, without_storage
-from trainer.shared_prompt import pack, score, unpack
+from trainer.shared_prompt import IGNORE, pack, score, unpack
 
-GIB = 2**30
 RESERVED = 0.08  # share of a device that is left for what cannot be calculated; an assumption, not a measurement
 # DeepSpeed's defaults, in elements: what it reduces at once (twice, with overlap_comm), and what ZeRO-3 keeps gathered.
 REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 BYTES_OF_4_BIT = 0.5 + 4 / 64  # NF4 with a float32 scale per block of 64 (QLoRA, arXiv 2305.14314)
-
-CHECKPOINTING, ONCE, LORA = {"checkpointing": True}, {"steps_per_generation": 1}, {"lora_r": 16}
-OFFLOADED = {"zero_stage": 2, "offload_optimizer": True}
-ROWS = (
-    ("ds_zero2 (the paper)", {"zero_stage": 2}),
-    ("ds_zero2, checkpointing", {"zero_stage": 2} | CHECKPOINTING),
-    ("ds_zero3, checkpointing", {"zero_stage": 3} | CHECKPOINTING),
-    ("ds_zero2_offload, checkpointing", OFFLOADED | CHECKPOINTING),
-    ("ds_zero2_offload, checkpointing, steps_per_generation 1", OFFLOADED | CHECKPOINTING | ONCE),
-    ("LoRA, ds_zero2", {"zero_stage": 2} | LORA),
-    ("LoRA, ds_zero2, checkpointing, steps_per_generation 1", {"zero_stage": 2} | LORA | CHECKPOINTING | ONCE),
-    ("LoRA, 4-bit, checkpointing, steps_per_generation 1", {"four_bit": True} | LORA | CHECKPOINTING | ONCE),
-)
+FEW = 2  # layers: what a third adds, any further one does
 
 
 @dataclass(frozen=True)
@@ -66,11 +49,13 @@ class Settings:
     offload_weights: bool = False  # with ZeRO-3
     dtype: torch.dtype = torch.bfloat16  # of the weights
     autocast: bool = False  # to bfloat16, as mixed precision without an engine does
+    moments: float = 2  # that the optimizer keeps of every weight, in units of a weight's size (float32 with an engine)
     lora_r: int = 0  # 0: no adapters
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     four_bit: bool = False
     freeze: tuple[str, ...] = ()
     checkpointing: bool = False
+    supervised: bool = False  # no rollouts, no reference; the completion is the answer to learn
     beta: float = 0.04  # 0: no reference
     generations: int = 8
     questions: int = 1  # per process and forward pass
@@ -104,27 +89,25 @@ class Estimate:
     def fits(self, device_bytes: int) -> bool:
         return self.total <= (1 - RESERVED) * device_bytes
 
-    def line(self) -> str:
-        names = ("weights", "gradients", "optimizer", "reference", "buffers", "rollout", "activations")
-        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in names)
-        host = f"; {self.host / GIB:.1f} of the CPU's memory" if self.host else ""
-        return f"memory per device, GiB, calculated: {self.total / GIB:.1f} at most ({parts}){host}"
-
 
 def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
-    """What a run of `settings` takes, from its model's configuration. For 8.4 B it takes up to half a minute."""
+    """What a run of `settings` takes, from its model's configuration. For 8.4 B it takes seconds."""
     s = settings
     shapes = replace(s, processes=1, zero_stage=min(s.zero_stage, 1), offload_optimizer=False, offload_weights=False)
-    shapes = replace(shapes, beta=0.0, steps_per_generation=1)
-    sizes, activations = _measure_policy_pass(config.to_json_string(), shapes)
-    whole = replace(shapes, questions=s.questions * s.steps_per_generation, checkpointing=False)
-    rollout = _measure_rollout(config.to_json_string(), whole)
+    shapes = replace(shapes, beta=0.0, moments=0, steps_per_generation=1)
+    with _no_engine(), torch.random.fork_rng(devices=[]):
+        sizes = _from_few_layers(_measure_policy_pass, config, shapes)
+        rollout = 0
+        if not s.supervised:
+            whole = replace(shapes, questions=s.questions * s.steps_per_generation, checkpointing=False)
+            rollout = max(_from_few_layers(_measure_rollout, config, whole).values())
     weights, base, trained = sizes["weights"], sizes["base"], sizes["trained"]
-    reference = base if s.beta and not s.lora_r else 0
+    activations = max(sizes["forward"], sizes["backward"])
+    reference = base if s.beta and not s.lora_r and not s.supervised else 0
     gradients, step, buffers, host = sizes["gradients"], 0, 0, 0
     if s.zero_stage:
         reduced = gradients // trained * min(REDUCE_BUCKET, trained)
-        optimizer = 12 * trained // s.processes  # float32 weights and AdamW's two moments
+        optimizer = int(4 * (1 + s.moments) * trained) // s.processes  # float32 weights and AdamW's two moments
         gradients //= s.processes if s.zero_stage > 1 else 1
         step, buffers = 4 * trained // s.processes, 2 * reduced  # gradients in float32
         if s.zero_stage == 3:
@@ -132,7 +115,7 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
             rollout += weights  # gathered as a whole for it
             weights, reference = weights // s.processes, reference // s.processes
     else:
-        optimizer = 2 * gradients
+        optimizer = int(s.moments * gradients)
         gradients *= 2 if s.processes > 1 else 1  # DDP reduces copies of them
     if s.offload_optimizer:
         host, optimizer, gradients, step = optimizer + gradients + step, 0, 0, 0
@@ -141,67 +124,67 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
     return Estimate(s, weights, gradients, optimizer, reference, buffers, rollout, activations, step, host)
 
 
-def advise(config: PreTrainedConfig, found: Estimate, device_bytes: int) -> None:
-    """Raise a `ValueError` where a run does not fit its devices, with settings that would: each change alone, then with
-    all that only take time; what adds to a change that is enough is left out."""
-    if found.fits(device_bytes):
-        return
-    s = found.settings
-    lighter = [("--activation_checkpointing true", CHECKPOINTING), ("--steps_per_generation 1", ONCE)]
-    if s.questions > 1:
-        fewer = {"questions": 1, "steps_per_generation": s.steps_per_generation * s.questions}
-        lighter.insert(0, (f"--per_device_train_batch_size {s.generations}", fewer))
-    engine = {"dtype": torch.bfloat16, "autocast": False, "offload_optimizer": False, "offload_weights": False}
-    stages = (2, 3) if s.processes > 1 else ()
-    others = [(f"CONFIG=conf/ds_zero{stage}.json", engine | {"zero_stage": stage}) for stage in stages]
-    others.append(("CONFIG=conf/ds_zero2_offload.json", engine | OFFLOADED))
-    others.append(
-        ("CONFIG=conf/ds_zero3_offload.json", engine | OFFLOADED | {"zero_stage": 3, "offload_weights": True})
-    )
-    others.append(lora := ("--use_peft true", {"lora_r": s.lora_r or LORA["lora_r"]}))
-    tried = [[change] for change in lighter + others] + [lighter] + [[*lighter, change] for change in others]
-    tried.append([*lighter, lora, ("--load_in_4bit true", {"four_bit": True})])
-    fitting: list[tuple[set, str]] = []
-    for chosen in tried:
-        flags, candidate = [], s
-        for flag, change in chosen:
-            if (changed := replace(candidate, **change)) != candidate:
-                flags.append(flag)
-                candidate = changed
-        if not flags or any(simpler <= set(flags) for simpler, _ in fitting):
-            continue
-        if (new := estimate(config, candidate)).fits(device_bytes):
-            host = f", and {new.host / GIB:.0f} GiB of the CPU's memory per process" if new.host else ""
-            fitting.append((set(flags), f"{' '.join(flags)}: {new.total / GIB:.1f} GiB{host}"))
-    remedies = "\n  ".join(text for _, text in fitting) or "nothing that this program has: take larger devices, or more"
-    raise ValueError(
-        f"this run does not fit its devices of {device_bytes / GIB:.1f} GiB, of which {RESERVED:.0%} stay free.\n"
-        f"{found.line()}\nWhat would fit:\n  {remedies}"
-    )
+@contextmanager
+def _no_engine() -> Iterator[None]:
+    """Models are built as a whole, and passes run as without ZeRO-3, whatever engine the run will have."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def _from_few_layers(
+    measure: Callable[[str, Settings], dict[str, int]], config: PreTrainedConfig, s: Settings
+) -> dict[str, int]:
+    """What `measure` gives of the whole model. Sizes and the peak of each phase grow by the same with every layer."""
+    text, audio = config.text_config.num_hidden_layers, config.audio_config.encoder_layers
+    if min(text, audio) <= FEW:
+        return measure(config.to_json_string(), s)
+
+    def shallow(text_layers: int, audio_layers: int) -> dict[str, int]:
+        cut = deepcopy(config)
+        cut.text_config.num_hidden_layers, cut.audio_config.encoder_layers = text_layers, audio_layers
+        cut.text_config.layer_types = cut.text_config.layer_types[:text_layers]
+        return measure(cut.to_json_string(), s)
+
+    few, more_text, more_audio = shallow(FEW, FEW), shallow(FEW + 1, FEW), shallow(FEW, FEW + 1)
+    return {
+        name: size + (text - FEW) * (more_text[name] - size) + (audio - FEW) * (more_audio[name] - size)
+        for name, size in few.items()
+    }
 
 
 @lru_cache
-def _measure_policy_pass(config: str, s: Settings) -> tuple[dict[str, int], int]:
-    """(what `build` says of the sizes; bytes of the pass beside weights and gradients)."""
+def _measure_policy_pass(config: str, s: Settings) -> dict[str, int]:
+    """What `build` says of the sizes; and the pass's peaks in bytes, beside weights and gradients."""
     model, sizes = build(config, s)
     with without_storage() as memory:
         place(model, "cpu")
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         memory.peak = held = memory.live
-        policy_pass(model, longest_questions(model, s), s)
-    return sizes, memory.peak - held
+        loss = policy_pass(model, longest_questions(model, s, model.device), s)
+        forward, memory.peak = memory.peak, memory.live
+        loss.backward()
+    if s.four_bit:  # one layer at a time is there in full
+        held -= max(layer.weight.nbytes for layer in quantised_layers(base_model(model)))
+    return sizes | {"forward": forward - held, "backward": memory.peak - held}
 
 
 @lru_cache
-def _measure_rollout(config: str, s: Settings) -> int:
-    """Bytes of a rollout beside the model's weights."""
+def _measure_rollout(config: str, s: Settings) -> dict[str, int]:
+    """Peaks of a rollout in bytes, beside the model's weights."""
     model, _ = build(config, s)
-    with without_storage() as memory:
+    with without_storage() as memory, torch.no_grad(), autocast(s):
         place(model, "cpu")
+        batch = longest_questions(model, s, model.device)
         memory.peak = held = memory.live
-        roll_out(model, longest_questions(model, s), s)
-    return memory.peak - held
+        _, cache = prefill(base_model(model), batch)
+        prefilled, memory.peak = memory.peak, memory.live
+        decode_last(model, batch, cache, s)
+    return {"prefill": prefilled - held, "decoding": memory.peak - held}
 
 
 def build(config: str, s: Settings) -> tuple[nn.Module, dict[str, int]]:
@@ -213,9 +196,9 @@ def build(config: str, s: Settings) -> tuple[nn.Module, dict[str, int]]:
         )
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     base = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if s.four_bit:  # all linear layers but the head
-        linear = [m.weight for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()]
-        base += sum(int(weight.numel() * BYTES_OF_4_BIT) - weight.nbytes for weight in linear)
+    if s.four_bit:
+        weights = [layer.weight for layer in quantised_layers(model)]
+        base += sum(int(weight.numel() * BYTES_OF_4_BIT) - weight.nbytes for weight in weights)
     if s.lora_r:
         lora = LoraConfig(r=s.lora_r, target_modules=list(s.lora_targets), task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, low_cpu_mem_usage=True)
@@ -233,9 +216,9 @@ def build(config: str, s: Settings) -> tuple[nn.Module, dict[str, int]]:
     return model, sizes | {"trained": sum(parameter.numel() for parameter in trained)}
 
 
-def longest_questions(model: nn.Module, s: Settings) -> Batch:
-    """The longest questions (N, P) with the longest clips, on the model's device."""
-    device, audio, samples = model.device, model.config.audio_config, round(s.seconds * SAMPLE_RATE)
+def longest_questions(model: nn.Module, s: Settings, device: torch.device) -> Batch:
+    """The longest questions (N, P) with the longest clips."""
+    audio, samples = model.config.audio_config, round(s.seconds * SAMPLE_RATE)
     frames = -(-samples // 160)
     ids = torch.ones(s.questions, s.prompt, dtype=torch.long, device=device)
     ids[:, : count_audio_tokens(samples)] = audio_token_id(base_model(model))
@@ -244,49 +227,42 @@ def longest_questions(model: nn.Module, s: Settings) -> Batch:
     return Batch(ids, torch.ones_like(ids), features, torch.full((s.questions,), frames, device=device))
 
 
-def policy_pass(model: nn.Module, batch: Batch, s: Settings) -> None:
-    """Log-probs of N x G completions of the full length, and their gradients."""
+def autocast(s: Settings):
+    return torch.autocast("cpu", torch.bfloat16) if s.autocast else nullcontext()
+
+
+def policy_pass(model: nn.Module, batch: Batch, s: Settings) -> torch.Tensor:
+    """A loss of N x G completions of the full length, or of N answers to learn."""
+    if s.supervised:
+        inputs = longest_answers(batch, s)
+        with autocast(s), needed_frames_only(base_model(model)):
+            return model(**inputs, fused_lm_head=True).loss
     ids = batch.input_ids.new_ones(len(batch), s.generations, s.completion)
     packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids))
-    with torch.autocast("cpu", torch.bfloat16) if s.autocast else nullcontext():
+    with autocast(s):
         output = score(model, base_model(model), packed, batch.audio_inputs)
-    unpack(output.log_probs, packed, s.generations, s.completion).sum().backward()
+    return unpack(output.log_probs, packed, s.generations, s.completion).sum()
+
+
+def longest_answers(batch: Batch, s: Settings) -> dict[str, torch.Tensor]:
+    """What supervised fine-tuning's collator makes of the longest questions with the longest answers, (N, P + C)."""
+    ids = torch.cat([batch.input_ids, batch.input_ids.new_ones(len(batch), s.completion)], dim=1)
+    labels = ids.clone()
+    labels[:, : s.prompt] = IGNORE
+    mask = torch.ones_like(ids)
+    tokens = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(dim=1) - 1, "labels": labels}
+    return tokens | batch.audio_inputs
 
 
 @torch.no_grad()
-def roll_out(model: nn.Module, batch: Batch, s: Settings) -> None:
-    """The prefill of N questions, and the last decoding step of their N x G completions."""
-    with torch.autocast("cpu", torch.bfloat16) if s.autocast else nullcontext():
-        _, cache = prefill(base_model(model), batch)
-        cache.crop(-1)
-        cache.batch_repeat_interleave(s.generations)
-        for layer in cache.layers:
-            layer.keys = nn.functional.pad(layer.keys, (0, 0, 0, s.completion - 1))
-            layer.values = nn.functional.pad(layer.values, (0, 0, 0, s.completion - 1))
-        ids = batch.input_ids[:, -1:].repeat_interleave(s.generations, dim=0)
-        mask = ids.new_ones(len(ids), s.prompt + s.completion - 1)
-        logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-        logits[:, -1].float().softmax(dim=-1)  # (N * G, V)
-
-
-def main() -> None:
-    parser = ArgumentParser(description="Print, for a model's configuration, which settings fit which GPUs.")
-    parser.add_argument("model", nargs="?", default="Qwen/Qwen2-Audio-7B-Instruct", help="folder or hub name")
-    parser.add_argument("--prompt", type=at_least(1), default=400, help="tokens of the longest prompt")
-    parser.add_argument("--seconds", type=float, default=10, help="of the longest clip")
-    args = parser.parse_args()
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
-    print("| settings | " + " | ".join(f"{name}, CPU's" for name in ("1 device", "8 devices")) + " |")
-    print("| --- | --- | --- |")
-    for flags, change in ROWS:
-        cells = []
-        for processes in (1, 8):
-            settings = Settings(processes=processes, prompt=args.prompt, seconds=args.seconds)
-            found = estimate(config, replace(settings, **{"steps_per_generation": 16 // processes} | change))
-            fits = next((f" fits {size} GB" for size in (24, 48, 80) if found.fits(size * GIB)), "")
-            cells.append(f"{found.total / GIB:.1f}{fits}, {found.host / GIB:.0f}")
-        print(f"| {flags} | {' | '.join(cells)} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def decode_last(model: nn.Module, batch: Batch, cache, s: Settings) -> None:
+    """The last decoding step of N x G completions, from the cache of their N prompts."""
+    cache.crop(-1)
+    cache.batch_repeat_interleave(s.generations)
+    for layer in cache.layers:
+        layer.keys = nn.functional.pad(layer.keys, (0, 0, 0, s.completion - 1))
+        layer.values = nn.functional.pad(layer.values, (0, 0, 0, s.completion - 1))
+    ids = batch.input_ids[:, -1:].repeat_interleave(s.generations, dim=0)
+    mask = ids.new_ones(len(ids), s.prompt + s.completion - 1)
+    logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    logits[:, -1].float().softmax(dim=-1)  # (N * G, V)

@@ -8,6 +8,7 @@ Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -20,6 +21,8 @@ from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
 from .accuracy import GreedyAccuracy
 from .finite import FiniteSteps
+from .memory import longest_answers, longest_questions
+from .probe import MemoryProbe
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import IGNORE
 
@@ -61,7 +64,27 @@ class AnswerCollator:
         return tokens | batch.audio_inputs
 
 
-class AudioSFTTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, Trainer):
+def count_longest_answer(dataset: Dataset, processor: ProcessorMixin) -> int:
+    """Tokens of the longest answer to learn, its end included, among the hundred of most characters."""
+    collator = AnswerCollator(processor)
+    answers = [
+        {"solution": solution, "style": style}
+        for solution, style in zip(dataset["solution"], dataset["style"], strict=True)
+    ]
+    longest = sorted(answers, key=lambda row: -len(row["solution"]))[:100]
+    return max(len(ids) for ids in processor.tokenizer([collator.target(row) for row in longest])["input_ids"])
+
+
+def describe_pass(attention_mask: torch.Tensor, labels: torch.Tensor) -> str:
+    """What a batch (N, T) takes memory for."""
+    longest = int(attention_mask.cpu().sum(dim=1).max())
+    answer = int((labels.cpu() != IGNORE).sum(dim=1).max())
+    return (
+        f"a pass over {len(labels)} question(s), the longest with its answer {longest} tokens, an answer up to {answer}"
+    )
+
+
+class AudioSFTTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, Trainer):
     """Supervised fine-tuning of a Qwen2-Audio, all of it or its adapters.
 
     Args:
@@ -95,5 +118,10 @@ class AudioSFTTrainer(GreedyAccuracy, FiniteSteps, SelfContainedCheckpoints, Tra
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy of the answers, in nats per token; the mean is over the tokens of the whole optimizer step."""
+        self.describe_batch = partial(describe_pass, inputs["attention_mask"], inputs["labels"])
         with needed_frames_only(base_model(self.accelerator.unwrap_model(model))):
             return super().compute_loss(model, inputs | {"fused_lm_head": True}, return_outputs, num_items_in_batch)
+
+    def _largest_batch(self) -> dict[str, torch.Tensor]:
+        questions = longest_questions(base_model(self.model), self.memory_settings, self.args.device)
+        return longest_answers(questions, self.memory_settings)
