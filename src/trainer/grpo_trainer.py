@@ -113,6 +113,11 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
                 f"attn_implementation {base.config._attn_implementation!r} cannot take the mask of a shared prompt; "
                 f"use one of {', '.join(ATTENTION)}"
             )
+        if getattr(base, "is_quantized", False):
+            # TRL has rounded the adapters to bfloat16, in which steps of 1e-6 are lost.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         freeze_parts(self.model, freeze)
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
         suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base)}
