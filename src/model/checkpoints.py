@@ -134,13 +134,17 @@ def find_base(adapter: str | Path) -> Path:
     Raises:
         IncompleteCheckpoint: there is no record, or the base is not there.
     """
+    command = shlex.join(
+        ["python", "src/merge_lora.py", "--adapter", str(adapter), "--base", "FOLDER", "--out", "FOLDER"]
+    )
+    remedy = f"make a full model with a copy of it: {command}"
     try:
         record = dict(read_json(Path(adapter) / "adapter_config.json", "save it again"))
         name, revision = record["base_model_name_or_path"], record.get("revision")
         if not name or not isinstance(name, str):
             raise ValueError(f"but {name!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IncompleteCheckpoint(f"{adapter}: its adapter_config.json names no base model ({error})") from error
+        raise IncompleteCheckpoint(f"{adapter}: adapter_config.json names no base model ({error}); {remedy}") from error
     for start in (ROOT, *Path(adapter).resolve().parents, Path.cwd()):
         if (start / name / "config.json").is_file():  # of an absolute name, `start` is dropped
             return start / name
@@ -148,9 +152,7 @@ def find_base(adapter: str | Path) -> Path:
         return locate(name, revision)
     except IncompleteCheckpoint as error:
         raise IncompleteCheckpoint(
-            f"{adapter}: incomplete, its base model is not where its adapter_config.json says ({error}); move it back, "
-            "or make a full model with another copy of it: python src/merge_lora.py --adapter "
-            f"{shlex.quote(str(adapter))} --base FOLDER --out FOLDER"
+            f"{adapter}: its base model is not where adapter_config.json says ({error}); move it back, or {remedy}"
         ) from error
 
 
