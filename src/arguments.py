@@ -1,6 +1,5 @@
 """What the training scripts share of their command lines: data, model, schedule, and the passes that make a step."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -21,8 +20,6 @@ from dataset.prompt import DEFAULT_STYLE, STYLES
 from limits import check_values, wrong
 from model.qwen2_audio import HEAD, NOT_QUANTISED, PARTS
 from trainer.shared_prompt import ATTENTION
-
-BITSANDBYTES = "0.50.2"  # the tested version
 
 # Flags that change what a run learns, as far as a recipe has them: recorded in checkpoints, and compared by a run that
 # goes on from one. How the work is spread (processes, accumulation), logged, evaluated and saved is not among them.
@@ -76,6 +73,10 @@ class AudioModelConfig(ModelConfig):
         default=None,
         help="Of the weights. Default: bfloat16 under DeepSpeed with bf16, which keeps float32 ones too; else float32.",
         metadata={"choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    lora_dropout: float = HfArg(
+        default=0.0,
+        help="Of adapters. Above 0 the policy differs from what it sampled with: a biased ratio.",
     )
     lora_target_modules: list[str] | None = HfArg(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -131,8 +132,6 @@ def check_quantised(args: TrainingArguments, model: AudioModelConfig) -> None:
     flag = f"--load_in_{4 if model.load_in_4bit else 8}bit true"
     if not model.use_peft:
         raise ValueError(f"{flag} stores the weights in too few bits to train them; add --use_peft true (LoRA)")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{flag} needs a package more: python -m pip install bitsandbytes=={BITSANDBYTES}")
     if args.deepspeed and args.hf_deepspeed_config.is_zero3():
         raise ValueError(f"{flag} does not work with ZeRO-3; start with an empty CONFIG, which needs less memory still")
 

@@ -1,6 +1,5 @@
 """What a run's flags say of its memory, what is printed and refused before its model is loaded, and what is advised."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ import startup
 import train
 import train_sft
 from conftest import ROOT
+from launch import packages
 from trainer import memory
 from trainer.fitting import advise, check_devices, read_settings, size
 from trainer.memory import Estimate, Settings, estimate
@@ -146,7 +146,7 @@ def test_a_run_that_cannot_fit_ends_before_its_model_is_loaded(
     [
         ("--load_in_4bit true", "--load_in_4bit true stores the weights in too few bits to train them; add --use_peft"),
         ("--load_in_8bit true", "--load_in_8bit true"),
-        ("--load_in_4bit true --use_peft true", "needs a package more: python -m pip install bitsandbytes=="),
+        ("--load_in_4bit true --use_peft true", "not installed; python -m pip install bitsandbytes=="),
         ("--load_in_4bit true --use_peft true --deepspeed conf/ds_zero3.json", "does not work with ZeRO-3"),
     ],
 )
@@ -155,11 +155,7 @@ def test_what_cannot_be_trained_in_few_bits_is_refused(small_model, questions, t
 
     if "deepspeed" in flags:
         pytest.importorskip("deepspeed")
-    found = "deepspeed" in flags or None
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *args: found if name == "bitsandbytes" else find(name, *args)
-    )
+    monkeypatch.setattr(packages, "find_spec", lambda name: "not installed" not in message)
     where = f"--use_cpu true --model_name_or_path {small_model} --data_file {questions} --output_dir {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["train.py", *where.split(), *flags.split()])
     monkeypatch.chdir(ROOT)

@@ -65,7 +65,7 @@ def test_the_launcher_says_it_before_any_process_is_started(
     installed, small_model, questions, monkeypatch, capsys, flags, message
 ):
     places = ("--use_cpu", "true", "--model_name_or_path", small_model, "--data_file", questions)
-    monkeypatch.setattr(sys, "argv", ["preflight.py", *map(str, places), *flags])
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "src/train.py", *map(str, places), *flags])
     with pytest.raises(SystemExit, match=message):
         preflight.main()
     installed |= {"wandb", "tensorboard", "trackio", "bitsandbytes"}

@@ -4,10 +4,11 @@ Nothing is imported to find out. Leaves out what the flags mean, and packages th
 audio anyway (vLLM).
 """
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-BITSANDBYTES = ("bitsandbytes", "bitsandbytes")
+BITSANDBYTES = ("bitsandbytes", "bitsandbytes==0.50.2")
 # optimizer -> module, and what pip calls it, as transformers' `trainer_optimizer` has them
 OPTIMIZERS = {
     name: package
@@ -62,6 +63,6 @@ def find_missing_packages(settings: Mapping[str, object]) -> list[str]:
             value = value.lower() if isinstance(values, bool) else value
             module, name = packages.get(value, (None, None))
             if module and not find_spec(module) and not (module in INSTEAD and find_spec(INSTEAD[module])):
-                needs = f"needs the package {name.split()[0]}, which is not installed"
+                needs = f"needs the package {re.split('[ =]', name)[0]}, which is not installed"
                 problems.append(f"--{flag} {value}: {needs}; python -m pip install {name}")
     return problems
