@@ -11,6 +11,7 @@ CONFIG=${CONFIG-$ENGINE} # DeepSpeed settings: conf/ds_zero3.json, conf/ds_zero3
 NODE_NUM=${NODE_NUM:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+RESTARTS=${RESTARTS:-0} # times that a run which failed goes on by itself, from its newest whole checkpoint
 # Nodes must know the port of the first; on one node it is any that is free, so that runs work side by side.
 [ "$NODE_NUM" = 1 ] || MASTER_PORT=${MASTER_PORT:-32777}
 [ -n "${MASTER_PORT:-}" ] && STANDALONE= || STANDALONE=yes
@@ -23,6 +24,10 @@ set -- \
     --prompt_style "$PROMPT_STYLE" \
     "$@"
 
+case $RESTARTS in
+*[!0-9]*) echo "RESTARTS is '$RESTARTS'; it must be a number" >&2 && exit 1 ;;
+esac
+
 . ./setup_env.sh
 PROCESSES=$(
     GPU_NUM=${GPU_NUM:-} NODE_NUM=$NODE_NUM NODE_RANK=$NODE_RANK MASTER_PORT=${MASTER_PORT:-} \
@@ -33,6 +38,7 @@ GPU_NUM=${GPU_NUM:-$PROCESSES} # processes on this machine, one for each GPU
 exec "$PYTHON" src/launch/start.py \
     --nproc_per_node "$GPU_NUM" \
     --nnodes "$NODE_NUM" \
+    --max_restarts "$RESTARTS" \
     ${STANDALONE:+--standalone} \
     ${MASTER_PORT:+--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"} \
     "$SCRIPT" "$@"

@@ -6,7 +6,9 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import yaml
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, TrainingArguments
@@ -173,6 +175,9 @@ class RunArguments:
         default=None,
         help="Before step 1, try the largest micro-batch that the data can give, and throw it away. Default: on a GPU.",
     )
+    ddp_timeout: int = HfArg(
+        default=1800, help="Seconds that a process waits for the others, before it takes one for dead and ends the run."
+    )
     ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Off: each takes part in every step.")
     verbose: bool = HfArg(default=False, help="Show what libraries say of themselves, too: bars, deprecations.")
     use_wandb: bool = HfArg(default=False, help="Short for --report_to wandb.")
@@ -199,6 +204,10 @@ class RunArguments:
                 self.eval_strategy = "steps"
             self.eval_steps = self.eval_steps or self.save_steps
             self.metric_for_best_model = self.metric_for_best_model or "accuracy"
+        several = torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+        if self.use_cpu and several and not torch.distributed.is_initialized():
+            # transformers would start the group, too, but on a CPU without the timeout.
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
 
 

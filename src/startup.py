@@ -21,6 +21,7 @@ from dataset.rows import DataError, hash_file
 from evaluation.mmau import evaluate
 from evaluation.results import Completion, to_records
 from evaluation.sweep import processes, together
+from launch.failures import Said, recorded, stop_without_launcher
 from launch.packages import find_missing_packages
 from model.checkpoints import fingerprint, full_model, locate
 from model.qwen2_audio import load_processor
@@ -29,13 +30,24 @@ from trainer.console import print_lines
 from trainer.curves import PlotCurves
 from trainer.fitting import check_devices, device_of, read_settings
 from trainer.memory import Settings
+from trainer.nodes import (
+    check_same_clips,
+    check_same_settings,
+    on_each_disk,
+    several_nodes,
+    shares_disk,
+    steps_on_all_nodes,
+    use_own_disk,
+)
 from trainer.probe import ProbeFirst, explain_out_of_memory
 from trainer.resume import (
     choose_start,
     describe_newest,
     execute_nothing,
     finish,
+    note_launch,
     remove_checkpoints,
+    resume_after_restart,
     step_of,
     strange_checkpoints,
 )
@@ -129,6 +141,26 @@ def merge_adapter(model: str, out: Path) -> str:
     return str(out / START)
 
 
+def describe_on_each_node(
+    data: DataArguments, args: TrainingArguments, model: AudioModelConfig, parsed: Sequence
+) -> dict:
+    """`describe_run` of the first process, after each node's files and flags were held against one another.
+
+    Raises:
+        FileNotFoundError, ValueError: as `describe_run`; of a file that differs, both digests and nodes are named.
+    """
+    first = args.local_process_index == 0 if several_nodes() else args.process_index == 0
+    settings = together(lambda: describe_run(data, args, model, parsed) if first else {})
+    files = {
+        "data_file (content)": f"--data_file {data.data_file}",
+        "model (weights)": f"--model_name_or_path {model.model_name_or_path}",
+        "eval_file (content)": f"--eval_file {args.eval_file}",
+    }
+    evaluated = {"eval_file (content)": hash_file(args.eval_file)[:16]} if args.eval_file else {}
+    check_same_settings(settings | evaluated, parsed, files)
+    return together(lambda: settings, main=True)
+
+
 def check_enough(questions: int, args: TrainingArguments) -> None:
     """Raise a `ValueError` with numbers that work, where there are fewer usable questions than a step takes."""
     generations = getattr(args, "num_generations", 1)
@@ -167,6 +199,7 @@ def check_memory(
     return settings
 
 
+@recorded()
 def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) -> None:
     """A training script from its command line to the saved model.
 
@@ -175,6 +208,7 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
         build_trainer: called with the data set, the processor, the questions of --eval_file or None, and all that was
             parsed, in this order.
     """
+    stop_without_launcher()
     with ExitStack() as held:
         try:
             parsed = parser.parse_args_and_config()
@@ -183,25 +217,31 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
                 silence_libraries()
             check_packages(parsed)
             out = Path(args.output_dir)
-            together(lambda: held.enter_context(hold(out / LOCK)), main=True)
             if args.eval_file:
                 check_is_there(args.eval_file)
+            if not shares_disk(out):
+                use_own_disk(args)
+            on_each_disk(lambda: held.enter_context(hold(out / LOCK)), args)
             processor = load_processor(model.model_name_or_path)
-            settings = together(lambda: describe_run(data, args, model, parsed), main=True)
-            start = together(lambda: choose_start(args, settings), main=True)
-            if start and together(lambda: finish(start, args), main=True):
+            settings = describe_on_each_node(data, args, model, parsed)
+            everywhere = steps_on_all_nodes(args)
+            vars(args).update(together(lambda: resume_after_restart(out, everywhere), main=True))
+            start = on_each_disk(lambda: choose_start(args, settings, everywhere), args)
+            if start and on_each_disk(lambda: finish(start, args), args):
                 return
             check_quantised(args, model)
             folder = together(lambda: merge_adapter(model.model_name_or_path, out))
             dataset, longest = load_training_data(data, args, processor)
             check_enough(len(dataset), args)
             eval_questions = load_eval_questions(data, args, processor) if args.eval_file else None
+            check_same_clips(dataset)
             model.model_name_or_path = folder
             if not hasattr(args, "num_generations"):
                 longest["completion"] = count_longest_answer(dataset, processor)
             memory = check_memory(data, args, model, longest)
             if args.overwrite_output_dir:
-                together(lambda: remove_checkpoints(strange_checkpoints(out, start)), main=True)
+                on_each_disk(lambda: remove_checkpoints(strange_checkpoints(out, start)), args)
+            on_each_disk(lambda: note_launch(out), args)
         except (ValueError, OSError) as error:  # the user's to mend: its message says how
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         try:
@@ -255,8 +295,9 @@ def report_end(trainer: Trainer, stop: StopOnSignal, start: Path | None) -> None
 
 def end_with(error: RunEnded, trainer: Trainer) -> NoReturn:
     """End this process with a run's last words, which the first process says where all have the same."""
+    sentence = f"{Path(sys.argv[0]).name}: {error}"
     if not error.everywhere or trainer.accelerator.is_main_process:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        print(sentence, file=sys.stderr, flush=True)
     if error.everywhere:  # so that none ends before it is said: the launcher stops the others
         trainer.accelerator.wait_for_everyone()
-    sys.exit(1)
+    raise Said(sentence)

@@ -27,7 +27,9 @@ from trainer.resume import (
     choose_start,
     find_newest,
     finish,
+    note_launch,
     remove_checkpoints,
+    resume_after_restart,
     step_of,
     strange_checkpoints,
 )
@@ -112,6 +114,17 @@ def test_a_run_with_other_settings_is_refused_by_their_names(copied):
     assert choose_start(arguments(copied, force_resume=True), other) == start
 
 
+def test_state_in_other_parts_is_refused_with_what_works(copied):
+    """Also by force: DeepSpeed would end in an assertion of its own."""
+    record = json.loads((copied / "checkpoint-3" / RECORD).read_text())
+    settings = record["settings"] | {"engine": "ZeRO-2 on 2 processes"}
+    (copied / "checkpoint-3" / RECORD).write_text(json.dumps(record | {"settings": settings}))
+    for now in ("ZeRO-2 on 4 processes", "ZeRO-3 on 2 processes", "none"):
+        with pytest.raises(ValueError, match=f"that of engine ZeRO-2 on 2 processes, now {now}.* --model_name_or_path"):
+            choose_start(arguments(copied, force_resume=True), settings | {"engine": now})
+    assert choose_start(arguments(copied), settings) == copied / "checkpoint-3"
+
+
 def test_a_folder_with_checkpoints_of_another_run_is_refused(copied):
     settings, first = settings_of(copied), str(copied / "checkpoint-1")
     with pytest.raises(ValueError, match="checkpoint-1, checkpoint-2, checkpoint-3, which another run wrote"):
@@ -127,6 +140,26 @@ def test_a_folder_with_checkpoints_of_another_run_is_refused(copied):
     remove_checkpoints(strange_checkpoints(copied, Path(first)))
     assert checkpoints_in(copied) == [Path(first)]
     assert (copied / "test_1").is_dir() and not (copied / "test_3").exists()
+
+
+def test_a_run_that_the_launcher_starts_again_goes_on_from_its_own_checkpoints_alone(copied, monkeypatch):
+    for name, value in (("LAUNCH_ID", "a"), ("TORCHELASTIC_MAX_RESTARTS", "2"), ("TORCHELASTIC_RESTART_COUNT", "1")):
+        monkeypatch.setenv(name, value)
+    assert resume_after_restart(copied) == {}, "the first start did not come as far as to train"
+    note_launch(copied)
+    flags = resume_after_restart(copied)
+    assert flags == {"resume": True, "resume_from_checkpoint": None, "overwrite_output_dir": False}
+    given = arguments(copied, resume=False, overwrite_output_dir=True)
+    vars(given).update(flags)
+    assert choose_start(given, settings_of(copied)) == copied / "checkpoint-3"
+    monkeypatch.setenv("LAUNCH_ID", "another call of the launcher")
+    assert resume_after_restart(copied) == {}
+    monkeypatch.setenv("LAUNCH_ID", "a")
+    for checkpoint in checkpoints_in(copied):
+        (checkpoint / RECORD).unlink()
+    assert resume_after_restart(copied) == {"overwrite_output_dir": True}, "it starts over"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert resume_after_restart(copied) == {}
 
 
 def test_a_finished_run_has_its_model_and_nothing_to_do(copied):

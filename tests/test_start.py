@@ -3,29 +3,66 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from running import free_port
 
 START = [sys.executable, ROOT / "src" / "launch" / "start.py", "--standalone", "--nproc_per_node"]
-SCRIPT = """
-import os, signal, sys, time
+SCRIPT = (
+    f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})"
+    + """
+import atexit, os, signal, sys, time
+from launch.failures import recorded, stop_without_launcher
+tried = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+here = os.path.dirname(__file__)
+def wait_for(name):
+    while not os.path.exists(os.path.join(here, name)):
+        time.sleep(0.05)
+def note(name):
+    open(os.path.join(here, name), "w").close()
 what, rank = sys.argv[1], os.environ.get("RANK", "alone")
+only = "0" if os.environ.get("WORLD_SIZE") == "1" else None
 if what == "mistake":
-    sys.exit("script: there is no folder x") if rank in ("1", "alone") else time.sleep(60)
+    with recorded():
+        sys.exit("script: there is no folder x") if rank in ("1", "alone", only) else time.sleep(60)
 elif what == "crash" and rank == "1":
     raise RuntimeError("rank 1 broke")
 elif what == "killed" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 elif what == "interrupted":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    there = os.path.join(os.path.dirname(__file__), "there")
-    rank == "1" and open(there, "w").close()
-    while not os.path.exists(there):  # before it, the other would answer with Python's own traceback
-        time.sleep(0.05)
+    rank == "1" and note("there")
+    wait_for("there")  # before it, the other would answer with Python's own traceback
     rank == "0" and os.killpg(os.getpgid(os.getppid()), signal.SIGINT)  # as a terminal does
+elif what == "consequence":
+    with recorded():
+        if rank == "1":
+            atexit.register(time.sleep, 2)  # what taking down a group of processes may take
+            atexit.register(note, "broken")
+            raise RuntimeError("rank 1 broke")
+        wait_for("broken")
+        raise ConnectionError("rank 1 is gone")
+elif what == "failing once":
+    import torch
+    torch.distributed.init_process_group("gloo")  # where the processes of this start are, not of the first
+    rank == "0" and tried == "0" and os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+    os.write(1, f"process {rank}, start 2\\n".encode())
+    sys.exit(0)
+elif what == "failing again":
+    os.write(2, b"tried\\n") if rank == "1" else time.sleep(60)
+    raise RuntimeError("rank 1 broke")
+elif what == "orphan":
+    stop_without_launcher()
+    signal.signal(signal.SIGTERM, lambda *_: (note("saved " + rank), os._exit(0)))
+    os.write(1, b"ready\\n")
+elif what == "signal in a restart":
+    rank == "0" and tried == "0" and os.kill(os.getpid(), signal.SIGKILL)
+    tried == "1" and os.write(1, b"ready\\n")
 elif what == "status":
     sys.exit(3)
 elif what == "signal":
@@ -38,6 +75,7 @@ elif what == "signal":
     os.write(1, b"ready\\n")
 time.sleep(60)
 """
+)
 
 
 def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
@@ -51,6 +89,7 @@ def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
     [
         ("2", "mistake", 1, "script: there is no folder x"),
         ("2", "crash", 1, "RuntimeError: rank 1 broke"),
+        ("2", "consequence", 1, "RuntimeError: rank 1 broke"),
         (
             "2",
             "killed",
@@ -67,7 +106,8 @@ def test_what_a_process_says_is_the_last_thing_printed(tmp_path, processes, what
     run = start(processes, what, tmp_path=tmp_path)
     said = run.stderr.splitlines()
     assert run.returncode == status and said[-1:] == ([last] if last else []), run.stderr
-    assert "ChildFailedError" not in run.stderr and len(said) < 12
+    assert "ChildFailedError" not in run.stderr and len(said) < (30 if what == "consequence" else 12)
+    assert ("process 1 failed first:" in said) == (what == "consequence")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -80,6 +120,75 @@ def test_a_signal_is_handed_on_and_what_the_processes_make_of_it_counts(tmp_path
         run.send_signal(number)
         assert run.communicate(timeout=60)[0] == "saved\nsaved\n"
     assert run.returncode == 0
+
+
+def restart(*arguments, tmp_path, processes=2) -> subprocess.Popen:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [*START, processes, "--max_restarts", "2", tmp_path / "script.py", *arguments]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_processes_are_started_again_after_a_failure(tmp_path):
+    with restart("failing once", tmp_path=tmp_path) as run:
+        said = run.communicate(timeout=100)[0]
+    assert run.returncode == 0, said
+    assert "process 0 was ended by SIGKILL: out of memory, if nobody sent it; the others were stopped" in said
+    assert said.count("restart 1 of 2\n") == 1 and "process 0, start 2" in said and "process 1, start 2" in said
+
+
+@pytest.mark.slow
+def test_restarts_are_counted_and_the_last_error_stays(tmp_path):
+    with restart("failing again", tmp_path=tmp_path) as run:
+        said = run.communicate(timeout=100)[0]
+    assert run.returncode == 1 and said.count("tried\n") == 3
+    assert said.endswith("RuntimeError: rank 1 broke\n"), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mistake_is_not_tried_again(tmp_path, processes):
+    what = "mistake"
+    with restart(what, tmp_path=tmp_path, processes=processes) as run:
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode == 1 and said == "script: there is no folder x\n"
+
+
+@pytest.mark.slow
+def test_a_signal_during_a_restart_ends_all(tmp_path):
+    with restart("signal in a restart", tmp_path=tmp_path) as run:
+        while (line := run.stdout.readline()) != "ready\n":
+            assert line, "ended by itself"
+        run.send_signal(signal.SIGTERM)
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode == 128 + signal.SIGTERM and "restart 2" not in said, said
+
+
+@pytest.mark.slow
+def test_a_node_that_waits_for_the_others_can_be_stopped(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    place = ("--nnodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1", "--master_port", free_port())
+    command = [*START[:2], "--nproc_per_node", "1", *place, tmp_path / "script.py", "status"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr.readline() == f"node 1 of 2: waits for the others at 127.0.0.1:{place[-1]}\n"
+        time.sleep(1)
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=20)
+    assert run.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's death")
+def test_processes_whose_launcher_is_killed_are_told(tmp_path):
+    with restart("orphan", tmp_path=tmp_path) as run:
+        for _ in range(2):
+            assert run.stdout.readline() == "ready\n"
+        run.kill()
+    for rank in range(2):
+        deadline = time.monotonic() + 20
+        while not (tmp_path / f"saved {rank}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +225,7 @@ def test_inside_the_repository_paths_stay_as_they_are(tmp_path):
     ("given", "flags"),
     [
         ({}, "--standalone"),
+        ({"RESTARTS": "3"}, "--standalone"),
         ({"MASTER_PORT": "5"}, "--node_rank 0 --master_addr 127.0.0.1 --master_port 5"),
         ({"NODE_NUM": "2", "NODE_RANK": "1"}, "--node_rank 1 --master_addr 127.0.0.1 --master_port 32777"),
         ({"NODE_NUM": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}, "--node_rank 0 --master_addr a --master_port 7"),
@@ -130,5 +240,6 @@ def test_a_port_is_agreed_on_by_several_nodes_alone(tmp_path, given, flags):
         capture_output=True, text=True,
     )  # fmt: skip
     nodes = given.get("NODE_NUM", "1")
-    start = f"src/launch/start.py --nproc_per_node 2 --nnodes {nodes} {flags} script.py --model_name_or_path"
+    again = f"--max_restarts {given.get('RESTARTS', 0)}"
+    start = f"src/launch/start.py --nproc_per_node 2 --nnodes {nodes} {again} {flags} script.py --model_name_or_path"
     assert said.stdout.startswith(start), said.stdout + said.stderr

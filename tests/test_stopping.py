@@ -60,8 +60,11 @@ def test_a_signal_in_the_last_step_ends_a_finished_run(small_model, questions, t
 def test_a_second_signal_ends_at_once(tmp_path):
     code = (
         "import os, signal, sys\nsys.path.insert(0, 'src')\nfrom trainer.stopping import StopOnSignal\n"
-        "StopOnSignal().on_train_begin(None, None, None)\nos.kill(os.getpid(), signal.SIGTERM)\n"
-        "print('goes on', flush=True)\nos.kill(os.getpid(), signal.SIGINT)\nprint('never', flush=True)\n"
+        "import threading, time, torch\nStopOnSignal().on_train_begin(None, None, None)\n"
+        "for number in (signal.SIGTERM, signal.SIGTERM):  # one that comes on two ways\n    os.kill(os.getpid(), number)\n"
+        "time.sleep(1)\nprint('goes on', flush=True)\n"
+        "threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "torch.rand(9000, 9000) @ torch.rand(9000, 9000)  # where handlers do not run\nprint('never', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.stdout == "goes on\n" and done.returncode == 128 + signal.SIGINT
@@ -85,7 +88,7 @@ def test_two_processes_stop_together_by_the_launcher(small_model, questions, tmp
             if "s/step" in line and not any("s/step" in earlier for earlier in said[:-1]):
                 for _ in range(times):
                     run.send_signal(signal.SIGTERM)
-                    time.sleep(0.2)
+                    time.sleep(1)
     output = "".join(said)
     assert "Traceback" not in output, output
     if times == 1:

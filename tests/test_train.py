@@ -140,11 +140,12 @@ def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path,
     assert not (tmp_path / ".partial").exists() and not (tmp_path / ".lock").exists()
 
 
-def steps_on_fixed_completions(model, data, folder, processes: int, config: str) -> list[dict]:
-    """What two steps log."""
+def steps_on_fixed_completions(model, data, folder, processes: int, config: str, *start: Path) -> list[dict]:
+    """What two steps log; `start`: the checkpoint that is gone on from, if any."""
     run(
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
         str(free_port()), "tests/train_on_fixed_completions.py", model, data, folder / "out", config, folder / "log.json",
+        *start,
     )  # fmt: skip
     return json.loads((folder / "log.json").read_text())
 
@@ -166,6 +167,19 @@ def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, sma
         assert step["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert step["kl"] == pytest.approx(expected["kl"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_other_processes(plain_steps, small_model, questions, tmp_path, before, after):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    steps_on_fixed_completions(small_model, questions, tmp_path / "first", before, "")
+    start = tmp_path / "first" / "out" / "checkpoint-1"
+    found = steps_on_fixed_completions(small_model, questions, tmp_path / "second", after, "", start)
+    assert len(found) == 2 and found[0]["loss"] == pytest.approx(plain_steps[0]["loss"], abs=1e-4)
+    assert found[1]["loss"] == pytest.approx(plain_steps[1]["loss"], abs=1e-4)
+    assert found[1]["grad_norm"] == pytest.approx(plain_steps[1]["grad_norm"], rel=1e-3)
 
 
 def uncomment_think(script: Path) -> None:

@@ -1,5 +1,5 @@
 """Two training steps whose completions are given, not sampled, so that every engine and number of processes has the
-same work: python train_on_fixed_completions.py MODEL DATA OUTPUT CONFIG LOG. Not a test itself: test_train.py runs it."""
+same work: python train_on_fixed_completions.py MODEL DATA OUTPUT CONFIG LOG [CHECKPOINT to go on from]. Not a test itself: test_train.py runs it."""
 
 import json
 import sys
@@ -31,15 +31,15 @@ def vowels(completions, **kwargs) -> list[float]:
     return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
 
 
-def main(model: str, data: str, output: str, config: str, log: str) -> None:
+def main(model: str, data: str, output: str, config: str, log: str, start: str | None = None) -> None:
     args = RecipeConfig(
-        output, use_cpu=True, deepspeed=config or None, max_steps=2, save_strategy="no", questions_per_step=4,
+        output, use_cpu=True, deepspeed=config or None, max_steps=2, save_steps=1, keep_optimizer="all", questions_per_step=4,
         num_generations=GENERATIONS, learning_rate=1e-2, lr_scheduler_type="constant", beta=0.1, report_to="none",
         shuffle_dataset=False,
     )  # fmt: skip
     args.model_init_kwargs = {"dtype": "float32"}
     trainer = FixedCompletions(model, [vowels], args, load_train_dataset(data))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=start)
     if trainer.accelerator.is_main_process:
         steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         Path(log).write_text(json.dumps(steps))

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ BULK = (
     "zero_to_fp32.py",
 )  # fmt: skip
 DAMAGED = "remove the checkpoint, and go on from another"
+LAUNCH = ".launch"  # in the output folder, of a run that is started again when it fails: by which call of the launcher
 PARTIAL = ".partial"  # in the output folder: what is being written, or was when the run was cut off
 
 
@@ -89,24 +91,45 @@ def check_resumable(checkpoint: Path) -> dict:
     return settings
 
 
-def find_newest(out: Path) -> Path:
+def find_newest(out: Path, everywhere: set[int] | None = None) -> Path:
     """The newest checkpoint in a run's folder that it can go on from; newer ones are named, and why not.
+
+    Args:
+        everywhere: the steps that all nodes have, if each has a disk of its own.
 
     Raises:
         ValueError: there is none.
     """
+    newest, problems = _look_for_newest(out, everywhere)
+    if newest is None:
+        reasons = "".join(f"\n  {problem}" for problem in problems)
+        raise ValueError(f"{out}: holds no checkpoint to go on from{reasons or '; without --resume a new run starts'}")
+    for problem in problems:
+        print(f"passed over: {problem}", flush=True)
+    return newest
+
+
+def _look_for_newest(out: Path, everywhere: set[int] | None) -> tuple[Path | None, list[str]]:
     problems = []
     for checkpoint in reversed(checkpoints_in(out)):
         try:
             check_resumable(checkpoint)
+            if everywhere is not None and step_of(checkpoint) not in everywhere:
+                raise IncompleteCheckpoint(f"{checkpoint}: another node has none of this step to go on from")
+            return checkpoint, problems
         except IncompleteCheckpoint as error:
             problems.append(str(error))
-            continue
-        for problem in problems:
-            print(f"passed over: {problem}", flush=True)
-        return checkpoint
-    reasons = "".join(f"\n  {problem}" for problem in problems)
-    raise ValueError(f"{out}: holds no checkpoint to go on from{reasons or '; without --resume a new run starts'}")
+    return None, problems
+
+
+def resumable_steps(out: Path) -> set[int]:
+    """The steps of the checkpoints in `out` that a run can go on from."""
+    found = set()
+    for checkpoint in checkpoints_in(out):
+        with suppress(IncompleteCheckpoint):
+            check_resumable(checkpoint)
+            found.add(step_of(checkpoint))
+    return found
 
 
 def describe_newest(out: Path) -> str:
@@ -134,6 +157,18 @@ def check_settings(checkpoint: Path, now: dict) -> None:
         )
 
 
+def check_engine(checkpoint: Path, now: dict) -> None:
+    """Raise a `ValueError` with what works, where DeepSpeed wrote a checkpoint's state in other parts than it is to be
+    read: `--force_resume` does not help there."""
+    before, engine = check_resumable(checkpoint).get("engine", "none"), now.get("engine", "none")
+    if before != engine:
+        raise ValueError(
+            f"{checkpoint}: its optimizer state is that of engine {before}, now {engine}. What works: that engine and "
+            "number of processes (CONFIG, GPU_NUM, NODE_NUM), or a new run from its weights, "
+            f"--model_name_or_path {checkpoint} with another --output_dir. Without DeepSpeed the number may change"
+        )
+
+
 def strange_checkpoints(out: Path, start: Path | None) -> list[Path]:
     """The checkpoints in `out` that are not of a run that goes on from `start` (None: a new one): all of another
     folder's, and those of later steps."""
@@ -149,8 +184,11 @@ def remove_checkpoints(checkpoints: list[Path]) -> None:
         shutil.rmtree(checkpoint)
 
 
-def choose_start(args: TrainingArguments, settings: dict) -> Path | None:
+def choose_start(args: TrainingArguments, settings: dict, everywhere: set[int] | None = None) -> Path | None:
     """The checkpoint that a run goes on from, or None for a new one. What a cut-off save left is removed.
+
+    Args:
+        everywhere: the steps that all nodes could go on from, if each has a disk of its own.
 
     Raises:
         ValueError: there is none that can be, it is of a run with other settings, or the output folder holds
@@ -164,12 +202,12 @@ def choose_start(args: TrainingArguments, settings: dict) -> Path | None:
         if not start.is_dir():
             raise ValueError(f"--resume_from_checkpoint {start}: there is no such folder; --resume takes the newest")
     elif args.resume:
-        start = find_newest(out)
+        start = find_newest(out, everywhere)
     if start and getattr(args, "sync_ref_model", False):
         raise ValueError("--sync_ref_model true: such a run cannot go on, since its reference model is not saved")
-    if start and args.force_resume:
-        check_resumable(start)
-    elif start:
+    if start:
+        check_engine(start, settings)
+    if start and not args.force_resume:
         check_settings(start, settings)
     if args.resume_from_checkpoint or not args.resume:  # what --resume passed over is replaced step by step
         strange = strange_checkpoints(out, start)
@@ -198,6 +236,24 @@ def execute_nothing(engine: bool) -> None:
         from deepspeed.utils.tensor_fragment import fragment_address
 
         torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+
+
+def note_launch(out: Path) -> None:
+    """Write down, where the launcher would start this run again, that the checkpoints in `out` are now its own."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        write_whole(out / LAUNCH, os.environ["LAUNCH_ID"])
+
+
+def resume_after_restart(out: Path, everywhere: set[int] | None = None) -> dict:
+    """The flags that stand for a run's own when its launcher has started it again after a failure: those of --resume
+    if it has written a checkpoint to go on from, else it starts over."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    note = out / LAUNCH
+    if not count or not note.is_file() or note.read_text(encoding="utf-8") != os.environ["LAUNCH_ID"]:
+        return {}  # the first start came to nothing, so the flags mean what they did
+    if _look_for_newest(out, everywhere)[0] is None:
+        return {"overwrite_output_dir": True}
+    return {"resume": True, "resume_from_checkpoint": None, "overwrite_output_dir": False}
 
 
 def finish(start: Path, args: TrainingArguments) -> bool:

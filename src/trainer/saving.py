@@ -18,7 +18,7 @@ from model.checkpoints import complete_checkpoint, keep_base_names
 from model.qwen2_audio import base_model
 
 from .resume import PARTIAL, STATE, checkpoints_in, drop_state, move_files, record_state
-from .room import check_room, write_together, writing
+from .room import check_room, write_together
 
 BY_RESULT = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that wait for an evaluation
 
@@ -57,14 +57,13 @@ class SelfContainedCheckpoints:
             self.state.best_model_checkpoint = str(out / name)
 
         def finish() -> None:
-            if self.accelerator.is_main_process:
+            if self.args.should_save:  # on each node, where they have disks of their own
                 self.state.save_to_json(str(out / PARTIAL / name / STATE))
                 self._finish_checkpoint(out / PARTIAL / name, out / name)
 
         write_together(self, out / name, out / PARTIAL, needed, finish)
-        if self.accelerator.is_local_main_process and (out / PARTIAL / name).is_dir():  # a node with a disk of its own
-            with writing(out / name, out / PARTIAL, needed):
-                self._finish_checkpoint(out / PARTIAL / name, out / name)
+        if self.args.should_save:  # only now: a state that another node cannot go on from replaces none
+            self._drop_older(out / name)
         self._saved = name
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict[str, float]:
@@ -95,6 +94,8 @@ class SelfContainedCheckpoints:
         os.rename(written, checkpoint)
         sync(checkpoint.parent, files=False)
         shutil.rmtree(written.parent, ignore_errors=True)
+
+    def _drop_older(self, checkpoint: Path) -> None:
         if getattr(self.args, "keep_optimizer", "all") != "all":
             for other in checkpoints_in(checkpoint.parent):
                 if other != checkpoint:
@@ -106,7 +107,10 @@ class SelfContainedCheckpoints:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights, processor and prompt style: what AutoProcessor and the model class load by themselves."""
-        keep_base_names(base_model(self.model))
+        base = base_model(self.model)
+        keep_base_names(base)
+        if self.args.save_on_each_node:
+            base.should_save_on_this_rank = bool  # of what `Trainer` says; by itself it is the first process alone
         # Set aside, the processor is not saved by `Trainer`, which would write it anew.
         processor, self.processing_class = self.processing_class, None
         try:
@@ -125,7 +129,7 @@ class SelfContainedCheckpoints:
         needed = check_room(self, out / "model", state=False)
 
         def finish() -> None:
-            if self.accelerator.is_main_process:
+            if self.args.should_save:
                 sync(out / PARTIAL)
                 move_files(out / PARTIAL, out)
 

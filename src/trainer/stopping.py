@@ -2,15 +2,19 @@
 together.
 
 SIGTERM (a cluster's warning) and SIGINT (Ctrl-C) reach processes at different moments, so they agree once a step on
-whether any has got one. A second signal ends a process at once. Before the first step a signal ends it as usual, since
-there is nothing to save.
+whether any has got one. A second signal ends a process at once, also one that waits for another in a collective, where
+Python's own handlers do not run. Before the first step a signal ends it as usual, since there is nothing to save.
 """
 
 import os
 import signal
+import threading
+import time
 
 import torch
 from transformers import TrainerCallback
+
+ONE_SIGNAL = 0.5  # seconds: Slurm sends a signal to all processes of a job, and the launcher hands on its own
 
 
 class RunEnded(Exception):
@@ -35,11 +39,13 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
+        reading, self.writing = os.pipe()
+        os.set_blocking(self.writing, False)
+        signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
+        threading.Thread(target=_end_at_the_second, args=(reading,), daemon=True).start()
 
     def _receive(self, number: int, frame) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
+        self.received = self.received or number
 
     def on_step_end(self, args, state, control, **kwargs):
         received = torch.tensor(self.received, device=args.device)
@@ -52,5 +58,19 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def on_train_end(self, args, state, control, **kwargs):
+        signal.set_wakeup_fd(-1)
+        os.close(self.writing)
         for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
             signal.signal(number, usual)
+
+
+def _end_at_the_second(reading: int) -> None:
+    """Read the numbers of signals as they come; the thread's end is that of the pipe."""
+    first = None
+    while byte := os.read(reading, 1):
+        if byte[0] not in (signal.SIGTERM, signal.SIGINT):
+            continue
+        first = first or time.monotonic()
+        if time.monotonic() > first + ONE_SIGNAL:
+            os._exit(128 + byte[0])
+    os.close(reading)
