@@ -159,8 +159,10 @@ def explain(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
         status = next((failures[one.rank].exitcode for one in written if one.rank in failures), 1)
         account = written[0].message if len({one.message for one in written}) > 1 else ""
         return max(status, 1), f"process {written[0].rank} failed first:\n{account}" if account else ""
+    # Of those that failed at the same time, the others lost the one that a signal ended.
     rank, failure = min(
-        (ended_by_others(failures) or failures).items(), key=lambda item: (item[1].timestamp, item[1].exitcode, item[0])
+        (ended_by_others(failures) or failures).items(),
+        key=lambda item: (item[1].timestamp - SAME_TIME * (item[1].exitcode < 0), item[0]),
     )
     if failure.exitcode > 0:
         return failure.exitcode, ""
