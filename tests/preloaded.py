@@ -8,6 +8,7 @@ The process forks where a shell would start the launcher, and where torchrun wou
 do is the project's own code. A fault in FAULT (see `strike`) befalls the process whose RANK it names.
 """
 
+import errno
 import json
 import logging
 import os
@@ -133,6 +134,21 @@ def strike(fault: dict) -> None:
             raise RuntimeError("the loader broke")
 
         dataset.encode.load_audio = broken
+    elif what == "nan loss":
+        trained = trainer.grpo_trainer.AudioGRPOTrainer
+        compute_loss = trained._compute_loss
+
+        def once(self, *args, **kwargs):
+            trained._compute_loss = compute_loss
+            return compute_loss(self, *args, **kwargs) * float("nan")
+
+        trained._compute_loss = once
+    elif what == "fill disk":
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        os.fsync = full
     elif what in ("SIGKILL", "SIGSTOP"):
         os.kill(os.getpid(), getattr(signal, what))
     else:

@@ -285,6 +285,15 @@ def break_loader(runs):
     return "its traceback is the last thing printed; --resume goes on", 3 - runs.newest()
 
 
+@fault("NaN in the loss of one process")
+def break_loss(runs):
+    status, said = runs.strike("nan loss", step=3)
+    assert status == 0 and "step 3: the loss of process 1 is not finite; skipped" in said, said
+    log = [json.loads(line) for line in (runs.out / "log.jsonl").read_text().splitlines()]
+    assert [entry["skipped_steps"] for entry in log if "skipped_steps" in entry] == [0, 0, 1, 1]
+    return "both skip the step, which is counted", 1
+
+
 @fault("one process hangs (SIGSTOP)")
 def hang(runs):
     fault = {"what": "SIGSTOP", "step": 3, "rank": 1}
@@ -305,6 +314,15 @@ def remove_clips(runs):
     log = [json.loads(line) for line in (runs.out / "log.jsonl").read_text().splitlines()]
     assert len(losses(runs.out)) == STEPS and sum(entry.get("clips/replaced", 0) for entry in log) > 0
     return "their questions are replaced and counted", 0
+
+
+@fault("the disk is full in a save")
+def fill_disk(runs):
+    """By the system's answer to a save's last operation; `test_room.py` fills a real one."""
+    status, said = runs.strike("fill disk", step=3, rank=0)
+    assert status == 1 and "checkpoint-4: not written (No space left on device)" in said, said
+    assert not (runs.out / PARTIAL).exists()
+    return "ends in a sentence, nothing torn is left; --resume goes on", 4 - runs.newest()
 
 
 def torn(runs, name: str) -> tuple[str, int]:
