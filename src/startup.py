@@ -20,7 +20,7 @@ from dataset.questions import Benchmark, load_questions
 from dataset.rows import DataError, hash_file
 from evaluation.mmau import evaluate
 from evaluation.results import Completion, to_records
-from evaluation.sweep import processes, together
+from evaluation.sweep import processes, settle, together
 from launch.failures import Said, recorded, stop_without_launcher
 from launch.packages import find_missing_packages
 from model.checkpoints import fingerprint, full_model, locate
@@ -251,6 +251,7 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         trainer.run_settings, trainer.memory_settings = settings, memory
         train(trainer, start)
+        settle()
         trainer.end()  # processes that exit with a process group open may abort
 
 

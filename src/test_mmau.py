@@ -33,7 +33,7 @@ from dataset.prompt import DEFAULT_STYLE, STYLES
 from dataset.questions import load_questions
 from evaluation.answers import AUDIO, default_workers
 from evaluation.results import MAX_NEW_TOKENS, Run
-from evaluation.sweep import DTYPES, Sweep, make_jobs, processes, run_sweep, say
+from evaluation.sweep import DTYPES, Sweep, make_jobs, processes, run_sweep, say, settle
 from quiet import silence_libraries
 
 
@@ -109,7 +109,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         say(f"test_mmau: {error}")
         status = 1
-    state.wait_for_everyone()  # the launcher ends the others as soon as one is gone with a status
+    settle()  # the launcher ends the others as soon as one is gone with a status
     state.destroy_process_group()
     return status
 

@@ -57,7 +57,8 @@ def add_style(copy: Copy) -> None:
 def add_benchmark(copy: Copy) -> None:
     path = "src/dataset/questions.py"
     copy.edit(path, '"mmar": "MMAR"}', '"mmar": "MMAR", "toy": "Toys"}')
-    copy.edit(path, 'name="mmar" if', 'name="toy" if all("toy" in record for record in records) else "mmar" if')
+    name = '    if any("modality" in record'
+    copy.edit(path, name, '    if all("toy" in record for record in records):\n        return "toy"\n' + name)
     known = '    if "question_text" in record:\n'
     copy.edit(path, known, '    if "ask" in record:\n        record = _from_toy(record)\n' + known)
     copy.edit(

@@ -670,7 +670,8 @@ def test_what_cannot_be_written_is_named(few, checkpoint, tmp_path, capsys):
         assert sweep(*flags, "--out_file", tmp_path / "y.json") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"100: skipped. {tmp_path}/y.json: [Errno 27]" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "100: skipped. " in said and f"{tmp_path}/y.json" in said and "[Errno 27] File too large" in said
     assert sweep(*flags, "--out_file", tmp_path / "y.json") == 0
 
 

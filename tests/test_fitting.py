@@ -121,6 +121,7 @@ def test_an_engine_is_read_and_does_not_change_the_calculation(config, tmp_path,
         deepspeed.unset_hf_deepspeed_config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [train, train_sft])
 def test_a_run_that_cannot_fit_ends_before_its_model_is_loaded(
     small_model, questions, tmp_path, monkeypatch, capsys, module

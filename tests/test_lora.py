@@ -97,6 +97,7 @@ def test_the_checkpoint_is_the_adapter_and_merges_into_what_was_trained(trainer,
         torch.testing.assert_close(row_by_row.log_probs(merged, prompts, ids, mask), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_merged_is_said(small_model, tmp_path):
     with pytest.raises(ValueError, match="no adapter checkpoint"):
         load_merged(small_model)
@@ -199,6 +200,7 @@ def test_the_advised_command_merges_with_another_copy_of_the_base(adapter, small
     assert fingerprint(tmp_path / "full") == fingerprint(tmp_path / "expected")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", ["false", "true"])
 def test_a_run_starts_from_an_adapter_as_from_its_merged_model(
     adapter, small_model, questions, tmp_path, monkeypatch, peft

@@ -104,6 +104,7 @@ def test_out_of_memory_in_a_step_says_which_and_what_to_lower(small_model, quest
     assert title.startswith("What would fit") and f"  --activation_checkpointing true: {size(less.total)}" in offers
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_a_rollout_and_in_supervised_training(small_model, questions, tmp_path):
     for make, passes, said in (
         (grpo_trainer, 0, "step 1: a rollout of 2 question(s) x 4 completions, the longest prompt"),

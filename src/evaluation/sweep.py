@@ -6,6 +6,7 @@ out what the files look like (`results.py`) and how a question is answered (`ans
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from .mmau import evaluate
 from .results import Completion, ResultFiles, Run, digest, to_records
 
 T = TypeVar("T")
+SETTLED = 0.5  # s
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # of the weights, if nothing else is asked for
 
 
@@ -60,6 +62,18 @@ def processes() -> PartialState:
     """The processes of this run. They exchange small objects only, so on any device their group is one of CPUs; one
     that waits for another's last batch must not give up on it."""
     return PartialState(cpu=True, timeout=timedelta(days=7))
+
+
+def settle() -> None:
+    """Wait for the other processes, before their group is left.
+
+    Gloo's threads may not have let go of the last collective's tensors, for which they need Python's lock. A group that
+    is destroyed meanwhile holds the lock and waits for them for ever: seen in torch 2.13, at the end of a run.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        time.sleep(SETTLED)
 
 
 def say(text: str) -> None:
