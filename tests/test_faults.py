@@ -32,7 +32,7 @@ FLAGS = (
 )  # fmt: skip
 REWARD = """
 import json, os
-calls = 0
+calls = -1 if os.environ.get("RANK") == "0" else 0  # the first process tries it once, before the model is loaded
 def probe(completions, **kwargs):
     global calls
     calls += 1
