@@ -154,7 +154,8 @@ def organ(rng: np.random.Generator, samples: int) -> np.ndarray:
     root = rng.uniform(180, 400)
     third = rng.choice([3, 4])
     weights = np.array([1, rng.uniform(0.3, 0.8), 0, rng.uniform(0.1, 0.5), 0, 0, 0, rng.uniform(0.1, 0.3)])
-    return sum(_harmonics(root * 2 ** (step / 12), weights, samples) for step in (0, third, 7)) / 2
+    notes = (_harmonics(root * 2 ** (step / 12), weights, samples) for step in (0, third, 7))
+    return sum(notes, start=np.zeros(samples)) / 2
 
 
 def drums(rng: np.random.Generator, samples: int) -> np.ndarray:
@@ -299,7 +300,7 @@ def _questions(
         others = rng.choice([name for name in names if name != answer], size=size - 1, replace=False)
         offered = [answer, *(str(name) for name in others)]
         rng.shuffle(offered)
-        questions.append((answer, wordings[rng.integers(len(wordings))], offered))
+        questions.append((answer, wordings[int(rng.integers(len(wordings)))], offered))
     return questions
 
 

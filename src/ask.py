@@ -106,7 +106,7 @@ def describe(error: Exception) -> str:
 def main() -> int:
     args = parse_args()
     silence_libraries()
-    sys.stdout.reconfigure(errors="backslashreplace")  # models write what a terminal may not be able to
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # models write what a terminal may not be able to
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
             result = run(args)

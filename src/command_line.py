@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 EXPECTED = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
@@ -30,7 +31,7 @@ class ExactFlags:
             self.refuse(unknown)
         return namespace, []
 
-    def refuse(self, unknown: Sequence[str]) -> None:
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Say which word is no flag, and which ones are like it."""
         word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
         if not word.startswith("-"):
@@ -59,7 +60,7 @@ class ExactFlags:
             choices = [str(choice) for choice in action.choices]
             raise wrong_value(action, value, f"expected one of {', '.join(choices)}")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (-[^:/ ]+)[^: ]*: expected ", r"\1: expected ", message)
         self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
 

@@ -31,7 +31,8 @@ class StopAtLoss(TrainerCallback):
     """
 
     def __init__(self, target_loss: float):
-        self.target_loss, self.losses = target_loss, []
+        self.target_loss = target_loss
+        self.losses: list[float] = []
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" not in logs:  # the summary at the end

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -151,7 +151,7 @@ def describe_on_each_node(
     """
     first = args.local_process_index == 0 if several_nodes() else args.process_index == 0
     settings = together(lambda: describe_run(data, args, model, parsed) if first else {})
-    files = {
+    files: dict[str, str | None] = {
         "data_file (content)": f"--data_file {data.data_file}",
         "model (weights)": f"--model_name_or_path {model.model_name_or_path}",
         "eval_file (content)": f"--eval_file {args.eval_file}",
@@ -184,7 +184,7 @@ def check_packages(parsed: Sequence) -> None:
 
 
 def check_memory(
-    data: DataArguments, args: TrainingArguments, model: AudioModelConfig, longest: dict[str, float]
+    data: DataArguments, args: TrainingArguments, model: AudioModelConfig, longest: dict[str, Any]
 ) -> Settings:
     """Say what the run takes of each device, and return what that depends on.
 

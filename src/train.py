@@ -24,7 +24,7 @@ from trainer.checked_rewards import CheckedReward, RewardError, checked, describ
 from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
-REWARD_FUNCS = {"accuracy": accuracy_reward, "format": format_reward}
+REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
 
 
 @dataclass
@@ -47,7 +47,7 @@ class RecipeConfig(RunArguments, GRPOConfig):
 
     output_dir: str = HfArg(default="exp/model", aliases="--out_dir", help="Checkpoints go here.")
     per_device_train_batch_size: int | None = HfArg(default=None, help="Completions, whole groups. Default: one.")
-    num_generations: int | None = HfArg(default=8, help="Completions per question, G. Paper: 8.")
+    num_generations: int = HfArg(default=8, help="Completions per question, G. Paper: 8.")
     learning_rate: float = HfArg(default=1e-6, help="Peak, of AdamW. Paper: 1e-6.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradient clipping. Paper: 1.0.")
     beta: float = HfArg(default=0.04, help="KL coefficient. Paper: 0.04; 0.001 was reported as better.")
@@ -115,7 +115,7 @@ def load_rewards(
     return rewards
 
 
-def load_reward(name: str) -> Callable[..., list[float | None]]:
+def load_reward(name: str) -> Callable:
     """A reward by its name: `accuracy`, `format`, or `path/to/file.py:function` for one's own.
 
     The function gets the arguments that it names, of `completions`, `prompts`, `completion_ids` and every column of the

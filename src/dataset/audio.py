@@ -190,7 +190,9 @@ def _blocks(path: str | Path, header: _Header) -> Iterator[tuple[np.ndarray, int
 
 
 def _libsndfile(path: str | Path, header: _Header) -> Iterator[tuple[np.ndarray, int]]:
-    with open_sound(path) as file:
+    sound = open_sound(path)
+    assert sound is not None, "the header was read by libsndfile"
+    with sound as file:
         # At once where the length is known: between two parts it would seek, after which an MP3 decodes differently.
         while len(block := file.read(header.frames or 2**20, dtype="float32", always_2d=True)):
             yield block, file.samplerate
@@ -200,12 +202,12 @@ def _ffmpeg(path: str | Path, promised: float) -> Iterator[tuple[np.ndarray, int
     heard = lost = 0.0  # s
     with open(path, "rb") as file:
         try:  # it sees neither the file's name nor, by no protocol, the files that a playlist names
-            container = av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="ignore")
+            container = av.open(file, mode="r", options={"protocol_whitelist": "none"}, metadata_errors="ignore")
             stream = container.streams.audio[0]
         except (av.FFmpegError, IndexError) as error:
             message = f"{path}: not an audio file that libsndfile can read, and no sound for FFmpeg; convert it to wav"
             raise DataError(message, "clip is no audio file") from error
-        if "mp4" in container.format.name and stream.duration:
+        if "mp4" in container.format.name and stream.duration and stream.time_base:
             promised = float(stream.duration * stream.time_base)
         elif "webm" in container.format.name and len(container.streams) == 1:
             promised = (container.duration or 0) / av.time_base
@@ -214,7 +216,7 @@ def _ffmpeg(path: str | Path, promised: float) -> Iterator[tuple[np.ndarray, int
             try:
                 frames = packet.decode()
             except av.InvalidDataError:  # as between two files in a row
-                lost += float((packet.duration or 0) * stream.time_base)
+                lost += float((packet.duration or 0) * (stream.time_base or 0))
                 continue
             for part in (part for frame in frames for part in planar.resample(frame)):
                 heard += part.samples / part.sample_rate  # the stream's rate may be half of it, for HE-AAC

@@ -164,7 +164,8 @@ def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Exam
 def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
     """Examine MMAU's JSON list or MMAR's JSONL, as `examine_training_file` does a training file; it must be JSON, too.
     Clips over the window are only noted, since evaluation cuts them as the paper did; prompts may be of any length."""
-    audio_dir, ids, records = Path(rules.audio_dir or Path(data_file).parent), {}, []
+    audio_dir, records = Path(rules.audio_dir or Path(data_file).parent), []
+    ids: dict[str, int] = {}
 
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
         records.append(record)
@@ -239,6 +240,7 @@ def _read(row: Row, rule: Rule) -> Examined:
 
 def _describe(examined: Examined) -> str:
     """A bad row as JSON: `line`, `id`, `reason`, `message`, `text`."""
+    assert examined.error is not None
     entry = {"line": examined.row.number, "id": examined.id, "reason": examined.error.reason}
     text = examined.row.text.decode("utf-8", "backslashreplace").strip()[:2000]
     return json.dumps(entry | {"message": str(examined.error), "text": text})

@@ -93,6 +93,7 @@ def load_or_replace(
                 raise DataError(message, "no usable clip") from error
             logger.warning(f"{error} (this question is replaced by another)")
             row = others[int(torch.randint(len(others), ()))]
+    raise AssertionError("the last attempt returns or raises")
 
 
 def build_chat(processor: Qwen2AudioProcessor, text: str) -> str:

@@ -105,7 +105,8 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path, numbers: Se
     numbers = numbers or range(1, len(records) + 1)
     if not records:
         raise ValueError(f"{source}: holds no questions")
-    questions, faults, ids = [], [], {}
+    questions, faults = [], []
+    ids: dict[str, int] = {}
     for number, record in zip(numbers, records, strict=True):
         try:
             questions.append(to_question(record, number, audio_dir, ids))
@@ -205,11 +206,11 @@ def recognise_release(records: list[dict]) -> str:
 
 def find_nearest(hashes: list[str]) -> tuple[int, str]:
     """How many rows of these hashes are not in the known content that has the most of them, and its release."""
-    contents = [Counter() for _ in RELEASES]
+    contents: list[Counter[str]] = [Counter() for _ in RELEASES]
     for line in CONTENTS.read_text(encoding="ascii").splitlines():
-        places, rows = line.split()
+        places, prefixes = line.split()
         for content, place in zip(contents, places, strict=True):
-            content.update(re.findall("." * 6, rows) if place == "1" else ())
+            content.update(re.findall("." * 6, prefixes) if place == "1" else ())
     rows = Counter(hashed[:6] for hashed in hashes)
     return min(zip(((rows - content).total() for content in contents), RELEASES.values(), strict=True))
 

@@ -132,8 +132,9 @@ class EncodedQuestions(Dataset):
             return encode_question(self.processor, self.text(index), clip)
 
     def text(self, index: int) -> str:
-        record = self.questions[index].record
-        return build_question(record["question"], record["choices"], self.run.style)
+        record, style = self.questions[index].record, self.run.style
+        assert style is not None, "a sweep has filled it in"
+        return build_question(record["question"], record["choices"], style)
 
     def heard_path(self, index: int) -> str:
         path = self.questions[index].audio_path

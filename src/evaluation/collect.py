@@ -95,9 +95,10 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    found, skipped = {}, []
-    folders = {Path(folder).resolve(): Path(folder) for folder in folders}.values()
-    for folder in folders:
+    found: dict[tuple, Result] = {}  # by what tells a row from others, and the audio
+    skipped: list[str] = []
+    places = {Path(folder).resolve(): Path(folder) for folder in folders}.values()
+    for folder in places:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
         for path in sorted(folder.glob("test_*")):
@@ -109,7 +110,7 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                 if any(path.glob(f"{file.name}.partial-*")):
                     skipped.append(f"nothing of {file}, but it is being evaluated again: the row is the run before")
                 try:
-                    result, key, audio = _read_result(file, folder, f"{folder}/" if len(folders) > 1 else "")
+                    result, key, audio = _read_result(file, folder, f"{folder}/" if len(places) > 1 else "")
                     first = found.setdefault((key, audio), result)
                     if first is not result and first.seeds.isdisjoint(result.seeds):
                         first.seeds |= result.seeds

@@ -151,7 +151,7 @@ class ResultFiles:
 
     def _read_partials(self, run: Run) -> dict[str, Completion]:
         """{id: completion} of all partial files of this very run; a damaged one is named, and asked again."""
-        done = {}
+        done: dict[str, Completion] = {}
         for path in self.partials():
             # The last line was cut off, or is empty.
             *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")

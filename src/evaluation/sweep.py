@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -85,15 +85,16 @@ def say(text: str) -> None:
 def together(compute: Callable[[], T], main: bool = False) -> T:
     """`compute()` in every process, or with `main` in the first one, whose outcome all get. A `ValueError` or `OSError`
     of one is raised in all, so that none waits for another that has gone on."""
-    outcome = error = None
+    outcome: Any = None
+    error: ValueError | OSError | None = None
     if not main or processes().is_main_process:
         try:
             outcome = compute()
         except (ValueError, OSError) as raised:
             error = raised
-    for raised in gather_object([error]):
-        if raised is not None:
-            raise raised
+    for found in gather_object([error]):
+        if found is not None:
+            raise found
     return broadcast_object_list([outcome])[0] if main else outcome
 
 
@@ -155,7 +156,7 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
     sweep = replace(sweep, run=run)
     for job in jobs:
         try:
-            folder, run, files = together(lambda job=job: _describe(sweep, job), main=True)
+            folder, run, files = together(partial(_describe, sweep, job), main=True)
             _evaluate_model(sweep, hashes, clips, folder, run, files)
             evaluated += 1
         except DataError:
@@ -225,7 +226,7 @@ def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, run: Run, f
     open_batches = [batch for batch in questions.batches() if not all(names[index] in done for index in batch)]
     if not open_batches:
         return
-    place = torch.device(sweep.device, state.local_process_index if sweep.device == "cuda" else None)
+    place = torch.device("cuda", state.local_process_index) if sweep.device == "cuda" else torch.device(sweep.device)
     model = together(lambda: load_model(folder, getattr(torch, run.dtype), place))
 
     def answer() -> None:

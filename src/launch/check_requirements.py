@@ -16,7 +16,7 @@ LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+)\s*(;\s*sys_platform =
 
 def read_pins(path: Path) -> dict[str, str]:
     """Package name -> pinned version, for this platform; `-r other.txt` lines are followed."""
-    pins = {}
+    pins: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
             pins |= read_pins(path.parent / line[3:].strip())
@@ -27,7 +27,8 @@ def read_pins(path: Path) -> dict[str, str]:
 
 def compare_versions(pins: dict[str, str]) -> tuple[list[str], list[str]]:
     """(what is missing or must be another version, what merely differs), each as `name==pinned (found: ...)`."""
-    lacking, differing = [], []
+    lacking: list[str] = []
+    differing: list[str] = []
     for name, pinned in pins.items():
         try:
             found = version(name)

@@ -61,7 +61,7 @@ def find_missing_packages(settings: Mapping[str, object]) -> list[str]:
         for value in values if isinstance(values, (list, tuple)) else [values]:
             value = str(getattr(value, "value", value))
             value = value.lower() if isinstance(values, bool) else value
-            module, name = packages.get(value, (None, None))
+            module, name = packages.get(value, ("", ""))
             if module and not find_spec(module) and not (module in INSTEAD and find_spec(INSTEAD[module])):
                 needs = f"needs the package {re.split('[ =]', name)[0]}, which is not installed"
                 problems.append(f"--{flag} {value}: {needs}; python -m pip install {name}")

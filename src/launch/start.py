@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # Ctrl-C during the imports; later the processes say what they make of it
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
@@ -50,7 +51,7 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, args.training_script, *args.training_script_args])
     logging.disable()  # torchrun's, in this process alone
     os.environ[LAUNCH] = uuid.uuid4().hex
-    launcher.api.LocalElasticAgent = Agent
+    launcher.api.LocalElasticAgent = Agent  # type: ignore[misc]
     args.signals_to_handle = "SIGHUP,SIGQUIT"
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
@@ -87,7 +88,7 @@ class Agent(LocalElasticAgent):
 
     _failures: dict[int, ProcessFailure] = {}  # of this node's processes, by rank
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def _monitor_workers(self, worker_group: Any) -> RunResult:  # torch declares a group's fields as None
         result, store = super()._monitor_workers(worker_group), worker_group.store
         self._failures = result.failures
         restart = f"restart {worker_group.spec.max_restarts - self._remaining_restarts + 1}"
@@ -118,7 +119,7 @@ class Agent(LocalElasticAgent):
         worker_group.state = WorkerState.STOPPED
         self._initialize_workers(worker_group)
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict:
+    def _start_workers(self, worker_group: Any) -> dict:
         count = worker_group.spec.max_restarts - self._remaining_restarts
         if count:
             # torchrun would give them the store of the first start, with the addresses of processes that are gone.

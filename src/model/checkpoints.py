@@ -246,13 +246,13 @@ def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch
     """
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"{adapter}: has no adapter_config.json, so it is no adapter checkpoint")
-    base = find_base(adapter) if base is None else locate(str(base))
-    for folder in (base, Path(adapter)):
+    base_folder = find_base(adapter) if base is None else locate(str(base))
+    for folder in (base_folder, Path(adapter)):
         weight_files(folder)  # or a ValueError that says what is wrong with them
     try:
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(base_folder, dtype=dtype, use_safetensors=True)
     except OSError as error:
-        raise ValueError(f"{adapter}: its base model {base} cannot be loaded ({error})") from error
+        raise ValueError(f"{adapter}: its base model {base_folder} cannot be loaded ({error})") from error
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 

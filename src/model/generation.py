@@ -125,6 +125,9 @@ class RoomyLayer(DynamicLayer):
     `keys` and `values` are views of the filled part of buffers, and their strides tell how much room is behind it.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             return super().update(keys, values)

@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoProcessor, ProcessorMixin, Qwen2AudioModel, Qwen2AudioProcessor
+from transformers import (
+    AutoProcessor,
+    ProcessorMixin,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioModel,
+    Qwen2AudioProcessor,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -79,13 +85,13 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
         raise ValueError(f"--freeze {' '.join(parts)} leaves nothing to train")
 
 
-def quantised_layers(model: nn.Module) -> list[nn.Linear]:
+def quantised_layers(model: Qwen2AudioForConditionalGeneration) -> list[nn.Linear]:
     """The layers of a Qwen2-Audio that `NOT_QUANTISED` leaves to be stored in fewer bits."""
     return [layer for layer in model.model.language_model.modules() if isinstance(layer, nn.Linear)]
 
 
 @contextmanager
-def needed_frames_only(model: nn.Module) -> Iterator[None]:
+def needed_frames_only(model: Qwen2AudioForConditionalGeneration) -> Iterator[None]:
     """Within this context, forward passes of a Qwen2-Audio take mel frames of any number that `encode` makes.
 
     Its own forward insists on the whole window of 30 s. Here the backbone gets the embeddings instead, inside the

@@ -67,6 +67,7 @@ class GreedyAccuracy:
                 break
         else:
             raise error or DataError("--eval_file: the clips cannot be read in another process")
+        assert self.eval_questions is not None
         asked = replace(self.eval_questions, questions=questions.questions)
         return evaluate(to_records(asked, dict(gather_object(list(completions.items())))))
 
@@ -74,6 +75,7 @@ class GreedyAccuracy:
         """`eval_questions` as the model's inputs. One that cannot be asked any more is named, and left out from now on:
         accuracies of later steps are over the same questions."""
         args, benchmark = self.args, self.eval_questions
+        assert benchmark is not None
         run = Run(
             style=self.prompt_style or DEFAULT_STYLE,
             channels=self.audio_channels,
@@ -93,7 +95,8 @@ class GreedyAccuracy:
 
     def _ask(self, questions: EncodedQuestions) -> dict[str, Completion]:
         """This process's share of the answers, by the questions' ids."""
-        completions, args = {}, self.args
+        completions: dict[str, Completion] = {}
+        args = self.args
         if not questions.questions:
             return completions
         was_training = self.model.training

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Real
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -38,8 +39,9 @@ class CheckedReward:
     which would wait for one that is gone.
     """
 
-    def __init__(self, function: Callable[..., list[float | None]]):
-        self.function, self.error = function, None
+    def __init__(self, function: Callable):
+        self.function: Any = function  # what it returns is checked
+        self.error: Exception | None = None
         self.__name__ = get_callable_name(function)  # of TRL's metrics
 
     def __call__(self, **given) -> list[float | None]:
@@ -73,7 +75,7 @@ class CheckedReward:
         everything = inspect.Parameter.VAR_KEYWORD in kinds
         return {name: value for name, value in given.items() if everything or name in parameters}
 
-    def _keep(self, error: Exception, given: dict) -> list[float]:
+    def _keep(self, error: Exception, given: dict) -> list[float | None]:
         self.error = error
         return [0.0] * len(given["completions"])
 
@@ -92,7 +94,7 @@ class AsyncReward(CheckedReward):
     """A reward that is a coroutine function. All its calls, the trial's too, run in one event loop: a client that it
     keeps open belongs to the loop that it was first used in."""
 
-    async def __call__(self, **given) -> list[float | None]:
+    async def __call__(self, **given) -> list[float | None]:  # type: ignore[override]
         self.error = None
         try:
             call = asyncio.run_coroutine_threadsafe(self.function(**self._named(given)), _event_loop())
@@ -174,7 +176,7 @@ def try_rewards(rewards: Sequence[CheckedReward], dataset: Dataset, tokenizer: P
     """
     rows = [dataset[index % len(dataset)] for index in range(2)]
     completions = [rows[0]["solution"], "a made-up completion"]
-    given = {"prompts": [row["prompt"] for row in rows], "completions": completions}
+    given: dict[str, Any] = {"prompts": [row["prompt"] for row in rows], "completions": completions}
     given["completion_ids"] = tokenizer(completions)["input_ids"]
     given |= {key: [row[key] for row in rows] for key in dataset.column_names if key not in COLUMNS}
     given |= {"trainer_state": TrainerState(), "log_extra": _log_nowhere, "log_metric": _log_nowhere}

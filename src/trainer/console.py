@@ -31,7 +31,7 @@ class StepLines(TrainerCallback):
     """Print a line a step, and append all that was logged to `log.jsonl` in the output folder."""
 
     def __init__(self):
-        self.began: tuple[float, int] | None = None  # when this run did, and at which step
+        self.began = 0.0, 0  # when this run did, and at which step: set as training begins
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.monotonic(), state.global_step

@@ -119,10 +119,10 @@ def _plot_line(axis, values: pd.Series, name: str, look: dict) -> None:
 def _accuracies(folder: Path, log: pd.DataFrame | None) -> list[tuple[int, float, float, float]]:
     """(step, accuracy in %, its distance to the interval's lower and upper end), of evaluated checkpoints; else what
     was measured in training, which leaves no interval."""
-    results = [result for result in read_results(folder)[0] if result.step is not None]
+    results = [(result.step, result) for result in read_results(folder)[0] if result.step is not None]
     if results:
-        first = results[0].benchmark.digest
-        points = {result.step: result for result in results if result.benchmark.digest == first}
+        first = results[0][1].benchmark.digest
+        points = {step: result for step, result in results if result.benchmark.digest == first}
         bounds = ((step, result.accuracy, *result.interval) for step, result in sorted(points.items()))
         return [(step, value, value - low, high - value) for step, value, low, high in bounds]
     if log is None or "eval_accuracy" not in log:

@@ -103,7 +103,8 @@ class FiniteSteps:
             RunEnded: `max_skipped` steps in a row were skipped.
         """
         if self._held:
-            getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
+            scheduler = self.lr_scheduler
+            getattr(scheduler, "scheduler", scheduler).step()
             self._held = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self._in_a_row >= self._most_in_a_row:

@@ -55,7 +55,7 @@ def describe(found: Estimate) -> str:
 
 
 def read_settings(
-    args: TrainingArguments, model: ModelConfig, dtype: str, freeze: Sequence[str], config: PreTrainedConfig,
+    args: TrainingArguments, model: ModelConfig, dtype: str | torch.dtype, freeze: Sequence[str], config: PreTrainedConfig,
 ) -> Settings:  # fmt: skip
     """What the flags of a run say of its memory; its longest prompt, clip and answer are the data's.
 
@@ -144,16 +144,17 @@ def advise(config: PreTrainedConfig, found: Estimate, device_bytes: int, than: f
 
 def _changes(s: Settings) -> list[list[tuple[str, dict]]]:
     """Combinations of changes to try, the simplest first: each as (what to write, what it changes)."""
-    lighter = [("--activation_checkpointing true", CHECKPOINTING)]
+    lighter: list[tuple[str, dict]] = [("--activation_checkpointing true", CHECKPOINTING)]
     if not s.supervised:
         lighter.append(("--steps_per_generation 1", ONCE))
     if s.questions > 1:
         fewer = {"questions": 1, "steps_per_generation": s.steps_per_generation * s.questions}
         lighter.insert(0, (f"--per_device_train_batch_size {s.generations}", fewer))
-    engine, lora = {"dtype": torch.bfloat16}, ("--use_peft true", {"lora_r": s.lora_r or LORA["lora_r"]})
-    others = []
+    engine: dict = {"dtype": torch.bfloat16}
+    lora: tuple[str, dict] = ("--use_peft true", {"lora_r": s.lora_r or LORA["lora_r"]})
+    others: list[tuple[str, dict]] = []
     if not s.four_bit:  # which is not for engines
-        stages = (("2", ZERO_2), ("3", ZERO_3)) if s.processes > 1 else ()
+        stages: tuple[tuple[str, dict], ...] = (("2", ZERO_2), ("3", ZERO_3)) if s.processes > 1 else ()
         stages = (*stages, ("2_offload", OFFLOADED), ("3_offload", ALL_OFFLOADED))
         others = [(f"CONFIG=conf/ds_zero{stage}.json", engine | change) for stage, change in stages]
     others.append(lora)

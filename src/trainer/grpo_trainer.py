@@ -104,7 +104,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         self.audio_channels, self.max_resample_rounds = audio_channels, max_resample_rounds
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
         self.prompt_style = styles[0] if len(styles) == 1 else None
-        self._questions: Batch | None = None  # the generation batch's, encoded
+        self._questions: Batch  # the generation batch's, encoded
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
 
         base = base_model(self.model)
@@ -269,7 +269,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
             Path(output_dir) / f"rollouts_{self.args.process_index}.pt",
         )
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def _load_rng_state(self, checkpoint: str) -> None:
         """Load what `_save_rng_state` saved. On another number of processes, a batch of rollouts that was not used up
         is sampled anew, for the same questions."""
         super()._load_rng_state(checkpoint)
@@ -332,6 +332,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
     def _largest_batch(self) -> dict[str, torch.Tensor]:
         """By a rollout of as many questions as ever, completions of the full length, and a pass as the reference's."""
         s, args, G = self.memory_settings, self.args, self.num_generations
+        assert s is not None
         whole = replace(s, questions=s.questions * args.steps_per_generation)
         self._questions = questions = longest_questions(base_model(self.model), whole, args.device)
         self._clips = questions.audio_inputs

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
@@ -187,7 +187,7 @@ def _measure_rollout(config: str, s: Settings) -> dict[str, int]:
     return {"prefill": prefilled - held, "decoding": memory.peak - held}
 
 
-def build(config: str, s: Settings) -> tuple[nn.Module, dict[str, int]]:
+def build(config: str, s: Settings) -> tuple[PreTrainedModel, dict[str, int]]:
     """The model as the trainer has it, on the meta device, and its sizes; `config` is its configuration as JSON."""
     values = json.loads(config)
     with torch.device("meta"):
@@ -216,7 +216,7 @@ def build(config: str, s: Settings) -> tuple[nn.Module, dict[str, int]]:
     return model, sizes | {"trained": sum(parameter.numel() for parameter in trained)}
 
 
-def longest_questions(model: nn.Module, s: Settings, device: torch.device) -> Batch:
+def longest_questions(model: PreTrainedModel, s: Settings, device: torch.device) -> Batch:
     """The longest questions (N, P) with the longest clips."""
     audio, samples = model.config.audio_config, round(s.seconds * SAMPLE_RATE)
     frames = -(-samples // 160)

@@ -110,7 +110,7 @@ def find_newest(out: Path, everywhere: set[int] | None = None) -> Path:
 
 
 def _look_for_newest(out: Path, everywhere: set[int] | None) -> tuple[Path | None, list[str]]:
-    problems = []
+    problems: list[str] = []
     for checkpoint in reversed(checkpoints_in(out)):
         try:
             check_resumable(checkpoint)

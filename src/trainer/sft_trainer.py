@@ -123,5 +123,6 @@ class AudioSFTTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedChe
             return super().compute_loss(model, inputs | {"fused_lm_head": True}, return_outputs, num_items_in_batch)
 
     def _largest_batch(self) -> dict[str, torch.Tensor]:
-        questions = longest_questions(base_model(self.model), self.memory_settings, self.args.device)
-        return longest_answers(questions, self.memory_settings)
+        s = self.memory_settings
+        assert s is not None
+        return longest_answers(longest_questions(base_model(self.model), s, self.args.device), s)

@@ -195,7 +195,8 @@ def _share(result: Result, title: str, name: str) -> str:
 
 def _to_set(benchmark: Benchmark, results: list[Result], audio_dir: Path) -> dict:
     """What the script shows of one table's questions; an answer is [text, right, whole completion or "", cut off]."""
-    rights, ids, questions = [result.right for result in results], {}, []
+    rights, questions = [result.right for result in results], []
+    ids: dict[str, int] = {}
     task, *more = (title.lower() for title in results[0].scores.groups)
     for number, (id_, record) in enumerate(results[0].records.items(), start=1):
         answers = []

@@ -66,7 +66,11 @@ def to_numbers(results: list[Result]) -> pd.DataFrame:
     rows = []
     for result in results:
         benchmark = result.benchmark
-        row = {"benchmark": benchmark.name, "release": benchmark.release, "questions": benchmark.digest}
+        row: dict[str, object] = {
+            "benchmark": benchmark.name,
+            "release": benchmark.release,
+            "questions": benchmark.digest,
+        }
         row |= {"step": result.row} | result.settings
         for name in [*list_tasks(results), "total"]:
             right, asked = result.counts.get(name, (0, 0))
@@ -153,7 +157,8 @@ def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
 
     Results on other questions than MMAU's test-mini in the paper's release do not count: their scores do not compare.
     """
-    found, (results, skipped) = {}, read_results(*folders)
+    found: dict[str, list[Result]] = {}
+    results, skipped = read_results(*folders)
     for result in results:
         if result.benchmark.is_original:
             found.setdefault(Path(result.folder).name, []).append(result)
@@ -195,12 +200,12 @@ def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
     for result in results:
         if result.step is not None:
             lines.setdefault((result.prefix, result.variant), []).append(result)
-    for index, (name, steps) in enumerate(lines.items()):
+    for index, (line, steps) in enumerate(lines.items()):
         numbers = to_numbers(steps).set_index(pd.Index([result.step for result in steps]))
         if len(lines) == 1:
             axis.plot(numbers[list_tasks(steps)], ".--", alpha=0.7, label=list_tasks(steps))
         color = "black" if index == 0 else f"C{index}"
-        axis.plot(numbers["total"], "o-", color=color, label=" ".join(["total", *filter(None, name)]))
+        axis.plot(numbers["total"], "o-", color=color, label=" ".join(["total", *filter(None, line)]))
         axis.fill_between(numbers.index, numbers.low, numbers.high, color=color, alpha=0.15, label="95% interval")
     level = {result.name: result.accuracy for result in results if result.step is None}
     if benchmark.is_original:
