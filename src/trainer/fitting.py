@@ -55,7 +55,8 @@ def describe(found: Estimate) -> str:
 
 
 def read_settings(
-    args: TrainingArguments, model: ModelConfig, dtype: str | torch.dtype, freeze: Sequence[str], config: PreTrainedConfig,
+    args: TrainingArguments, model: ModelConfig, dtype: str | torch.dtype, freeze: Sequence[str],
+    config: PreTrainedConfig,
 ) -> Settings:  # fmt: skip
     """What the flags of a run say of its memory; its longest prompt, clip and answer are the data's.
 
