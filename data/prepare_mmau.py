@@ -123,9 +123,8 @@ def file_clips(audio: list[Path]) -> Iterator[tuple[str, bytes]]:
                 continue
             with tarfile.open(path) as archive:
                 for member in archive:
-                    if member.isfile() and (
-                        file := archive.extractfile(member)
-                    ):  # neither links nor devices; of its path only the last part is used
+                    # Neither links nor devices; of its path only the last part is used.
+                    if member.isfile() and (file := archive.extractfile(member)):
                         yield Path(member.name).name, file.read()
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{path}: cannot be unpacked ({error}); download it again") from error
