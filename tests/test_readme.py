@@ -92,7 +92,7 @@ def parse_command(command: str) -> None:
         else:
             assert not arguments, f"{script} takes none"
     elif script == "-m":
-        assert arguments[:2] in (["pip", "install"], ["venv", ".venv"]), command
+        assert arguments in (["mypy"], ["venv", ".venv"]) or arguments[:2] == ["pip", "install"], command
     else:
         parse_script(ROOT / script, arguments)
 
