@@ -51,7 +51,7 @@ def make_trainer(model, data, out, **settings) -> AudioGRPOTrainer:
 def arguments(out: Path, **settings) -> SimpleNamespace:
     defaults = dict(
         output_dir=str(out), resume=True, resume_from_checkpoint=None, force_resume=False, overwrite_output_dir=False,
-        max_steps=3, sync_ref_model=False,
+        max_steps=3, sync_ref_model=False, save_on_each_node=False,
     )  # fmt: skip
     return SimpleNamespace(**defaults | settings)
 
@@ -119,10 +119,14 @@ def test_state_in_other_parts_is_refused_with_what_works(copied):
     record = json.loads((copied / "checkpoint-3" / RECORD).read_text())
     settings = record["settings"] | {"engine": "ZeRO-2 on 2 processes"}
     (copied / "checkpoint-3" / RECORD).write_text(json.dumps(record | {"settings": settings}))
-    for now in ("ZeRO-2 on 4 processes", "ZeRO-3 on 2 processes", "none"):
+    for now in ("ZeRO-3 on 2 processes", "none"):
         with pytest.raises(ValueError, match=f"that of engine ZeRO-2 on 2 processes, now {now}.* --model_name_or_path"):
             choose_start(arguments(copied, force_resume=True), settings | {"engine": now})
     assert choose_start(arguments(copied), settings) == copied / "checkpoint-3"
+    fewer = settings | {"engine": "ZeRO-2 on 1 processes"}
+    assert choose_start(arguments(copied), fewer) == copied / "checkpoint-3"
+    with pytest.raises(ValueError, match="where all nodes share the disk"):
+        choose_start(arguments(copied, save_on_each_node=True), fewer)
 
 
 def test_a_folder_with_checkpoints_of_another_run_is_refused(copied):

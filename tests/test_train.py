@@ -171,12 +171,20 @@ def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, sma
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_goes_on_with_other_processes(plain_steps, small_model, questions, tmp_path, before, after):
+@pytest.mark.parametrize("engine", ["", "ds_zero2"])
+def test_a_run_goes_on_with_other_processes(plain_steps, small_model, questions, tmp_path, engine, before, after):
+    """The checkpoint stays as it is."""
+    if engine and not shutil.which("g++"):
+        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    config = f"conf/{engine}.json" if engine else ""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-    steps_on_fixed_completions(small_model, questions, tmp_path / "first", before, "")
+    steps_on_fixed_completions(small_model, questions, tmp_path / "first", before, config)
     start = tmp_path / "first" / "out" / "checkpoint-1"
-    found = steps_on_fixed_completions(small_model, questions, tmp_path / "second", after, "", start)
+    files = {path: path.stat().st_mtime_ns for path in start.rglob("*")}
+    found = steps_on_fixed_completions(small_model, questions, tmp_path / "second", after, config, start)
+    assert files == {path: path.stat().st_mtime_ns for path in start.rglob("*")}
+    assert not (tmp_path / "second" / "out" / ".partial").exists()
     assert len(found) == 2 and found[0]["loss"] == pytest.approx(plain_steps[0]["loss"], abs=1e-4)
     assert found[1]["loss"] == pytest.approx(plain_steps[1]["loss"], abs=1e-4)
     assert found[1]["grad_norm"] == pytest.approx(plain_steps[1]["grad_norm"], rel=1e-3)

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from dataset.dataset import load_train_dataset
 from train import RecipeConfig
 from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.resume import execute_nothing
 
 GENERATIONS = 4
 
@@ -39,6 +40,7 @@ def main(model: str, data: str, output: str, config: str, log: str, start: str |
     )  # fmt: skip
     args.model_init_kwargs = {"dtype": "float32"}
     trainer = FixedCompletions(model, [vowels], args, load_train_dataset(data))
+    execute_nothing(bool(config))
     trainer.train(resume_from_checkpoint=start)
     if trainer.accelerator.is_main_process:
         steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]

@@ -26,6 +26,7 @@ BULK = (
     "zero_to_fp32.py",
 )  # fmt: skip
 DAMAGED = "remove the checkpoint, and go on from another"
+CONVERTED = ("ZeRO-2",)  # the engines whose state another number of processes can read
 LAUNCH = ".launch"  # in the output folder, of a run that is started again when it fails: by which call of the launcher
 PARTIAL = ".partial"  # in the output folder: what is being written, or was when the run was cut off
 
@@ -148,7 +149,7 @@ def describe_newest(out: Path) -> str:
 def check_settings(checkpoint: Path, now: dict) -> None:
     """Raise a `ValueError` that names the settings in which a run differs from the one that wrote the checkpoint."""
     before = check_resumable(checkpoint)
-    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    changed = [name for name in before | now if before.get(name) != now.get(name) and name != "engine"]
     differing = [f"{name} {before.get(name)}, now {now.get(name)}" for name in changed]
     if differing:
         raise ValueError(
@@ -157,15 +158,21 @@ def check_settings(checkpoint: Path, now: dict) -> None:
         )
 
 
-def check_engine(checkpoint: Path, now: dict) -> None:
-    """Raise a `ValueError` with what works, where DeepSpeed wrote a checkpoint's state in other parts than it is to be
-    read: `--force_resume` does not help there."""
+def check_engine(checkpoint: Path, now: dict, shared: bool = True) -> None:
+    """Raise a `ValueError` with what works, where DeepSpeed cannot read a checkpoint's state, since it is of another
+    engine, or its parts lie on several disks: `--force_resume` does not help there.
+
+    Args:
+        shared: all of the checkpoint is on one disk, so that its state can be cut anew for another number of processes.
+    """
     before, engine = check_resumable(checkpoint).get("engine", "none"), now.get("engine", "none")
-    if before != engine:
+    stage, stage_now = (name.partition(" on ")[0] for name in (before, engine))
+    if before != engine and not (shared and stage == stage_now and stage in CONVERTED):
         raise ValueError(
             f"{checkpoint}: its optimizer state is that of engine {before}, now {engine}. What works: that engine and "
             "number of processes (CONFIG, GPU_NUM, NODE_NUM), or a new run from its weights, "
-            f"--model_name_or_path {checkpoint} with another --output_dir. Without DeepSpeed the number may change"
+            f"--model_name_or_path {checkpoint} with another --output_dir. Without DeepSpeed the number may change, "
+            f"and with {' or '.join(CONVERTED)} where all nodes share the disk"
         )
 
 
@@ -206,7 +213,7 @@ def choose_start(args: TrainingArguments, settings: dict, everywhere: set[int] |
     if start and getattr(args, "sync_ref_model", False):
         raise ValueError("--sync_ref_model true: such a run cannot go on, since its reference model is not saved")
     if start:
-        check_engine(start, settings)
+        check_engine(start, settings, shared=not args.save_on_each_node)
     if start and not args.force_resume:
         check_settings(start, settings)
     if args.resume_from_checkpoint or not args.resume:  # what --resume passed over is replaced step by step

@@ -19,6 +19,7 @@ from model.qwen2_audio import base_model
 
 from .resume import PARTIAL, STATE, checkpoints_in, drop_state, move_files, record_state
 from .room import check_room, write_together
+from .universal import count_parts, load_other_parts
 
 BY_RESULT = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that wait for an evaluation
 
@@ -146,6 +147,16 @@ class SelfContainedCheckpoints:
         else:
             saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
             model.load_state_dict(saved.state_dict())
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Set up the engine and load its state, which as many processes wrote as there are, or others."""
+        checkpoint = resume_from_checkpoint and Path(resume_from_checkpoint)
+        if not (checkpoint and self.is_deepspeed_enabled and count_parts(checkpoint) not in (0, self.args.world_size)):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_other_parts(self, checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)  # the schedule alone, under DeepSpeed
+        return prepared
 
     def _run_epoch(self, *, epoch: int, train_dataloader, **kwargs) -> None:
         """Train an epoch, its sampler told which. accelerate does not reach through the wrapper that skips the batches
