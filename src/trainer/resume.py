@@ -26,7 +26,7 @@ BULK = (
     "zero_to_fp32.py",
 )  # fmt: skip
 DAMAGED = "remove the checkpoint, and go on from another"
-CONVERTED = ("ZeRO-2",)  # the engines whose state another number of processes can read
+CONVERTED = ("ZeRO-2", "ZeRO-3")  # the engines whose state another number of processes can read
 LAUNCH = ".launch"  # in the output folder, of a run that is started again when it fails: by which call of the launcher
 PARTIAL = ".partial"  # in the output folder: what is being written, or was when the run was cut off
 
