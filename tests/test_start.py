@@ -26,7 +26,10 @@ def note(name):
     open(os.path.join(here, name), "w").close()
 what, rank = sys.argv[1], os.environ.get("RANK", "alone")
 only = "0" if os.environ.get("WORLD_SIZE") == "1" else None
-if what == "mistake":
+if what == "mistake of all":
+    with recorded():
+        sys.exit("script: there is no folder x")
+elif what == "mistake":
     with recorded():
         sys.exit("script: there is no folder x") if rank in ("1", "alone", only) else time.sleep(60)
 elif what == "crash" and rank == "1":
@@ -88,6 +91,7 @@ def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
     ("processes", "what", "status", "last"),
     [
         ("2", "mistake", 1, "script: there is no folder x"),
+        ("2", "mistake of all", 1, "script: there is no folder x"),
         ("2", "crash", 1, "RuntimeError: rank 1 broke"),
         ("2", "consequence", 1, "RuntimeError: rank 1 broke"),
         (
@@ -107,6 +111,7 @@ def test_what_a_process_says_is_the_last_thing_printed(tmp_path, processes, what
     said = run.stderr.splitlines()
     assert run.returncode == status and said[-1:] == ([last] if last else []), run.stderr
     assert "ChildFailedError" not in run.stderr and len(said) < (30 if what == "consequence" else 12)
+    assert not what.startswith("mistake") or said.count(last) == 1, "once for all processes"
     assert ("process 1 failed first:" in said) == (what == "consequence")
 
 

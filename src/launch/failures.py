@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable; its own code reads `message` and `timestamp`
+LAUNCH = "LAUNCH_ID"  # in the processes' environment: tells one call of a launcher from another, through its restarts
 
 
 class Failure(NamedTuple):
@@ -23,6 +24,7 @@ class Failure(NamedTuple):
 
     message: str  # its traceback, or the sentence that it ended with
     mistake: bool  # a sentence: another try would end the same way
+    said: bool  # by the process; else it is the launcher that says it, once for all processes
     at: float  # seconds since the epoch
     rank: int
 
@@ -37,22 +39,26 @@ class Said(SystemExit):
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Record what ends the block, if that is an exception or an exit with a message; it is raised on."""
+    """Record what ends the block, if that is an exception or an exit with a message; it is raised on. The message is
+    left to the launcher, if there is one: all processes would say the same."""
     try:
         yield
     except SystemExit as error:
+        said = not isinstance(error.code, str)
         if error.code:
-            _write(error.sentence if isinstance(error, Said) else str(error.code), mistake=True)
-        raise
+            _write(error.sentence if isinstance(error, Said) else str(error.code), mistake=True, said=said)
+        if said or LAUNCH not in os.environ:
+            raise
+        raise SystemExit(1) from None
     except Exception as error:
-        _write("".join(traceback.format_exception(error)), mistake=False)
+        _write("".join(traceback.format_exception(error)), mistake=False, said=True)
         raise
 
 
-def _write(message: str, mistake: bool) -> None:
+def _write(message: str, mistake: bool, said: bool) -> None:
     if FILE in os.environ:
         now = time.time()
-        failure = Failure(message.strip(), mistake, now, int(os.environ.get("RANK", 0)))
+        failure = Failure(message.strip(), mistake, said, now, int(os.environ.get("RANK", 0)))
         Path(os.environ[FILE]).write_text(json.dumps(failure._asdict() | {"timestamp": int(now)}), encoding="utf-8")
 
 

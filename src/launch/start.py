@@ -26,7 +26,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports; later the processes say
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 import psutil
-from failures import Failure, read_failures
+from failures import LAUNCH, Failure, read_failures
 from torch.distributed import DistError, TCPStore, launcher
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -34,7 +34,6 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
-LAUNCH = "LAUNCH_ID"  # in the processes' environment: tells one call of a launcher from another, through its restarts
 TOLD = 1  # second in which the other nodes learn of a failure, before this one's store may be gone
 SAME_TIME = 5  # seconds between a process's death and the others' errors about it; torchrun itself kills after 30
 ELSEWHERE = "a process on another node failed, see there; those on this node were stopped"
@@ -64,7 +63,7 @@ def main() -> int:
     except ChildFailedError as error:
         status, account = explain(error.failures)
         if account:
-            print(f"\n{account}", file=sys.stderr)
+            print(account, file=sys.stderr)
         return status
     except FailedElsewhere:
         print("\n" + ELSEWHERE, file=sys.stderr)
@@ -158,6 +157,8 @@ def explain(failures: dict[int, ProcessFailure]) -> tuple[int, str]:
         return 1, ELSEWHERE
     if written := first_failures(failures):
         status = next((failures[one.rank].exitcode for one in written if one.rank in failures), 1)
+        if not written[0].said:
+            return max(status, 1), written[0].message
         account = written[0].message if len({one.message for one in written}) > 1 else ""
         return max(status, 1), f"process {written[0].rank} failed first:\n{account}" if account else ""
     # Of those that failed at the same time, the others lost the one that a signal ended.
