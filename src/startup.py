@@ -4,7 +4,7 @@ chosen, the data examined. All that a user can mend is said here, before the mod
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -199,6 +199,18 @@ def check_memory(
     return settings
 
 
+@dataclass
+class Prepared:
+    """What a run needs beside its flags: examined, chosen and described before its model is loaded."""
+
+    dataset: Dataset
+    processor: ProcessorMixin
+    eval_questions: Benchmark | None
+    start: Path | None  # the checkpoint to go on from
+    settings: dict  # all that decides the run's result
+    memory: Settings
+
+
 @recorded()
 def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) -> None:
     """A training script from its command line to the saved model.
@@ -212,47 +224,64 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
     with ExitStack() as held:
         try:
             parsed = parser.parse_args_and_config()
-            data, *_, args, model = parsed
-            if not args.verbose:
-                silence_libraries()
-            check_packages(parsed)
-            out = Path(args.output_dir)
-            if args.eval_file:
-                check_is_there(args.eval_file)
-            if not shares_disk(out):
-                use_own_disk(args)
-            on_each_disk(lambda: held.enter_context(hold(out / LOCK)), args)
-            processor = load_processor(model.model_name_or_path)
-            settings = describe_on_each_node(data, args, model, parsed)
-            everywhere = steps_on_all_nodes(args)
-            vars(args).update(together(lambda: resume_after_restart(out, everywhere), main=True))
-            start = on_each_disk(lambda: choose_start(args, settings, everywhere), args)
-            if start and on_each_disk(lambda: finish(start, args), args):
-                return
-            check_quantised(args, model)
-            folder = together(lambda: merge_adapter(model.model_name_or_path, out))
-            dataset, longest = load_training_data(data, args, processor)
-            check_enough(len(dataset), args)
-            eval_questions = load_eval_questions(data, args, processor) if args.eval_file else None
-            check_same_clips(dataset)
-            model.model_name_or_path = folder
-            if not hasattr(args, "num_generations"):
-                longest["completion"] = count_longest_answer(dataset, processor)
-            memory = check_memory(data, args, model, longest)
-            if args.overwrite_output_dir:
-                on_each_disk(lambda: remove_checkpoints(strange_checkpoints(out, start)), args)
-            on_each_disk(lambda: note_launch(out), args)
+            run = prepare(parsed, held)
         except (ValueError, OSError) as error:  # the user's to mend: its message says how
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        if run is None:
+            return
         try:
             with loading_shown():
-                trainer = build_trainer(dataset, processor, eval_questions, *parsed)
+                trainer = build_trainer(run.dataset, run.processor, run.eval_questions, *parsed)
         except DataError as error:  # a reward that cannot be used
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-        trainer.run_settings, trainer.memory_settings = settings, memory
-        train(trainer, start)
+        trainer.run_settings, trainer.memory_settings = run.settings, run.memory
+        train(trainer, run.start)
         settle()
         trainer.end()  # processes that exit with a process group open may abort
+
+
+def prepare(parsed: Sequence, held: ExitStack) -> Prepared | None:
+    """Lock the output folder, choose the checkpoint to go on from, examine the data, calculate the memory; None for a
+    run that is finished. Changes in the recipe and the model's flags what follows from all that.
+
+    Args:
+        parsed: as `run_training` has it.
+        held: gets the lock.
+
+    Raises:
+        ValueError, OSError: the run cannot start as it is.
+    """
+    data, *_, args, model = parsed
+    if not args.verbose:
+        silence_libraries()
+    check_packages(parsed)
+    out = Path(args.output_dir)
+    if args.eval_file:
+        check_is_there(args.eval_file)
+    if not shares_disk(out):
+        use_own_disk(args)
+    on_each_disk(lambda: held.enter_context(hold(out / LOCK)), args)
+    processor = load_processor(model.model_name_or_path)
+    settings = describe_on_each_node(data, args, model, parsed)
+    everywhere = steps_on_all_nodes(args)
+    vars(args).update(together(lambda: resume_after_restart(out, everywhere), main=True))
+    start = on_each_disk(lambda: choose_start(args, settings, everywhere), args)
+    if start and on_each_disk(lambda: finish(start, args), args):
+        return None
+    check_quantised(args, model)
+    folder = together(lambda: merge_adapter(model.model_name_or_path, out))
+    dataset, longest = load_training_data(data, args, processor)
+    check_enough(len(dataset), args)
+    eval_questions = load_eval_questions(data, args, processor) if args.eval_file else None
+    check_same_clips(dataset)
+    model.model_name_or_path = folder
+    if not hasattr(args, "num_generations"):
+        longest["completion"] = count_longest_answer(dataset, processor)
+    memory = check_memory(data, args, model, longest)
+    if args.overwrite_output_dir:
+        on_each_disk(lambda: remove_checkpoints(strange_checkpoints(out, start)), args)
+    on_each_disk(lambda: note_launch(out), args)
+    return Prepared(dataset, processor, eval_questions, start, settings, memory)
 
 
 def train(trainer: Trainer, start: Path | None) -> None:
@@ -267,7 +296,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
         trainer.add_callback(callback)
     print_lines(trainer)
     try:
-        execute_nothing(bool(trainer.args.deepspeed))
+        execute_nothing(bool(args.deepspeed))
         foresee_room(trainer, step_of(start) if start else 0)
         if args.device.type == "cuda" if args.probe_memory is None else args.probe_memory:
             trainer.add_callback(ProbeFirst(trainer))
@@ -278,7 +307,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
         end_with(error, trainer)
     except DataError as error:  # in a loader's process with the traceback before it
         reason = str(error).rpartition("DataError: ")[2].strip()
-        end_with(RunEnded(f"{reason}. {describe_newest(Path(trainer.args.output_dir))}"), trainer)
+        end_with(RunEnded(f"{reason}. {describe_newest(Path(args.output_dir))}"), trainer)
 
 
 def report_end(trainer: Trainer, stop: StopOnSignal, start: Path | None) -> None:
