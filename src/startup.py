@@ -21,7 +21,7 @@ from dataset.rows import DataError, hash_file
 from evaluation.mmau import evaluate
 from evaluation.results import Completion, to_records
 from evaluation.sweep import processes, settle, together
-from launch.failures import Said, recorded, stop_without_launcher
+from launch.failures import recorded, stop_without_launcher
 from launch.packages import find_missing_packages
 from model.checkpoints import fingerprint, full_model, locate
 from model.qwen2_audio import load_processor
@@ -324,10 +324,7 @@ def report_end(trainer: Trainer, stop: StopOnSignal, start: Path | None) -> None
 
 
 def end_with(error: RunEnded, trainer: Trainer) -> NoReturn:
-    """End this process with a run's last words, which the first process says where all have the same."""
-    sentence = f"{Path(sys.argv[0]).name}: {error}"
-    if not error.everywhere or trainer.accelerator.is_main_process:
-        print(sentence, file=sys.stderr, flush=True)
-    if error.everywhere:  # so that none ends before it is said: the launcher stops the others
+    """End this process with a run's last words."""
+    if error.everywhere:  # so that none is stopped by the launcher before it has come here
         trainer.accelerator.wait_for_everyone()
-    raise Said(sentence)
+    sys.exit(f"{Path(sys.argv[0]).name}: {error}")

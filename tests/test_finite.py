@@ -94,15 +94,13 @@ def test_a_step_that_is_not_finite_moves_nothing_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("kind", ["grpo", pytest.param("sft", marks=pytest.mark.slow)])
-def test_too_many_in_a_row_end_the_run_with_its_last_good_checkpoint(
-    small_model, questions, tmp_path, capsys, spoil, kind
-):
+def test_too_many_in_a_row_end_the_run_with_its_last_good_checkpoint(small_model, questions, tmp_path, spoil, kind):
     trainer = make_trainer(kind, small_model, questions, tmp_path, max_steps=8, max_skipped=2, save_steps=3)
     spoil(trainer, {2, 4, 5, 7}, "nan")
     with pytest.raises(SystemExit) as ended:
         startup.train(trainer, None)
-    assert ended.value.code == 1 and trainer.state.global_step == 5
-    message = capsys.readouterr().err.splitlines()[-1]
+    assert trainer.state.global_step == 5
+    message = str(ended.value.code)
     assert "2 steps in a row" in message and "what step 3 learned is the last that is good" in message
     assert f"The last good checkpoint is {tmp_path / 'checkpoint-3'}: --resume goes on from it" in message
     logged = (tmp_path / "log.jsonl").read_text().splitlines()

@@ -29,14 +29,6 @@ class Failure(NamedTuple):
     rank: int
 
 
-class Said(SystemExit):
-    """An exit with status 1 whose sentence has been printed already."""
-
-    def __init__(self, sentence: str):
-        super().__init__(1)
-        self.sentence = sentence
-
-
 @contextmanager
 def recorded() -> Iterator[None]:
     """Record what ends the block, if that is an exception or an exit with a message; it is raised on. The message is
@@ -44,9 +36,9 @@ def recorded() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        said = not isinstance(error.code, str)
+        said = not isinstance(error.code, str)  # a number: that of a parser, say, which has printed its reason
         if error.code:
-            _write(error.sentence if isinstance(error, Said) else str(error.code), mistake=True, said=said)
+            _write(str(error.code), mistake=True, said=said)
         if said or LAUNCH not in os.environ:
             raise
         raise SystemExit(1) from None
