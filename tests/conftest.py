@@ -96,3 +96,10 @@ def content_digest(records: list[dict]) -> str:
 
     rows = [[record["question"], record["choices"], record["answer"]] for record in records]
     return digest(" ".join(sorted(digest(json.dumps(row)) for row in rows)))[:16]
+
+
+@pytest.fixture(autouse=True)
+def any_state_loads():
+    """What a run in the tests' own process forbids `torch.load` (`execute_nothing`) is allowed again after the test."""
+    yield
+    os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
