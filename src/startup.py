@@ -20,7 +20,7 @@ from dataset.questions import Benchmark, load_questions
 from dataset.rows import DataError, hash_file
 from evaluation.mmau import evaluate
 from evaluation.results import Completion, to_records
-from evaluation.sweep import processes, settle, together
+from evaluation.sweep import leave, processes, together
 from launch.failures import recorded, stop_without_launcher
 from launch.packages import find_missing_packages
 from model.checkpoints import fingerprint, full_model, locate
@@ -228,7 +228,7 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
         except (ValueError, OSError) as error:  # the user's to mend: its message says how
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         if run is None:
-            return
+            return leave()
         try:
             with loading_shown():
                 trainer = build_trainer(run.dataset, run.processor, run.eval_questions, *parsed)
@@ -236,8 +236,7 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         trainer.run_settings, trainer.memory_settings = run.settings, run.memory
         train(trainer, run.start)
-        settle()
-        trainer.end()  # processes that exit with a process group open may abort
+        leave()
 
 
 def prepare(parsed: Sequence, held: ExitStack) -> Prepared | None:
@@ -298,7 +297,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
     try:
         execute_nothing(bool(args.deepspeed))
         foresee_room(trainer, step_of(start) if start else 0)
-        if args.device.type == "cuda" if args.probe_memory is None else args.probe_memory:
+        if args.probe_memory or (args.probe_memory is None and args.device.type == "cuda"):
             trainer.add_callback(ProbeFirst(trainer))
         with explain_out_of_memory(trainer):
             trainer.train(resume_from_checkpoint=start and str(start))

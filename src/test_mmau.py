@@ -33,7 +33,7 @@ from dataset.prompt import DEFAULT_STYLE, STYLES
 from dataset.questions import load_questions
 from evaluation.answers import AUDIO, default_workers
 from evaluation.results import MAX_NEW_TOKENS, Run
-from evaluation.sweep import DTYPES, Sweep, make_jobs, processes, run_sweep, say, settle
+from evaluation.sweep import DTYPES, Sweep, leave, make_jobs, processes, run_sweep, say
 from quiet import silence_libraries
 
 
@@ -103,14 +103,13 @@ def run(args: Namespace) -> int:
 def main() -> int:
     args = parse_args()
     silence_libraries()
-    state = processes()
+    processes()
     try:
         status = run(args)
     except (ValueError, OSError) as error:
         say(f"test_mmau: {error}")
         status = 1
-    settle()  # the launcher ends the others as soon as one is gone with a status
-    state.destroy_process_group()
+    leave()
     return status
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from dataset.dataset import load_train_dataset
+from evaluation.sweep import leave
 from train import RecipeConfig
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.resume import execute_nothing
@@ -45,7 +46,7 @@ def main(model: str, data: str, output: str, config: str, log: str, start: str |
     if trainer.accelerator.is_main_process:
         steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         Path(log).write_text(json.dumps(steps))
-    trainer.end()
+    leave()
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ def processes() -> PartialState:
     return PartialState(cpu=True, timeout=timedelta(days=7))
 
 
-def settle() -> None:
-    """Wait for the other processes, before their group is left.
+def leave() -> None:
+    """Leave the group of processes, all at the same time: who exits with it open may abort, and the launcher ends the
+    others as soon as one is gone with a status.
 
     Gloo's threads may not have let go of the last collective's tensors, for which they need Python's lock. A group that
     is destroyed meanwhile holds the lock and waits for them for ever: seen in torch 2.13, at the end of a run.
@@ -74,6 +75,7 @@ def settle() -> None:
     if state.num_processes > 1:
         state.wait_for_everyone()
         time.sleep(SETTLED)
+    state.destroy_process_group()
 
 
 def say(text: str) -> None:
