@@ -1,9 +1,12 @@
 """Run a launcher or script as a person would, in a subprocess, on the interpreter that runs the tests."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from conftest import ROOT
 
@@ -24,6 +27,12 @@ def run(
     )
     assert not check or process.returncode == 0, f"{command} failed:\n{process.stdout[-6000:]}"
     return process
+
+
+def skip_without_compiler(engine: str) -> None:
+    """Skip a test of one of DeepSpeed's engines; an empty one, as a test's parameter may be, needs none."""
+    if engine and not shutil.which("g++"):
+        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
 
 
 def environment(**added) -> dict[str, str]:

@@ -35,7 +35,7 @@ from model.checkpoints import (
     load_model,
 )
 from model.qwen2_audio import load_processor
-from running import free_port, run
+from running import free_port, run, skip_without_compiler
 from test_grpo_trainer import first_rows, length_reward
 from trainer.grpo_trainer import AudioGRPOTrainer
 
@@ -237,8 +237,7 @@ def test_a_run_starts_from_an_adapter_as_from_its_merged_model(
 
 @pytest.mark.slow
 def test_adapters_with_zero3_on_two_processes(small_model, questions, tmp_path):
-    if not shutil.which("g++"):
-        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    skip_without_compiler("ds_zero3")
     run(
         "sh", "run_grpo.sh", "--use_cpu", "true", "--use_peft", "true", "--max_steps", "2", "--save_steps", "2",
         "--questions_per_step", "2", "--num_generations", "4", "--max_completion_length", "6", "--learning_rate", "1e-2",

@@ -1,7 +1,6 @@
 """The largest micro-batch before step 1, which must leave no trace in the run; and what a run out of memory says."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from trl import GRPOConfig
 
 from dataset.dataset import load_train_dataset
 from model.qwen2_audio import load_processor
-from running import run
+from running import run, skip_without_compiler
 from test_grpo_trainer import length_reward
 from trainer.fitting import size
 from trainer.grpo_trainer import AudioGRPOTrainer
@@ -137,8 +136,7 @@ def test_other_errors_come_through(small_model, questions, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
 def test_two_processes_probe_together(small_model, questions, tmp_path, engine):
-    if engine and not shutil.which("g++"):
-        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    skip_without_compiler(engine)
     (tmp_path / "rewards.py").write_text(
         "def vowels(completions, **kwargs):\n    return [sum(a in 'aeiou' for a in text) / 9 for text in completions]\n"
     )

@@ -15,7 +15,7 @@ from trl.trainer.utils import RepeatSampler
 from arguments import result_settings
 from dataset.dataset import load_train_dataset
 from model.checkpoints import IncompleteCheckpoint, check_whole
-from running import run
+from running import run, skip_without_compiler
 from test_grpo_trainer import length_reward
 from train import RecipeConfig, make_parser
 from trainer.grpo_trainer import AudioGRPOTrainer, QuestionOrder
@@ -338,8 +338,7 @@ def test_an_epochs_order_follows_from_its_number(processes):
 @pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
 def test_a_run_that_was_killed_goes_on_by_the_launcher(small_model, questions, tmp_path, engine):
     """All processes are killed in the second save, when the checkpoint would get its name."""
-    if engine and not shutil.which("g++"):
-        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    skip_without_compiler(engine)
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal\nrename = os.rename\n"
         "def killed(source, target):\n"

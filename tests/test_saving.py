@@ -20,7 +20,7 @@ from dataset.dataset import load_train_dataset
 from merge_lora import merge
 from model.checkpoints import PROCESSOR_FILES, IncompleteCheckpoint, check_whole, complete_checkpoint
 from model.tiny import build_processor
-from running import free_port, run
+from running import free_port, run, skip_without_compiler
 from test_grpo_trainer import length_reward
 from test_sft import make_trainer
 from trainer.grpo_trainer import AudioGRPOTrainer
@@ -101,8 +101,7 @@ def test_a_checkpoint_has_the_bases_processor_and_is_readable_for_the_group(shar
 @pytest.mark.parametrize("engine", ["ds_zero2", "ds_zero3"])
 @pytest.mark.parametrize("kind", ["grpo", "sft", "lora"])
 def test_so_it_has_under_deepspeed(shared, tiny_model, questions, tmp_path, engine, kind):
-    if not shutil.which("g++"):
-        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    skip_without_compiler(engine)
     flags = [] if kind == "sft" else ["--num_generations", "2", "--max_completion_length", "4"]
     out = tmp_path / "run"
     with umask(0o027):

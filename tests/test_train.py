@@ -14,7 +14,7 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from arguments import derive_accumulation
 from conftest import ROOT
 from dataset.prompt import load_style
-from running import free_port, run
+from running import free_port, run, skip_without_compiler
 from train import make_parser
 from trainer.resume import check_resumable
 
@@ -112,8 +112,7 @@ def real_questions(shared, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "engine"), [(1, ""), *((2, name) for name in ("", *DEEPSPEED))])
 def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path, processes, engine):
-    if engine and not shutil.which("g++"):
-        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    skip_without_compiler(engine)
     done = run(
         "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "2", "--save_steps", "2", "--questions_per_step", "2",
         "--num_generations", "4", "--max_completion_length", "6", "--learning_rate", "1e-2",
@@ -158,8 +157,7 @@ def plain_steps(small_model, questions, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["", *DEEPSPEED])
 def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, small_model, questions, tmp_path, engine):
-    if engine and not shutil.which("g++"):
-        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    skip_without_compiler(engine)
     found = steps_on_fixed_completions(small_model, questions, tmp_path, 2, f"conf/{engine}.json" if engine else "")
     assert len(plain_steps) == len(found) == 2
     for expected, step in zip(plain_steps, found, strict=True):
@@ -175,8 +173,7 @@ def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, sma
 )
 def test_a_run_goes_on_with_other_processes(plain_steps, small_model, questions, tmp_path, engine, before, after):
     """The checkpoint stays as it is."""
-    if engine and not shutil.which("g++"):
-        pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
+    skip_without_compiler(engine)
     config = f"conf/{engine}.json" if engine else ""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
