@@ -21,6 +21,7 @@ from dataset.encode import MAX_PROMPT_LENGTH
 from dataset.prompt import DEFAULT_STYLE, STYLES
 from limits import check_values, wrong
 from model.qwen2_audio import HEAD, NOT_QUANTISED, PARTS
+from trainer.finite import MAX_SKIPPED
 from trainer.shared_prompt import ATTENTION
 
 # Flags that change what a run learns, as far as a recipe has them: recorded in checkpoints, and compared by a run that
@@ -162,7 +163,8 @@ class RunArguments:
         "with --resume_from_checkpoint, those of later steps.",
     )
     max_skipped: int = HfArg(
-        default=5, help="Steps in a row whose loss or gradient is not finite, and which are skipped, that end the run."
+        default=MAX_SKIPPED,
+        help="Steps in a row whose loss or gradient is not finite, and which are skipped, that end the run.",
     )
     logging_steps: float = HfArg(default=1, help="Steps between two lines of metrics.")
     bf16: bool | None = HfArg(default=None, help="Mixed precision. Default: unless --use_cpu or --fp16.")
@@ -192,8 +194,6 @@ class RunArguments:
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
             self.resume = self.resume or str(self.resume_from_checkpoint).lower() == "true"
             self.resume_from_checkpoint = None
-        if self.max_skipped < 1:
-            raise ValueError(f"--max_skipped {self.max_skipped} must be 1 at least: the run ends at the first")
         if self.bf16 is None:
             self.bf16 = not (self.use_cpu or self.fp16)
         if self.gradient_accumulation_steps is None:

@@ -21,7 +21,7 @@ from evaluation.sweep import together
 from limits import check_values
 from startup import run_training
 from trainer.checked_rewards import CheckedReward, RewardError, checked, describe_error, try_rewards
-from trainer.grpo_trainer import AudioGRPOTrainer, check_whole_groups
+from trainer.grpo_trainer import AudioGRPOTrainer, check_rollout_engine, check_whole_groups
 from utils.rewards import accuracy_reward, format_reward
 
 REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
@@ -77,7 +77,7 @@ def build_trainer(
     model: AudioModelConfig,
 ) -> AudioGRPOTrainer:
     """The trainer, its model loaded; the data set has been examined. A `RewardError` comes before the model."""
-    reward_funcs = load_rewards(rewards.reward_funcs, args.reward_weights, dataset, processor)
+    reward_funcs = load_rewards(rewards.reward_funcs, dataset, processor)
     args.model_init_kwargs = model.init_kwargs(args) | (args.model_init_kwargs or {})
     trainer = AudioGRPOTrainer(
         model=model.model_name_or_path,
@@ -99,18 +99,13 @@ def build_trainer(
     return trainer
 
 
-def load_rewards(
-    names: Sequence[str], weights: Sequence[float] | None, dataset: Dataset, processor: ProcessorMixin
-) -> list[CheckedReward]:
+def load_rewards(names: Sequence[str], dataset: Dataset, processor: ProcessorMixin) -> list[CheckedReward]:
     """The rewards by their names, each called once by the first process on two made-up completions (`try_rewards`).
 
     Raises:
-        RewardError: one is not there, cannot be used, or there is not one finite weight for each.
+        RewardError: one is not there, or cannot be used.
     """
     rewards = [checked(load_reward(name)) for name in names]
-    if weights is not None and (len(weights) != len(rewards) or not all(map(isfinite, weights))):
-        given = " ".join(map(str, weights))
-        raise RewardError(f"--reward_weights {given}: one finite number for each of {', '.join(names)} is needed")
     together(lambda: try_rewards(rewards, dataset, processor.tokenizer), main=True)
     return rewards
 
@@ -142,21 +137,24 @@ def load_reward(name: str) -> Callable:
     return reward
 
 
+def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
+    """Raise a `RewardError` if there is not one finite weight for each of the rewards of these names."""
+    if len(weights) != len(names) or not all(map(isfinite, weights)):
+        raise RewardError(
+            f"--reward_weights {' '.join(map(str, weights))}: one finite number for each of {', '.join(names)} is "
+            f"needed; there are {len(weights)} weights for the {len(names)} rewards {' '.join(names)}"
+        )
+
+
 def check_together(data: DataArguments, rewards: RewardArguments, args: RecipeConfig, model: AudioModelConfig) -> None:
     """Raise a `ValueError` for flags that do not go together, which TRL would find when the model is loaded."""
-    weights = args.reward_weights
-    if weights is not None and len(weights) != len(rewards.reward_funcs):
-        raise ValueError(
-            f"--reward_weights has {len(weights)} weights for the {len(rewards.reward_funcs)} rewards "
-            f"{' '.join(rewards.reward_funcs)}; give one for each"
-        )
+    if args.reward_weights is not None:
+        check_weights(args.reward_weights, rewards.reward_funcs)
     if args.sync_ref_model and args.beta == 0:
         raise ValueError("--sync_ref_model true with --beta 0: without a KL term there is no reference model to update")
     if args.sync_ref_model and model.use_peft:
         raise ValueError("--sync_ref_model true with --use_peft true: the reference is the model with its adapters off")
-    for flag in ("use_vllm", "use_transformers_continuous_batching"):
-        if getattr(args, flag):
-            raise ValueError(f"--{flag} true: it cannot take audio in TRL's GRPO")
+    check_rollout_engine(args)
 
 
 def make_parser() -> RecipeParser:

@@ -116,7 +116,7 @@ def dataset(questions):
 )
 def test_a_reward_that_cannot_be_used_is_found_by_a_trial_call(dataset, processor, file, name, message):
     with pytest.raises(RewardError, match=message) as found:
-        train.load_rewards(["accuracy", f"{file}:{name}"], None, dataset, processor)
+        train.load_rewards(["accuracy", f"{file}:{name}"], dataset, processor)
     assert "\n" not in str(found.value)
 
 
@@ -130,10 +130,10 @@ def test_a_file_that_cannot_be_run_is_said_with_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]])
-def test_weights_must_be_a_finite_number_for_each_reward(dataset, processor, weights):
+def test_weights_must_be_a_finite_number_for_each_reward(weights):
     with pytest.raises(RewardError, match="--reward_weights 1.0.*: one finite number for each of accuracy, format is"):
-        train.load_rewards(["accuracy", "format"], weights, dataset, processor)
-    assert len(train.load_rewards(["accuracy", "format"], [1.0, 0.5], dataset, processor)) == 2
+        train.check_weights(weights, ["accuracy", "format"])
+    train.check_weights([1.0, 0.5], ["accuracy", "format"])
 
 
 def test_a_reward_gets_what_it_names_and_is_tried_once(dataset, file, processor):

@@ -27,20 +27,18 @@ def installed(monkeypatch):
 def test_each_flag_names_its_package_and_the_command(installed):
     settings = {
         "report_to": ["wandb", "tensorboard", "none"], "optim": OptimizerNames.PAGED_ADAMW_8BIT, "use_liger_kernel": True,
-        "load_in_4bit": True, "load_in_8bit": False, "attn_implementation": "flash_attention_2", "beta": 0.04,
+        "load_in_4bit": True, "load_in_8bit": False, "beta": 0.04,
     }  # fmt: skip
     assert [problem.partition(" needs")[0] for problem in find_missing_packages(settings)] == [
         "--report_to wandb:", "--report_to tensorboard:", "--optim paged_adamw_8bit:", "--use_liger_kernel true:",
-        "--load_in_4bit true:", "--attn_implementation flash_attention_2:",
+        "--load_in_4bit true:",
     ]  # fmt: skip
-    wandb, *_, flash = find_missing_packages(settings)
+    wandb, *_, bits = find_missing_packages(settings)
     assert wandb == "--report_to wandb: needs the package wandb, which is not installed; python -m pip install wandb"
-    assert flash.endswith(
-        "the package flash-attn, which is not installed; python -m pip install flash-attn --no-build-isolation"
-    )
-    installed |= {"wandb", "tensorboardX", "bitsandbytes", "liger_kernel", "flash_attn"}
+    assert bits.endswith("the package bitsandbytes, which is not installed; python -m pip install bitsandbytes==0.50.2")
+    installed |= {"wandb", "tensorboardX", "bitsandbytes", "liger_kernel"}
     assert find_missing_packages(settings) == []
-    assert find_missing_packages({"report_to": "none", "optim": "adamw_torch", "attn_implementation": None}) == []
+    assert find_missing_packages({"report_to": "none", "optim": "adamw_torch"}) == []
 
 
 def test_every_optimizer_and_reporter_of_transformers_is_known():

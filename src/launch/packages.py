@@ -4,7 +4,6 @@ Nothing is imported to find out. Leaves out what the flags mean, and packages th
 audio anyway (vLLM).
 """
 
-import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 
@@ -44,7 +43,6 @@ NEEDED = {
     "use_liger_kernel": {"true": ("liger_kernel", "liger-kernel")},
     "load_in_4bit": {"true": BITSANDBYTES},
     "load_in_8bit": {"true": BITSANDBYTES},
-    "attn_implementation": {"flash_attention_2": ("flash_attn", "flash-attn --no-build-isolation")},
 }
 INSTEAD = {"tensorboard": "tensorboardX"}  # another module that does
 
@@ -63,6 +61,6 @@ def find_missing_packages(settings: Mapping[str, object]) -> list[str]:
             value = value.lower() if isinstance(values, bool) else value
             module, name = packages.get(value, ("", ""))
             if module and not find_spec(module) and not (module in INSTEAD and find_spec(INSTEAD[module])):
-                needs = f"needs the package {re.split('[ =]', name)[0]}, which is not installed"
+                needs = f"needs the package {name.partition('==')[0]}, which is not installed"
                 problems.append(f"--{flag} {value}: {needs}; python -m pip install {name}")
     return problems

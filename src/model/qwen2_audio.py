@@ -33,7 +33,7 @@ PARTS = {
     "language_model": ("language_model", HEAD),
 }
 # What stays as it is in a model of 4 or 8 bits: the head, and the ears, a thirteenth of the weights.
-NOT_QUANTISED = ("lm_head", "model.audio_tower", "model.multi_modal_projector")
+NOT_QUANTISED = (HEAD, "model.audio_tower", "model.multi_modal_projector")
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 

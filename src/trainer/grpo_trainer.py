@@ -90,9 +90,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         processor = load_processor(name, processing_class)
-        for flag in ("use_vllm", "use_transformers_continuous_batching"):
-            if getattr(args, flag):
-                raise ValueError(f"{flag} cannot take audio in trl's GRPO; leave it off")
+        check_rollout_engine(args)
         check_whole_groups("per_device_train_batch_size", args.per_device_train_batch_size, args.num_generations)
         if args.eval_strategy != "no":
             generations = args.num_generations_eval or args.num_generations
@@ -394,6 +392,13 @@ class QuestionOrder(RepeatSampler):
         if self.shuffle:
             self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+def check_rollout_engine(args: GRPOConfig) -> None:
+    """Raise a `ValueError` for an engine of TRL's that gets no clips."""
+    for flag in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} true: it cannot take audio in TRL's GRPO; leave it off")
 
 
 def check_whole_groups(flag: str, size: int, generations: int) -> None:

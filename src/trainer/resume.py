@@ -81,7 +81,7 @@ def check_resumable(checkpoint: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{checkpoint}: incomplete, {RECORD} is damaged ({error})") from error
     try:  # it grows when its step is evaluated
-        int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+        int(read_json(checkpoint / STATE, DAMAGED)["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{checkpoint}: incomplete, {STATE} is missing or damaged ({error})") from error
     for name, size in sizes.items():

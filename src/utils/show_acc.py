@@ -94,16 +94,19 @@ def format_tables(results: list[Result], sort: str = "total", style: str = "text
         shared = {column: ranked[0].settings[column] for column in SETTINGS if column not in differing(ranked)}
         how = ", ".join(f"{column} {value}" for column, value in shared.items() if value) or "how: not recorded"
         blocks.append(f"{benchmark.title}\n{how}\n{_write_table(table, style)}\n")
-    if any(len(row) - row.count(None) > 1 for row in join_tables(tables)):
-        blocks.append(f"total on all of these questions\n{_write_table(to_totals(tables), style)}\n")
+    rows = join_tables(tables)
+    if any(len(row) - row.count(None) > 1 for row in rows):
+        totals = to_totals([benchmark for benchmark, _ in tables], rows)
+        blocks.append(f"total on all of these questions\n{_write_table(totals, style)}\n")
     return "\n".join(blocks)
 
 
-def to_totals(tables: list[tuple[Benchmark, list[Result]]]) -> pd.DataFrame:
-    """Accuracies in % as text: a row for each model with its settings, a column for each benchmark."""
-    names = [f"{benchmark.name} ({benchmark.digest})" for benchmark, _ in tables]
+def to_totals(benchmarks: list[Benchmark], joined: list[list[Result | None]]) -> pd.DataFrame:
+    """Accuracies in % as text: a row for each model with its settings, a column for each benchmark (see
+    `join_tables`)."""
+    names = [f"{benchmark.name} ({benchmark.digest})" for benchmark in benchmarks]
     rows = []
-    for cells in join_tables(tables):
+    for cells in joined:
         first = next(filter(None, cells))
         totals = [f"{cell.accuracy:.2f} ({cell.scores.questions})" if cell else "-" for cell in cells]
         rows.append({"step": first.name} | dict(zip(names, totals, strict=True)))
