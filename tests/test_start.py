@@ -26,7 +26,9 @@ def note(name):
     open(os.path.join(here, name), "w").close()
 what, rank = sys.argv[1], os.environ.get("RANK", "alone")
 only = "0" if os.environ.get("WORLD_SIZE") == "1" else None
-if what == "mistake of all":
+if what.startswith("mistake of all"):
+    if what.endswith("aborting"):  # as processes do now and then that exit with their group open
+        atexit.register(os.abort)
     with recorded():
         sys.exit("script: there is no folder x")
 elif what == "mistake":
@@ -92,6 +94,7 @@ def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
     [
         ("2", "mistake", 1, "script: there is no folder x"),
         ("2", "mistake of all", 1, "script: there is no folder x"),
+        ("2", "mistake of all, aborting", 1, "script: there is no folder x"),
         ("2", "crash", 1, "RuntimeError: rank 1 broke"),
         ("2", "consequence", 1, "RuntimeError: rank 1 broke"),
         (

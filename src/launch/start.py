@@ -133,10 +133,12 @@ class Agent(LocalElasticAgent):
 
 
 def first_failures(failures: dict[int, ProcessFailure]) -> list[Failure]:
-    """What the processes of this node wrote, in the order of time, unless one that a signal ended failed first."""
+    """What the processes of this node wrote, in the order of time, unless one that a signal ended failed first. One
+    that had written is not meant: it had failed by then, and aborted on its way out."""
     files = {Path(failure.error_file) for failure in failures.values() if Path(failure.error_file).is_file()}
     written = read_failures(min(files).parent.parent) if files else []
-    ended = [failure for failure in ended_by_others(failures).values() if failure.exitcode < 0]
+    silent = ended_by_others(failures).keys() - {one.rank for one in written}
+    ended = [failures[rank] for rank in silent if failures[rank].exitcode < 0]
     if written and any(failure.timestamp < written[0].at + SAME_TIME for failure in ended):
         return []
     return written
