@@ -86,6 +86,7 @@ def find_count_problems() -> list[str]:
 
 
 def is_count(word: str, least: int) -> bool:
+    """Whether a word is a whole number from `least` on."""
     return word.isdecimal() and int(word) >= least
 
 

@@ -44,6 +44,7 @@ ROWS = (
 
 
 def size(count: int) -> str:
+    """Bytes as people and GPUs have them: in GiB, or MiB below a tenth of one."""
     return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"
 
 

@@ -228,6 +228,7 @@ def longest_questions(model: PreTrainedModel, s: Settings, device: torch.device)
 
 
 def autocast(s: Settings):
+    """The context of a pass in mixed precision, if that is what the run has."""
     return torch.autocast("cpu", torch.bfloat16) if s.autocast else nullcontext()
 
 

@@ -34,10 +34,12 @@ def node() -> int:
 
 
 def several_nodes() -> bool:
+    """Whether torchrun started processes on more than one."""
     return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
 
 
 def name_of(node: int, host: str) -> str:
+    """A node as messages name it."""
     return f"node {node} ({host})"
 
 

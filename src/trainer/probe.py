@@ -99,6 +99,7 @@ def explain_out_of_memory(trainer: Trainer) -> Iterator[None]:
 
 
 def describe_failure(trainer: Trainer, error: RuntimeError) -> str:
+    """What a run says that is out of memory: when, over what, and which settings take less."""
     when = f"in step {trainer.state.global_step + 1}"
     if trainer.probing:
         when = "before step 1, in the largest micro-batch that the data can give (--probe_memory false skips it)"
