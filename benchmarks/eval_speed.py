@@ -95,7 +95,7 @@ def run_ours(
 ) -> dict:
     """What `test_mmau.py` does between loading the model and writing the results, the check of all clips included."""
     run = Run(style=style, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    clips = load_clips(benchmark.questions, run.channels, workers)
+    clips = load_clips(benchmark.questions, run.channels)
     questions = EncodedQuestions(benchmark.questions, clips, processor, run)
     completions = {}
     answer_batches(model, questions, questions.batches(), workers, completions.update, "ours", quiet=True)

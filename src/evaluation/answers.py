@@ -46,10 +46,13 @@ AUDIO = ("real", "silent", "shuffled")
 
 def default_workers(device: str) -> int:
     """Worker processes for each process of the run: those that a GPU leaves idle, or one beside a model on the CPU."""
-    if device != "cuda":
-        return 1
+    return max(1, min(8, _own_cores() - 1)) if device == "cuda" else 1
+
+
+def _own_cores() -> int:
+    """Cores for each process of the run."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Clips:
     decoded: dict[str, np.ndarray]  # as many as `KEPT_SAMPLES` allow: a sweep need not decode them for every model
 
 
-def load_clips(questions: list[Question], channels: str, workers: int) -> Clips:
+def load_clips(questions: list[Question], channels: str) -> Clips:
     """Decode every clip once; each process keeps those of its share."""
     decoded, room = {}, KEPT_SAMPLES
 
@@ -75,10 +78,10 @@ def load_clips(questions: list[Question], channels: str, workers: int) -> Clips:
             room -= len(clip)
         return len(clip)
 
-    return Clips(_of_all_clips(load, questions, workers), decoded)
+    return Clips(_of_all_clips(load, questions), decoded)
 
 
-def hash_clips(questions: list[Question], workers: int) -> dict[str, str]:
+def hash_clips(questions: list[Question]) -> dict[str, str]:
     """What the file of every clip hashes to: a tenth of the time that decoding takes."""
 
     def hash_clip(path: str) -> str:
@@ -87,14 +90,14 @@ def hash_clips(questions: list[Question], workers: int) -> dict[str, str]:
         except (OSError, ValueError):
             return "missing"
 
-    return _of_all_clips(hash_clip, questions, workers)
+    return _of_all_clips(hash_clip, questions)
 
 
-def _of_all_clips(compute: Callable[[str], T], questions: list[Question], workers: int) -> dict[str, T]:
-    """Every clip's path -> `compute(path)`. Each process takes its share, in `workers` threads; all get all."""
+def _of_all_clips(compute: Callable[[str], T], questions: list[Question]) -> dict[str, T]:
+    """Every clip's path -> `compute(path)`. Each process takes its share, a thread on each core; all get all."""
     state = PartialState()
     paths = sorted({question.audio_path for question in questions})[state.process_index :: state.num_processes]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(_own_cores()) as pool:
         return dict(gather_object(list(zip(paths, pool.map(compute, paths), strict=True))))
 
 

@@ -145,8 +145,8 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
         say(f"{count}; they are asked and counted all the same:\n  {first_problems(benchmark.faults)}")
     if benchmark.has_answers:  # what could not be scored in the end shall not be asked for hours
         evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
-    hashes = together(lambda: hash_clips(benchmark.questions, sweep.workers))
-    clips = cache(lambda: load_clips(benchmark.questions, sweep.run.channels, sweep.workers))  # unless all is finished
+    hashes = together(lambda: hash_clips(benchmark.questions))
+    clips = cache(lambda: load_clips(benchmark.questions, sweep.run.channels))  # unless all is finished
     run = replace(
         sweep.run,
         benchmark=benchmark.name,
@@ -211,7 +211,7 @@ def _evaluate_model(
     with ExitStack() as held:
         together(lambda: held.enter_context(hold(files.lock)), main=True)
         _answer(sweep, questions, folder, run, files)
-        now = together(lambda: hash_clips(sweep.benchmark.questions, sweep.workers))
+        now = together(lambda: hash_clips(sweep.benchmark.questions))
         if changed := next((path for path in now if now[path] != hashes[path]), None):
             raise DataError(f"{changed}: the clip was replaced during the run; start it again")
         line = together(lambda: files.finish(run, sweep.benchmark, sorted(missing), cut), main=True)

@@ -19,6 +19,7 @@ size, D size of a head, V vocabulary.
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -160,6 +161,7 @@ class Greedy:
         self.model, self.batch = model, batch
         self.prompts: dict[int, torch.Tensor] = {}  # question -> its prompt's embeddings, computed alone, (1, P, H)
         self.near_ties = 0  # met so far
+        self.pool = ThreadPoolExecutor(torch.get_num_threads())  # rows side by side, a thread for each
 
     def __call__(self, logits: torch.Tensor, rows: list[int], completions: list[list[int]]) -> torch.Tensor:
         lowest = self._forbid_audio(logits)  # (R,)
@@ -167,14 +169,16 @@ class Greedy:
             return logits.argmax(dim=1)
         best, tokens = logits.topk(2, dim=1)  # (R, 2)
         scale = torch.maximum(best[:, 0].abs(), lowest.abs())
-        for place in (best[:, 0] - best[:, 1] < NEAR_TIE * scale).nonzero()[:, 0].tolist():
-            lone = self.lone_logits(rows[place], completions[place])
+        places = (best[:, 0] - best[:, 1] < NEAR_TIE * scale).nonzero()[:, 0].tolist()
+        asked = [rows[place] for place in places], [completions[place] for place in places]
+        for place, lone in zip(places, self.pool.map(self.lone_logits, *asked), strict=True):
             tokens[place, 0] = lone.argmax()
             self.near_ties += 1
             if float((lone - logits[place]).abs().max()) > NEAR_TIE / 2 * float(scale[place]):
                 logger.warning_once("Raise NEAR_TIE in src/model/generation.py: answers may depend on the batch size.")
         return tokens[:, 0]
 
+    @torch.inference_mode()
     def lone_logits(self, row: int, completion: list[int]) -> torch.Tensor:
         """Logits (V,) of one question's next token, from nothing but the question and its tokens so far."""
         with single_thread():

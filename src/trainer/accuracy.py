@@ -82,7 +82,7 @@ class GreedyAccuracy:
             max_new_tokens=self.max_completion_length,
             batch_size=args.per_device_eval_batch_size,
         )
-        clips = load_clips(benchmark.questions, run.channels, args.dataloader_num_workers)
+        clips = load_clips(benchmark.questions, run.channels)
         questions = EncodedQuestions(benchmark.questions, clips, self.processing_class, run)
         if problems := questions.find_unusable():
             self.left_out += len(problems)
