@@ -24,14 +24,22 @@ demo() {
     . ./setup_env.sh
     "$PYTHON" data/make_demo.py --out "$DATA" --seed "$SEED"
     "$PYTHON" src/demo.py --data "$DATA" --out "$OUT_DIR" --seed "$SEED"
+    # Side by side: neither fills more than a core. What the second one prints follows when it is done.
+    "$PYTHON" src/train_sft.py --use_cpu true --seed "$SEED" --prompt_style answer \
+        --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR/sft" \
+        --questions_per_step 32 --per_device_train_batch_size 32 --max_steps 100 --save_strategy no --logging_steps 10 \
+        --learning_rate 3e-4 > "$OUT_DIR/sft.log" 2>&1 &
+    SUPERVISED=$!
+    trap 'kill "$SUPERVISED" 2> /dev/null' EXIT
+    trap 'exit 130' INT
     "$PYTHON" src/train.py --use_cpu true --seed "$SEED" \
         --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR" \
         --max_steps 200 --save_steps 50 --logging_steps 10 --learning_rate 3e-4 --beta 0 \
         --max_completion_length 16 --per_device_train_batch_size 128 --log_completions true "$@"
-    "$PYTHON" src/train_sft.py --use_cpu true --seed "$SEED" --prompt_style answer \
-        --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR/sft" \
-        --questions_per_step 32 --per_device_train_batch_size 32 --max_steps 100 --save_strategy no --logging_steps 10 \
-        --learning_rate 3e-4
+    echo "The same questions, supervised:"
+    wait "$SUPERVISED" || { cat "$OUT_DIR/sft.log" && exit 1; }
+    trap - EXIT INT
+    cat "$OUT_DIR/sft.log"
     # On the demo's questions, whatever stands in the environment for other runs.
     OUT_DIR=$OUT_DIR MMAU_DIR=$DATA MODEL_NP= DATA_FILE= PROMPT_STYLE= STEPS= sh test_mmau.sh demo
     echo
