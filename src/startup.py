@@ -307,6 +307,12 @@ def train(trainer: Trainer, start: Path | None) -> None:
     except DataError as error:  # in a loader's process with the traceback before it
         reason = str(error).rpartition("DataError: ")[2].strip()
         end_with(RunEnded(f"{reason}. {describe_newest(Path(args.output_dir))}"), trainer)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = f"a process that decodes clips ahead is gone ({str(error).partition('. ')[0]}): out of memory?"
+        remedy = f"{describe_newest(Path(args.output_dir))}. --dataloader_num_workers 0 does without such processes"
+        end_with(RunEnded(f"{reason} {remedy}"), trainer)
 
 
 def report_end(trainer: Trainer, stop: StopOnSignal, start: Path | None) -> None:

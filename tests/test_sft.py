@@ -76,7 +76,8 @@ def test_a_clip_that_turns_out_silent_is_named_and_its_question_replaced(small_m
     soundfile.write(tmp_path / "1.wav", np.zeros(16_000), 16_000)
     rows = [QUESTION | {"answer": 0, "audio_path": f"{i}.wav"} for i in range(2)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trainer = make_trainer(small_model, tmp_path / "train.jsonl", tmp_path / "out", gradient_accumulation_steps=2)
+    here = dict(gradient_accumulation_steps=2, dataloader_num_workers=0)  # where what is said can be caught
+    trainer = make_trainer(small_model, tmp_path / "train.jsonl", tmp_path / "out", **here)
     trainer.train()
     assert "1.wav: the audio is silent" in caplog.text and trainer.state.global_step == 1
 

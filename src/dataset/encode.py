@@ -13,6 +13,7 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import numpy as np
 
@@ -64,7 +65,8 @@ def check_clip_length(samples: int, processor: Qwen2AudioProcessor | None) -> No
 def load_or_replace(
     row: dict, channels: str, processor: Qwen2AudioProcessor, others: Dataset | None = None
 ) -> tuple[dict, np.ndarray, int]:
-    """A row of `load_train_dataset` with its clip decoded; where that cannot be used, one of `others` drawn at random.
+    """A row of `load_train_dataset` with its clip decoded; where that cannot be used, one of `others` drawn at random,
+    but the same one whoever draws it: in whatever process a clip is decoded, a run's questions are the same.
 
     Before training only headers are read, and a disk can fail in hour five.
 
@@ -92,7 +94,8 @@ def load_or_replace(
                 )
                 raise DataError(message, "no usable clip") from error
             logger.warning(f"{error} (this question is replaced by another)")
-            row = others[int(torch.randint(len(others), ()))]
+            chance = torch.Generator().manual_seed(crc32(f"{row['audio_path']} {replaced}".encode()))
+            row = others[int(torch.randint(len(others), (), generator=chance))]
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -5,13 +5,14 @@ Losses, logging, PEFT, DeepSpeed and completion tables are inherited; accuracy a
 overridden methods are private ones, which the pinned version (trl 1.16.0) protects:
 
     __init__                             refuses what audio does not work with; freezes what the original never trains
-    _generate_and_score_completions      decodes each question's clip once; hands out whole groups, (N, G, ...)
+    _get_dataloader, _get_train_sampler  rows come with their clips (see loading.py); an epoch's order of questions
+                                         follows from seed and epoch, resumed or not
+    _generate_and_score_completions      hands out whole groups, (N, G, ...)
     _tokenize_prompts                    the prompts were tokenized with their clips
     _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
     _calculate_rewards                   what a reward raises or returns wrongly ends the run in all processes
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
-    _get_train_sampler                   an epoch's order of questions follows from seed and epoch, resumed or not
     _save_rng_state, _load_rng_state     rollouts that later steps still learn from, beside the random state
 
 TRL shuffles the generation batch before it cuts it into micro-batches. Tensors of shape (N, G, ...) make it shuffle and
@@ -29,22 +30,21 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler
 
-from dataset.encode import Batch, encode, load_or_replace
+from dataset.encode import Batch
 from model.generation import prefill
 from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
 
 from .accuracy import GreedyAccuracy
 from .checked_rewards import checked, find_error, raise_together
 from .finite import FiniteSteps
+from .loading import LoadsAhead, MarkedRows, QuestionLoader, QuestionOrder, Questions
 from .memory import longest_questions
 from .probe import MemoryProbe
 from .resample import find_uniform_groups, replace_uniform_groups
@@ -54,7 +54,7 @@ from .shared_prompt import ATTENTION, pack, score, unpack
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
 
 
-class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, GRPOTrainer):
+class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, GRPOTrainer):
     """GRPO on questions about audio, for Qwen2-Audio and models with its interface.
 
     Args:
@@ -98,6 +98,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.
         rewards = list(map(checked, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]))
         super().__init__(model, rewards, args, train_dataset, processing_class=processor.tokenizer, **kwargs)
+        self.data_collator = QuestionLoader(processor, audio_channels, self.num_generations, train_dataset)
         self.processing_class = processor  # what checkpoints are saved with
         self.audio_channels, self.max_resample_rounds = audio_channels, max_resample_rounds
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
@@ -130,23 +131,28 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
             TRL's tensors as (N, G, ...) instead of (B, ...), and the clips' AUDIO_INPUTS, (N, ...).
         """
         generations = self.num_generations if self.model.training else self.num_generations_eval
-        questions = inputs[::generations]
-        assert all(row == questions[i // generations] for i, row in enumerate(inputs)), "a group is not whole"
+        loaded = inputs[0].pop("questions", None)  # not there, where a run went on in the middle of a batch
+        rows = inputs[::generations]
+        assert all(row == rows[i // generations] for i, row in enumerate(inputs)), "a group is not whole"
+        questions = loaded or self.data_collator.load(rows, replace=self.model.training)
         batch = self._roll_out(questions, generations)
         if self.max_resample_rounds and self.model.training:
-            batch = self._resample_uniform_groups(batch, questions)
+            batch = self._resample_uniform_groups(batch, questions.rows)
         return batch
 
-    def _roll_out(self, questions: list[dict], generations: int) -> dict[str, torch.Tensor]:
-        """One round of `_generate_and_score_completions`: N questions, each with G fresh completions, scored."""
-        questions, clips = self._load_clips(questions)
-        encoded = encode(self.processing_class, [row["prompt"] for row in questions], clips)
-        self._questions = encoded.to(self.accelerator.device)
-        self._clips = self._questions.audio_inputs
-        self.describe_batch = partial(self._describe_rollout, encoded, generations)
+    def _roll_out(self, questions: Questions, generations: int) -> dict[str, torch.Tensor]:
+        """One round of `_generate_and_score_completions`: N questions, each with G fresh completions, scored.
 
-        output = super()._generate_and_score_completions([row for row in questions for _ in range(generations)])
-        shape = len(questions), generations
+        The metric `clips/replaced` counts questions whose clip could not be used, over all processes.
+        """
+        if self.model.training:
+            self._metrics["train"]["clips/replaced"].append(float(sum(gather_object([questions.replaced]))))
+        self._questions = questions.batch.to(self.accelerator.device)
+        self._clips = self._questions.audio_inputs
+        self.describe_batch = partial(self._describe_rollout, questions.batch, generations)
+
+        output = super()._generate_and_score_completions([row for row in questions.rows for _ in range(generations)])
+        shape = len(questions.rows), generations
         return {key: value.unflatten(0, shape) if value.ndim else value for key, value in output.items()} | self._clips
 
     def _resample_uniform_groups(self, batch: dict, questions: list[dict]) -> dict[str, torch.Tensor]:
@@ -168,7 +174,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
             # No rounds left, nothing lacks, or a process has tried all its questions.
             if len(shares) > self.max_resample_rounds or drawn == 0:
                 break
-            tried = self._roll_out(rows[:drawn], self.num_generations)
+            tried = self._roll_out(self.data_collator.load(rows[:drawn]), self.num_generations)
             batch = replace_uniform_groups(batch, tried, self._tokenizer.pad_token_id)
         batch["num_items_in_batch"] = self.accelerator.gather(batch["completion_mask"].sum()).sum()
         metrics = self._metrics["train"]
@@ -176,18 +182,6 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         metrics["groups/uniform_share_left"].append(shares[-1])
         metrics["groups/resample_rounds"].append(len(shares) - 1)
         return batch
-
-    def _load_clips(self, questions: list[dict]) -> tuple[list[dict], list[np.ndarray]]:
-        """The questions with their decoded clips, as `load_or_replace` has them; none is replaced in evaluation.
-
-        The metric `clips/replaced` counts how many of a generation batch were, over all processes.
-        """
-        others = self.train_dataset if self.model.training else None
-        loaded = [load_or_replace(row, self.audio_channels, self.processing_class, others) for row in questions]
-        usable, clips, replaced = map(list, zip(*loaded, strict=True))
-        if self.model.training:
-            self._metrics["train"]["clips/replaced"].append(float(sum(gather_object(replaced))))
-        return usable, clips
 
     def _tokenize_prompts(self, prompts: list):
         """Token ids of the B prompts, as TRL wants them: lists without padding."""
@@ -247,7 +241,11 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
 
     # Going on
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+    def _get_dataloader(self, dataset: Dataset, *args, **kwargs):
+        rows = MarkedRows(dataset) if kwargs.get("is_training") else dataset
+        return super()._get_dataloader(rows, *args, **kwargs)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> QuestionOrder:
         usual = super()._get_train_sampler(dataset)
         return QuestionOrder(
             usual.data_source, usual.mini_repeat_count, usual.batch_size, usual.repeat_count, usual.shuffle, usual.seed
@@ -378,20 +376,6 @@ def describe_pass(prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> s
         f"a pass over {questions} question(s) x {generations} completions, the longest prompt {prompt} tokens, the "
         f"longest completion {completion}"
     )
-
-
-class QuestionOrder(RepeatSampler):
-    """TRL's order of questions in the first epoch; that of a later one needs no earlier ones to be drawn before."""
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
 
 
 def check_rollout_engine(args: GRPOConfig) -> None:

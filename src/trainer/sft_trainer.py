@@ -21,6 +21,7 @@ from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
 from .accuracy import GreedyAccuracy
 from .finite import FiniteSteps
+from .loading import LoadsAhead
 from .memory import longest_answers, longest_questions
 from .probe import MemoryProbe
 from .saving import SelfContainedCheckpoints
@@ -84,7 +85,7 @@ def describe_pass(attention_mask: torch.Tensor, labels: torch.Tensor) -> str:
     )
 
 
-class AudioSFTTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, Trainer):
+class AudioSFTTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, Trainer):
     """Supervised fine-tuning of a Qwen2-Audio, all of it or its adapters.
 
     Args:
