@@ -26,7 +26,6 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "src" / "launch")]
 
 # ruff: noqa: E402, F401
 import deepspeed
-import librosa
 import psutil
 import torch
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
@@ -35,7 +34,6 @@ from transformers import TrainerCallback
 import startup
 import trainer.grpo_trainer
 
-librosa.resample  # noqa: B018, it is imported when it is named
 startup.PlotCurves = TrainerCallback  # drawing takes longer than a run
 
 SAVES = (
