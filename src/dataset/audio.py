@@ -71,8 +71,8 @@ def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
 
 
 def resample(mono: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (samples,) of `rate` Hz as float32 of 16 kHz. Equals `librosa.resample`, which calls soxr as well, but takes
-    seconds to import, numba and all."""
+    """Samples (samples,) of `rate` Hz as float32 of 16 kHz: those of `librosa.resample`, which calls soxr too and takes
+    seconds to import."""
     if rate == SAMPLE_RATE:
         return np.ascontiguousarray(mono, dtype=np.float32)
     samples = _count_resampled(len(mono), rate)
