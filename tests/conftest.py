@@ -1,5 +1,6 @@
 """What several test files use: where the reference material lies, and small real models."""
 
+import gc
 import hashlib
 import json
 import os
@@ -21,6 +22,12 @@ import soundfile
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # reference material that may lie beside a checkout; third parties' data, not ours
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now is left out of garbage collections, of which each run's end is one: half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

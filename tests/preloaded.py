@@ -8,6 +8,7 @@ nothing of the project imported, and ends with its status; so do those that star
 process can show is left to tests that do without: what an interpreter does before a script and after it.
 """
 
+import gc
 import json
 import logging
 import os
@@ -178,6 +179,8 @@ def main(folder: Path) -> None:
     listener.listen(100)
     (folder / "python").write_text(STAND_IN.format(python=sys.executable, address=str(folder / "socket")))
     (folder / "python").chmod(0o755)
+    gc.collect()
+    gc.freeze()  # collections in forked processes would copy every page
     print("ready", flush=True)
     serving: set[int] = set()
     while True:

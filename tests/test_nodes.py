@@ -117,9 +117,9 @@ def start_nodes(places: list[dict], **common) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
-def test_two_nodes_with_disks_of_their_own_go_on_after_one_is_killed(small_model, questions, tmp_path):
+def test_two_nodes_with_disks_of_their_own_go_on_after_one_is_killed(preloaded, small_model, questions, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(KILLED)
-    common = dict(MODEL_NP=small_model, DATA_FILE=questions, RESTARTS=1, PYTHONPATH=tmp_path)
+    common = dict(MODEL_NP=small_model, DATA_FILE=questions, RESTARTS=1, PYTHONPATH=tmp_path, PRELOADED=preloaded)
     ended = start_nodes([{"OUT_DIR": tmp_path / "a"}, {"OUT_DIR": tmp_path / "b"}], **common)
     assert [status for status, _ in ended] == [0, 0], ended
     assert all(said.count("restart 1 of 1\n") == 1 for _, said in ended), ended

@@ -201,9 +201,9 @@ def older_transformers() -> Path:
 
 
 @pytest.mark.slow
-def test_transformers_4_reads_it_as_ours_does(trained, older_transformers, questions, tmp_path):
-    read = (sys.executable, ROOT / "tests" / "read_checkpoint.py", trained, questions.parent / "3.wav")
-    run(*read, tmp_path / "ours.npz")
+def test_transformers_4_reads_it_as_ours_does(preloaded, trained, older_transformers, questions, tmp_path):
+    read = ("python", ROOT / "tests" / "read_checkpoint.py", trained, questions.parent / "3.wav")
+    run(*read, tmp_path / "ours.npz", PRELOADED=preloaded)
     run(*read, tmp_path / "older.npz", PYTHONPATH=older_transformers)
     ours, older = np.load(tmp_path / "ours.npz"), np.load(tmp_path / "older.npz")
     assert str(older["version"]) == "4.49.0" and str(ours["version"]).startswith("5.")

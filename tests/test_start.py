@@ -110,7 +110,7 @@ def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
         slow("2", "status", 3, None),
         slow("2", "interrupted", 130, None),
         ("1", "mistake", 1, "script: there is no folder x"),
-        ("x", "status", 1, "GPU_NUM is 'x'; it must be the number of processes, from 1 on"),
+        slow("x", "status", 1, "GPU_NUM is 'x'; it must be the number of processes, from 1 on"),
     ],
 )
 def test_what_a_process_says_is_the_last_thing_printed(tmp_path, processes, what, status, last):

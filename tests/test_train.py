@@ -110,13 +110,15 @@ def real_questions(shared, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "engine"), [(1, ""), *((2, name) for name in ("", *DEEPSPEED))])
-def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path, processes, engine):
+def test_the_launcher_trains_on_real_clips(preloaded, tiny_model, real_questions, tmp_path, processes, engine):
+    """One process, and the two of the usual engine, in interpreters of their own from beginning to end."""
     skip_without_compiler(engine)
+    own = (processes, engine) in ((1, ""), (2, "ds_zero2"))
     done = run(
         "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "2", "--save_steps", "2", "--questions_per_step", "2",
         "--num_generations", "4", "--max_completion_length", "6", "--learning_rate", "1e-2",
         MODEL_NP=tiny_model, DATA_FILE=real_questions, OUT_DIR=tmp_path, GPU_NUM=processes, MASTER_PORT=free_port(),
-        CONFIG=f"conf/{engine}.json" if engine else "",
+        CONFIG=f"conf/{engine}.json" if engine else "", PRELOADED=None if own else preloaded,
     )  # fmt: skip
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert sum({"loss", "completions/mean_length", "step_time"} <= entry.keys() for entry in logged) == 2, done.stdout
