@@ -36,12 +36,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import av
-import librosa
 import numpy as np
 import soundfile
 
 from command_line import ArgumentParser, at_least
-from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound
+from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound, resample
 from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
 from dataset.progress import progress
@@ -199,7 +198,7 @@ def extract(path: str, start: int, channels: str = "first") -> np.ndarray:
     if len(mono) < (expected - CUT_SECONDS) * rate or len(mono) < MIN_SECONDS * rate:
         message = f"{path}: was cut off, {len(mono) / rate:.2f} s of {expected:.2f} s are there; fetch it again"
         raise DataError(message, "clip cut off")
-    return librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE) if rate != SAMPLE_RATE else mono
+    return resample(mono, rate)
 
 
 def _duration(container, stream) -> float:

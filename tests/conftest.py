@@ -1,9 +1,13 @@
 """What several test files use: where the reference material lies, and small real models."""
 
+import gc
 import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and transformers are imported: no network, and no thread pool larger than the work.
@@ -18,6 +22,12 @@ import soundfile
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # reference material that may lie beside a checkout; third parties' data, not ours
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now is left out of garbage collections, of which each run's end is one: half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +106,41 @@ def content_digest(records: list[dict]) -> str:
 
     rows = [[record["question"], record["choices"], record["answer"]] for record in records]
     return digest(" ".join(sorted(digest(json.dumps(row)) for row in rows)))[:16]
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory) -> Iterator[Path]:
+    """A folder whose `python` starts scripts as usual, but without their imports, which take longer than what they then
+    do: `run("python", ..., PRELOADED=preloaded)`, a launcher as well. See preloaded.py."""
+    from running import environment
+
+    folder = tmp_path_factory.mktemp("preloaded")
+    command = [sys.executable, "-u", ROOT / "tests" / "preloaded.py", folder]
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    while (line := server.stdout.readline()) != "ready\n":  # libraries say things when they are imported
+        assert line, (folder / "log").read_text()
+    yield folder
+    server.terminate()
+    server.wait(60)
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Runs in the tests' own process end without a picture of their curves, which takes longer than all their steps."""
+    from transformers import TrainerCallback
+
+    import startup
+
+    monkeypatch.setattr(startup, "PlotCurves", TrainerCallback)
 
 
 @pytest.fixture(autouse=True)

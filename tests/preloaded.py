@@ -1,47 +1,67 @@
-"""Run src/launch/start.py many times without loading torch and transformers anew: python preloaded.py, then a line of
-JSON on standard input for each command. Not a test itself: test_faults.py uses it.
+"""An interpreter that has torch, transformers and the like loaded: what tests start is forked from it, which spares each
+of a run's processes ten seconds. Not a test itself.
 
-    {"argv": [...], "env": {...}, "log": PATH}    start.py with these arguments, in a session of its own -> its pid
-    {"wait": PID}                                 -> its exit status, as a shell has it
+    python preloaded.py FOLDER    prints `ready` when FOLDER/python is there, which first on PATH stands for the interpreter
 
-The process forks where a shell would start the launcher, and where torchrun would start a script; all that these then
-do is the project's own code. A fault in FAULT (see `strike`) befalls the process whose RANK it names.
+A process that is forked gets the arguments, variables, folder, streams and signals of the one that asks for it, has
+nothing of the project imported, and ends with its status; so do those that start.py or torchrun start. What no such
+process can show is left to tests that do without: what an interpreter does before a script and after it.
 """
 
-import errno
+import gc
 import json
 import logging
 import os
 import runpy
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "src" / "launch")]
+PATHS = sys.path[1:]  # without this script's folder
+sys.path[:0] = [str(ROOT / "src")]
 
 # ruff: noqa: E402, F401
 import deepspeed
-import librosa
-import psutil
-import torch
+import matplotlib.pyplot
+import scipy.stats
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
-from transformers import TrainerCallback
+from torch.distributed.run import run as torchrun
 
-import startup
-import trainer.grpo_trainer
+import test_mmau
+import train
+import train_sft
 
-librosa.resample  # noqa: B018, it is imported when it is named
-startup.PlotCurves = TrainerCallback  # drawing takes longer than a run
-
-SAVES = (
-    (os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (Path, "unlink"), (shutil, "rmtree"),
-    (torch, "save"), (shutil, "copyfile"), (Path, "write_text"), (Path, "replace"), (Path, "rmdir"),
-)  # fmt: skip
+# What stands for the interpreter: it hands over all that it has, and waits.
+STAND_IN = """#!{python} -IS
+import json, os, signal, socket, sys
+umask = os.umask(0)
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+command = dict(argv=sys.argv[1:], env=dict(os.environ), folder=os.getcwd(), umask=umask)
+socket.send_fds(server, [b"!"], [0, 1, 2])
+server.sendall(json.dumps(command).encode() + b"\\n")
+answer = server.makefile()
+process = int(answer.readline())
+def hand_on(number, frame):
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:  # it has ended meanwhile
+        pass
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, hand_on)
+status = int(answer.readline())
+if status < 0:
+    if -status != signal.SIGKILL:
+        signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+sys.exit(status)
+"""
 
 
 class Forked:
@@ -49,7 +69,7 @@ class Forked:
 
     def __init__(self, argv: list[str], env: dict[str, str]):
         self.returncode = None
-        self.pid = fork(lambda: run_script(argv, env))
+        self.pid = fork(lambda: run_python(argv[1:], env))
 
     def poll(self) -> int | None:
         if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
@@ -65,7 +85,15 @@ class Forked:
         return self.returncode
 
 
-def fork(run) -> int:
+class Replaced(BaseException):
+    """By another script, as by `os.execv`."""
+
+
+def replace(path: str, argv: list[str]):
+    raise Replaced(argv[1:])
+
+
+def fork(run: Callable[[], None]) -> int:
     """A child in a session of its own that ends as a program whose main function `run` is; its pid."""
     sys.stdout.flush()
     if pid := os.fork():
@@ -91,113 +119,80 @@ def fork(run) -> int:
     os._exit(status)
 
 
-def run_script(argv: list[str], env: dict[str, str]) -> None:
-    """A script of the project, as torchrun starts it: `python -u script.py ...`."""
-    script = next(i for i, word in enumerate(argv) if word.endswith(".py"))
+def run_python(argv: list[str], env: dict[str, str]) -> None:
+    """What `python ARGV` does: `[-u] SCRIPT ...`, `-m MODULE ...` or `-c CODE ...`."""
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = list(argv[script:])
-    Path(env["PIDS"], str(os.getpid())).touch()
-    fault = json.loads(env["FAULT"])
-    if fault.get("rank") in (None, int(env["RANK"])) and env["TORCHELASTIC_RESTART_COUNT"] == "0":
-        arm(fault)
-    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
-
-
-def arm(fault: dict) -> None:
-    """Have a fault befall this process: `{"what": ..., "step": N}` of `strike` in the middle of step N, or
-    `{"copies": PATH, "out": PATH}` of `copy_before_operations`."""
-    if "step" in fault:
-        os.environ["STRIKE"] = json.dumps(fault)  # which a reward reads
-    elif "copies" in fault:
-        copy_before_operations(Path(fault["out"]), Path(fault["copies"]))
-
-
-def strike(fault: dict) -> None:
-    """Called by a reward, which is in the middle of a step."""
-    launcher, what = os.getppid(), fault["what"]
-    if what == "raise":
-        raise RuntimeError("the reward broke")
-    if what == "kill launcher":
-        os.kill(launcher, signal.SIGKILL)
-    elif what == "kill all":  # the launcher first, lest it did anything about it
-        processes = psutil.Process(launcher).children()
-        for number in [launcher, *(one.pid for one in processes if one.pid != os.getpid()), os.getpid()]:
-            os.kill(number, signal.SIGKILL)
-    elif what == "remove clips":
-        for path in fault["paths"]:
-            Path(path).unlink()
-    elif what == "break loader":
-        import dataset.encode
-
-        def broken(*args, **kwargs):
-            raise RuntimeError("the loader broke")
-
-        dataset.encode.load_audio = broken
-    elif what == "nan loss":
-        trained = trainer.grpo_trainer.AudioGRPOTrainer
-        compute_loss = trained._compute_loss
-
-        def once(self, *args, **kwargs):
-            trained._compute_loss = compute_loss
-            return compute_loss(self, *args, **kwargs) * float("nan")
-
-        trained._compute_loss = once
-    elif what == "fill disk":
-
-        def full(descriptor):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        os.fsync = full
-    elif what in ("SIGKILL", "SIGSTOP"):
-        os.kill(os.getpid(), getattr(signal, what))
-    else:
-        for name in what.split():
-            os.kill(launcher, getattr(signal, name))
-            time.sleep(1)  # a second one, not the same on another way
-
-
-def copy_before_operations(out: Path, copies: Path) -> None:
-    """Copy the output folder before every operation on files in the saves: what a process killed there leaves."""
-    copying = []
-
-    def watch(owner, name):
-        function = getattr(owner, name)
-
-        def watched(*args, **kwargs):
-            if out.is_dir() and not copying:
-                copying.append(True)
-                shutil.copytree(out, copies / f"{len(list(copies.iterdir())):03}")
-                copying.clear()
-            return function(*args, **kwargs)
-
-        setattr(owner, name, watched)
-
-    for owner, name in SAVES:
-        watch(owner, name)
-
-
-def launch(command: dict) -> None:
-    os.environ.update(command["env"])
-    log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    sys.argv = ["start.py", *command["argv"]]
-    SubprocessHandler._popen = lambda self, args, env: Forked(args, env)
-    runpy.run_path(str(ROOT / "src" / "launch" / "start.py"), run_name="__main__")
-
-
-def main() -> None:
-    sys.modules["preloaded"] = sys.modules["__main__"]  # where a reward finds `strike` while a script is `__main__`
-    print("ready", flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        if "wait" in command:
-            status = os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1])
-            print(status if status >= 0 else 128 - status, flush=True)
+    forget_project()
+    added = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    what, *rest = argv[1:] if argv[0] == "-u" else argv
+    sys.path[:] = ["" if what in ("-c", "-m") else str(Path(what).resolve().parent), *added, *PATHS]
+    sys.modules.pop("sitecustomize", None)
+    for folder in added:
+        if (custom := Path(folder, "sitecustomize.py")).is_file():
+            runpy.run_path(str(custom))
+    try:
+        if what == "-c":
+            sys.argv = ["-c", *rest[1:]]
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        elif what == "-m":
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
-            print(fork(lambda: launch(command)), flush=True)  # noqa: B023
+            sys.argv = [what, *rest]
+            runpy.run_path(str(Path(what).resolve()), run_name="__main__")
+    except Replaced as replaced:
+        (argv,) = replaced.args
+    else:
+        return
+    run_python(argv, dict(os.environ))
+
+
+def forget_project() -> None:
+    """Have a script import its own modules, of whichever copy of the project it is."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name != "__main__" and not file.startswith((sys.prefix, sys.base_prefix)):
+            del sys.modules[name]
+
+
+def serve(connection: socket.socket) -> None:
+    """Run what the other end asks for, and tell it the process's id, then its status."""
+    streams = socket.recv_fds(connection, 1, 3)[1]
+    command = json.loads(connection.makefile().readline())
+    for stream, descriptor in enumerate(streams):
+        os.dup2(descriptor, stream)
+    os.chdir(command["folder"])
+    os.umask(command["umask"])
+    process = fork(lambda: run_python(command["argv"], command["env"]))
+    connection.sendall(f"{process}\n".encode())
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    connection.sendall(f"{status}\n".encode())
+
+
+def main(folder: Path) -> None:
+    forget_project()
+    SubprocessHandler._popen = lambda self, args, env: Forked(args, env)
+    os.execv = replace
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "socket"))
+    listener.listen(100)
+    (folder / "python").write_text(STAND_IN.format(python=sys.executable, address=str(folder / "socket")))
+    (folder / "python").chmod(0o755)
+    gc.collect()
+    gc.freeze()  # collections in forked processes would copy every page
+    print("ready", flush=True)
+    serving: set[int] = set()
+    while True:
+        connection, _ = listener.accept()
+        serving = {process for process in serving if not os.waitpid(process, os.WNOHANG)[0]}
+        if not (process := os.fork()):
+            listener.close()
+            serve(connection)
+            os._exit(0)
+        serving.add(process)
+        connection.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -35,12 +35,14 @@ def skip_without_compiler(engine: str) -> None:
         pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
 
 
-def environment(**added) -> dict[str, str]:
-    """The variables of a command that is to run in this interpreter's environment."""
+def environment(PRELOADED: Path | None = None, **added) -> dict[str, str]:  # noqa: N803, it reads as a variable
+    """The variables of a command that is to run in this interpreter's environment; with the folder of `preloaded`, on
+    the interpreter in there, which has imported all."""
     bin_folder = Path(sys.executable).parent
+    folders = [*([str(PRELOADED)] if PRELOADED else []), str(bin_folder), os.environ["PATH"]]
     own = {
         "VIRTUAL_ENV": str(bin_folder.parent),
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(folders),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         # DeepSpeed's compiled operators hold paths of the environment they were built in.

@@ -19,7 +19,7 @@ import test_mmau
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.questions import load_questions
-from running import free_port, run
+from running import run
 from test_grpo_trainer import length_reward
 from train import RecipeConfig
 from train_sft import SFTRecipeConfig
@@ -58,12 +58,12 @@ def accuracies(folder, asked, steps) -> dict[str, tuple]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_training_logs_what_the_checkpoint_scores(small_model, questions, asked, tmp_path, adapters):
+def test_training_logs_what_the_checkpoint_scores(preloaded, small_model, questions, asked, tmp_path, adapters):
     run(
         "sh", "run_sft.sh", "--use_cpu", "true", "--max_steps", "12", "--save_steps", "4", "--questions_per_step", "8",
         "--per_device_train_batch_size", "8", "--learning_rate", "1e-2" if adapters else "1e-3", "--use_peft", adapters,
         "--lr_scheduler_type", "constant", "--eval_file", asked, "--load_best_model_at_end", "true",
-        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, MASTER_PORT=free_port(), GPU_NUM=1,
+        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, PRELOADED=preloaded, GPU_NUM=1,
     )  # fmt: skip
     state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     logged = {
@@ -82,11 +82,11 @@ def test_training_logs_what_the_checkpoint_scores(small_model, questions, asked,
 
 
 @pytest.mark.slow
-def test_grpo_evaluates_on_two_processes(small_model, questions, asked, tmp_path):
+def test_grpo_evaluates_on_two_processes(preloaded, small_model, questions, asked, tmp_path):
     done = run(
         "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "2", "--save_steps", "2", "--questions_per_step", "2",
         "--num_generations", "2", "--max_completion_length", "6", "--eval_file", asked, "--per_device_eval_batch_size", "2",
-        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, MASTER_PORT=free_port(), GPU_NUM=2,
+        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, PRELOADED=preloaded, GPU_NUM=2,
     )  # fmt: skip
     assert re.search(r"^2/2  evaluated: accuracy [\d.]+  accuracy_sound [\d.]+", done.stdout, re.MULTILINE), done.stdout
 

@@ -479,13 +479,23 @@ def test_kinds_of_files(folder, tmp_path):
 
 
 def check(*arguments, **settings):
-    return run(sys.executable, "src/dataset/check.py", *arguments, check=False, **settings)
+    return run("python", "src/dataset/check.py", *arguments, check=False, **settings)
 
 
 @pytest.mark.slow
-def test_the_command(folder, small_model, capsys):
+def test_the_command(preloaded, folder, small_model, capsys):
     path = write(folder, GOOD, GOOD | {"audio_path": "gone.wav"}, GOOD)
-    process = check(path, "--model_path", small_model, "--deep", "--workers", 2, "--keep_file", folder / "kept.jsonl")
+    process = check(
+        path,
+        "--model_path",
+        small_model,
+        "--deep",
+        "--workers",
+        2,
+        "--keep_file",
+        folder / "kept.jsonl",
+        PRELOADED=preloaded,
+    )
     assert process.returncode == 1
     assert f"{path}, line 2: {folder / 'gone.wav'}: no such audio file" in process.stdout
     assert "3 rows, 2 usable, 1 dropped" in process.stdout and "longest prompt" in process.stdout

@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import sys
 
 import numpy as np
 import pytest
@@ -219,17 +218,17 @@ def test_a_reward_model_is_held_to_the_same():
 
 
 @pytest.mark.slow
-def test_what_one_process_finds_ends_all(small_model, questions, tmp_path):
+def test_what_one_process_finds_ends_all(preloaded, small_model, questions, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os\n\ndef judge(completions, trainer_state):\n"
         "    broken = trainer_state.global_step == 1 and os.environ['RANK'] == '1'\n"
         "    return [float('nan') if broken else 0.0 for _ in completions]\n"
     )
     done = run(
-        sys.executable, "src/launch/start.py", "--nproc_per_node", "2", "--master_port", free_port(), "src/train.py",
+        "python", "src/launch/start.py", "--nproc_per_node", "2", "--master_port", free_port(), "src/train.py",
         "--use_cpu", "true", "--model_name_or_path", small_model, "--data_file", questions, "--max_steps", "3",
         "--questions_per_step", "2", "--num_generations", "2", "--max_completion_length", "4", "--output_dir", tmp_path / "out",
-        "--reward_funcs", "accuracy", f"{tmp_path}/mine.py:judge", check=False, timeout=200,
+        "--reward_funcs", "accuracy", f"{tmp_path}/mine.py:judge", check=False, PRELOADED=preloaded,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout
     said = "reward judge: is nan for the completion"

@@ -4,7 +4,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,8 @@ class Copy:
         (self.folder / path).write_text(text.replace(old, new), encoding="utf-8")
         self.touched.add(path)
 
-    def run(self, script: str, *arguments) -> str:
-        return run(sys.executable, script, *arguments, cwd=self.folder).stdout
+    def run(self, preloaded: Path, script: str, *arguments) -> str:
+        return run("python", script, *arguments, cwd=self.folder, PRELOADED=preloaded).stdout
 
 
 def add_reward(copy: Copy) -> None:
@@ -106,12 +105,12 @@ def replace_model(copy: Copy) -> None:
 
 
 @pytest.mark.slow
-def test_toys_of_all_are_trained_evaluated_and_shown(small_model, questions, tmp_path):
+def test_toys_of_all_are_trained_evaluated_and_shown(preloaded, small_model, questions, tmp_path):
     copy, out = Copy(tmp_path), tmp_path / "out"
     for add in (add_reward, add_style, add_benchmark, replace_model):
         add(copy)
     copy.run(
-        "src/train.py", "--use_cpu", "true", "--max_steps", "1", "--questions_per_step", "2", "--num_generations", "2",
+        preloaded, "src/train.py", "--use_cpu", "true", "--max_steps", "1", "--questions_per_step", "2", "--num_generations", "2",
         "--max_completion_length", "4", "--model_name_or_path", small_model, "--data_file", questions, "--output_dir", out,
         "--reward_funcs", "accuracy", "brevity", "--prompt_style", "shout", "--freeze", "ears",
     )  # fmt: skip
@@ -119,10 +118,19 @@ def test_toys_of_all_are_trained_evaluated_and_shown(small_model, questions, tmp
     assert 0 < logged["rewards/brevity_reward/mean"] <= 1
     assert json.loads((out / "checkpoint-1" / "prompt_style.json").read_text()) == {"prompt_style": "shout"}
     toys = write_toys(questions.parent)
-    copy.run("src/test_mmau.py", "--model_path", out / "checkpoint-1", "--data_file", toys, "--max_new_tokens", "4")
+    copy.run(
+        preloaded,
+        "src/test_mmau.py",
+        "--model_path",
+        out / "checkpoint-1",
+        "--data_file",
+        toys,
+        "--max_new_tokens",
+        "4",
+    )
     (record,) = out.glob("test_1/run_toy_*.json")
     assert json.loads(record.read_text())["prompt"].endswith("['CHOICE', 'CHOICE']. Shout the answer!")
-    table = copy.run("src/utils/show_acc.py", "-i", out)
+    table = copy.run(preloaded, "src/utils/show_acc.py", "-i", out)
     assert "Toys, 4 questions" in table and "(4)" in table
     scripts = "import ask, demo, merge_lora, train_sft, trainer.memory"  # that do without Qwen2-Audio's file as well
-    copy.run("-c", f"import sys; sys.path.insert(0, 'src'); {scripts}")
+    copy.run(preloaded, "-c", f"import sys; sys.path.insert(0, 'src'); {scripts}")

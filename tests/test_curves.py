@@ -9,6 +9,7 @@ import pytest
 
 import plot_training
 from test_show_acc import write_result
+from trainer import curves
 from trainer.curves import PlotCurves, _accuracies, plot_curves, read_history
 
 
@@ -68,6 +69,20 @@ def test_the_picture_is_refreshed_and_costs_no_run(tmp_path, capsys):
     state.log_history.append({"step": 1, "loss": 1.0})
     PlotCurves().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     assert "training.png: not written" in capsys.readouterr().err
+
+
+def test_saves_in_quick_succession_draw_once(tmp_path, monkeypatch):
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"step": 1, "loss": 1.0}])
+    callback, drawn, now = PlotCurves(), [], [100.0]
+    monkeypatch.setattr(curves, "monotonic", lambda: now[0])
+    monkeypatch.setattr(curves, "plot_curves", lambda *args: drawn.append(now[0]))
+    told = SimpleNamespace(output_dir=str(tmp_path)), state, None
+    callback.on_train_begin(*told)
+    for now[0] in (110.0, 140.0, 150.0, 171.0, 172.0):
+        callback.on_save(*told)
+    assert drawn == [140.0, 171.0]
+    callback.on_train_end(*told)
+    assert drawn == [140.0, 171.0, 172.0]
 
 
 def test_a_run_of_one_step_or_none(tmp_path):

@@ -322,13 +322,13 @@ def test_a_demo_that_was_not_run_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_table_names_every_model_and_an_unfinished_one_apart(data, tmp_path):
+def test_the_table_names_every_model_and_an_unfinished_one_apart(preloaded, data, tmp_path):
     """What the demo ends with: all models that are whole, best first, and again without doing anything twice."""
     prepare(data, tmp_path, seed=1, max_steps=1, target_loss=0.0)
     for name in (SFT, "checkpoint-20", "checkpoint-100"):
         shutil.copytree(tmp_path / WARM_START, tmp_path / name)
     (tmp_path / "checkpoint-5").mkdir()
-    command = dict(OUT_DIR=tmp_path, MMAU_DIR=data, GPU_NUM=1)
+    command = dict(OUT_DIR=tmp_path, MMAU_DIR=data, GPU_NUM=1, PRELOADED=preloaded)
     done = run("sh", "test_mmau.sh", "demo", check=False, **command)
     assert done.returncode == 3
     title = f"questions in MMAU's format, {COUNTS['test']} questions"

@@ -20,12 +20,13 @@ import test_mmau
 from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_questions
-from evaluation.answers import answer_batches
+from evaluation.answers import _swap_clips, answer_batches
 from evaluation.collect import read_results
 from evaluation.mmau import evaluate
 from evaluation.results import Run
 from model.checkpoints import fingerprint
 from model.tiny import build_demo_model, build_processor
+from running import environment
 from utils.show_acc import format_tables
 
 SCRIPT = [sys.executable, "src/test_mmau.py"]
@@ -514,13 +515,16 @@ def test_one_bad_model_does_not_end_the_sweep(few, trained, checkpoint, capsys, 
 
 
 @pytest.mark.slow
-def test_a_process_without_questions_skips_a_broken_model_with_the_others(few, trained, checkpoint, tmp_path):
+def test_a_process_without_questions_skips_a_broken_model_with_the_others(
+    preloaded, few, trained, checkpoint, tmp_path
+):
     """Two processes, one batch: the one without it must not wait for the other, which has gone on to the next model."""
     remove_tensor(checkpoint)
-    command = [sys.executable, "src/launch/start.py", "--standalone", "--nproc_per_node", "2", SCRIPT[1]]
+    command = ["python", "src/launch/start.py", "--standalone", "--nproc_per_node", "2", SCRIPT[1]]
     command += ["--model_path", checkpoint, trained / "checkpoint-200", "--data_file", few, "--out_dir", tmp_path]
     command += [*TOKENS, "--device", "cpu", "--batch_size", "32"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    env = environment(PRELOADED=preloaded)
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
     assert run.returncode == 3, run.stderr
     assert run.stderr.count("100: skipped") == 1 and len(read(tmp_path, "200")) == 6
 
@@ -714,9 +718,10 @@ def test_a_special_token_in_a_question_is_refused(tmp_path, checkpoint):
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs():
-    command = [sys.executable, "benchmarks/eval_speed.py", "--questions", "4", "--max_new_tokens", "2"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_the_benchmark_runs(preloaded):
+    command = ["python", "benchmarks/eval_speed.py", "--questions", "4", "--max_new_tokens", "2"]
+    env = environment(PRELOADED=preloaded)
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "times as fast; 4 of 4 answers equal" in run.stdout
 
@@ -731,31 +736,23 @@ def test_the_launcher_without_checkpoints_says_what_to_do(tmp_path):
 @pytest.mark.slow
 def test_shuffled_clips_are_paired_the_same_way_by_every_interpreter():
     """Also those of the same name in two folders."""
-    code = (
-        "from evaluation.answers import _swap_clips\n"
-        "print(sorted(_swap_clips([f'{folder}/{i}.wav' for folder in 'abc' for i in range(9)]).items()))"
-    )
-    environments = [os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONHASHSEED": seed} for seed in ("1", "2")]
-    said = [
-        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for env in environments
-    ]
-    assert said[0].stdout == said[1].stdout and said[0].stdout.count("wav") == 54, said[0].stderr
+    paths = [f"{folder}/{i}.wav" for folder in "abc" for i in range(9)]
+    code = f"from evaluation.answers import _swap_clips\nprint(sorted(_swap_clips({paths}).items()))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONHASHSEED": "1"}  # ours is drawn anew
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert said.stdout == f"{sorted(_swap_clips(paths).items())}\n" and said.stdout.count("wav") == 54, said.stderr
 
 
 @pytest.mark.slow
-def test_the_launcher_prints_the_table_of_those_that_could_be_evaluated(few, trained, tmp_path):
+def test_the_launcher_prints_the_table_of_those_that_could_be_evaluated(preloaded, few, trained, tmp_path):
     """From another folder, a relative OUT_DIR that looks like a flag, a step given twice, and one that is not whole."""
     out = tmp_path / "-rel"
     for step in (100, 200):
         shutil.copytree(trained / f"checkpoint-{step}", out / f"checkpoint-{step}")
     (out / "checkpoint-100" / "config.json").unlink()
-    environment = os.environ | {
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "GPU_NUM": "1", "OUT_DIR": "-rel", "MMAU_DIR": str(few.parent), "STEPS": "200 200 100",
-    }  # fmt: skip
+    env = environment(PRELOADED=preloaded, GPU_NUM=1, OUT_DIR="-rel", MMAU_DIR=few.parent, STEPS="200 200 100")
     command = ["sh", str(ROOT / "test_mmau.sh"), *TOKENS, "--device", "cpu"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 3, run.stderr
     assert "100: skipped" in run.stderr and "1 of 2 models were skipped" in run.stderr
     assert run.stdout.splitlines()[-1].split()[0] == "200" and (out / "test_200").is_dir()

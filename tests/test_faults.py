@@ -30,6 +30,7 @@ FLAGS = (
     "--learning_rate", "1e-2", "--save_steps", SAVE_STEPS, "--max_steps", STEPS, "--seed", "3", "--report_to", "none",
     "--disable_tqdm", "true", "--keep_optimizer", "all",
 )  # fmt: skip
+ARM = f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\nimport faults\nfaults.arm()\n"
 REWARD = """
 import json, os
 calls = -1 if os.environ.get("RANK") == "0" else 0  # the first process tries it once, before the model is loaded
@@ -38,7 +39,7 @@ def probe(completions, **kwargs):
     calls += 1
     fault = json.loads(os.environ.get("STRIKE", "{}"))
     if fault.get("step") == calls:
-        from preloaded import strike
+        from faults import strike
         strike(fault)
     return [len(text) / 10 for text in completions]
 """
@@ -55,58 +56,29 @@ def fault(name: str):
     return register
 
 
-class Launchers:
-    """Runs launchers through preloaded.py."""
-
-    def __init__(self, folder: Path):
-        self.log = open(folder / "preloaded.log", "w")
-        self.reward = folder / "reward.py"
-        self.reward.write_text(REWARD)
-        command = [sys.executable, "-u", ROOT / "tests" / "preloaded.py"]
-        self.server = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
-        while (line := self.server.stdout.readline()) != "ready\n":  # libraries say things when they are imported
-            assert line, (folder / "preloaded.log").read_text()
-
-    def ask(self, **command) -> int:
-        self.server.stdin.write(json.dumps(command) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait(60)
-        self.log.close()
-
-
 class Runs:
     """One fault's runs, in a folder of its own."""
 
-    def __init__(self, folder: Path, launchers: Launchers, model: Path, data: Path, whole: Path | None):
-        self.folder, self.launchers, self.model, self.data, self.whole = folder, launchers, model, data, whole
+    def __init__(self, folder: Path, preloaded: Path, model: Path, data: Path, whole: Path | None):
+        self.folder, self.preloaded, self.model, self.data, self.whole = folder, preloaded, model, data, whole
         self.out, self.pids = folder / "out", folder / "pids"
+        self.reward = (whole.parent if whole else folder) / "reward.py"  # the same for all, as one's settings are
         self.pids.mkdir()
+        self.reward.write_text(REWARD)
+        (folder / "sitecustomize.py").write_text(ARM)
 
-    def start(self, *flags, fault: dict | None = None, restarts: int = 0, out: Path | None = None) -> int:
-        """Start the launcher; the processes it starts leave their ids in `pids`."""
+    def run(self, *flags, fault: dict | None = None, restarts: int = 0) -> tuple[int, str]:
+        """Start the launcher and wait for its end: the exit status, and what this run printed. The processes it starts
+        leave their ids in `pids`."""
         argv = ["--standalone", "--nproc_per_node", "2", "--max_restarts", restarts, "src/train.py", *FLAGS]
-        places = ("--model_name_or_path", self.model, "--data_file", self.data, "--output_dir", out or self.out)
-        argv += [*places, "--reward_funcs", f"{self.launchers.reward}:probe", *flags]
-        env = {"FAULT": json.dumps(fault or {}), "PIDS": str(self.pids)}
-        return self.launchers.ask(argv=list(map(str, argv)), env=env, log=str(self.folder / "log"))
-
-    def run(self, *flags, **started) -> tuple[int, str]:
-        """Start it and wait for its end: the exit status, and what this run printed."""
+        places = ("--model_name_or_path", self.model, "--data_file", self.data, "--output_dir", self.out)
+        argv += [*places, "--reward_funcs", f"{self.reward}:probe", *flags]
+        own = dict(PRELOADED=self.preloaded, PYTHONPATH=self.folder, FAULT=json.dumps(fault or {}), PIDS=self.pids)
         before = len(self.said())
-        status = self.launchers.ask(wait=self.start(*flags, **started))
-        return status, self.said()[before:]
+        with open(self.folder / "log", "a") as log:
+            command = ["python", "src/launch/start.py", *map(str, argv)]
+            status = subprocess.run(command, cwd=ROOT, env=environment(**own), stdout=log, stderr=log).returncode
+        return status if status >= 0 else 128 - status, self.said()[before:]
 
     def said(self) -> str:
         path = self.folder / "log"
@@ -162,16 +134,9 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def launchers(tmp_path_factory):
-    launchers = Launchers(tmp_path_factory.mktemp("preloaded"))
-    yield launchers
-    launchers.close()
-
-
-@pytest.fixture(scope="module")
-def whole(launchers, small_model, questions, tmp_path_factory) -> Path:
+def whole(preloaded, small_model, questions, tmp_path_factory) -> Path:
     """The output of the run that nothing befell."""
-    runs = Runs(tmp_path_factory.mktemp("whole"), launchers, small_model, questions, None)
+    runs = Runs(tmp_path_factory.mktemp("whole"), preloaded, small_model, questions, None)
     status, said = runs.run()
     assert status == 0, said
     return runs.out
@@ -344,8 +309,8 @@ for kind, name in (
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="kills and stops processes as Linux does")
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault(name, whole, launchers, small_model, questions, tmp_path):
-    runs = Runs(tmp_path, launchers, small_model, questions, whole)
+def test_fault(name, whole, preloaded, small_model, questions, tmp_path):
+    runs = Runs(tmp_path, preloaded, small_model, questions, whole)
     outcome, lost = FAULTS[name](runs)
     runs.assert_nothing_is_left()
     runs.assert_it_loads()

@@ -1,7 +1,6 @@
 """A step whose loss or gradient is not finite: nothing moves, the run goes on, and too many in a row end it."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,8 @@ from trainer.console import print_lines
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.resume import checkpoints_in
 from trainer.stopping import RunEnded
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def make_trainer(kind: str, model, data, out, **settings):
@@ -159,7 +160,7 @@ def moments_of(checkpoint: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
-def test_one_processs_loss_stops_all_from_stepping(small_model, questions, tmp_path, engine):
+def test_one_processs_loss_stops_all_from_stepping(preloaded, small_model, questions, tmp_path, engine):
     skip_without_compiler(engine)
     (tmp_path / "spoiled.py").write_text(SPOILED)
     out = tmp_path / "out"
@@ -169,8 +170,8 @@ def test_one_processs_loss_stops_all_from_stepping(small_model, questions, tmp_p
         "--keep_optimizer", "all", "--disable_tqdm", "true", "--model_name_or_path", small_model, "--output_dir", out,
         "--data_file", questions, *(["--deepspeed", f"conf/{engine}.json"] if engine else []),
     )  # fmt: skip
-    start = (sys.executable, "src/launch/start.py", "--standalone", "--nproc_per_node", "2")
-    done = run(*start, tmp_path / "spoiled.py", *flags, check=False)
+    start = ("python", "src/launch/start.py", "--standalone", "--nproc_per_node", "2")
+    done = run(*start, tmp_path / "spoiled.py", *flags, check=False, PRELOADED=preloaded)
     assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
     assert "step 2: the loss of process 1 is not finite; skipped" in done.stdout
     last = done.stdout.splitlines()[-1]

@@ -31,6 +31,7 @@ def found(config) -> Estimate:
     return estimate(config, SMALL)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_too_small_is_refused_with_settings_that_fit(config, found):
     less = estimate(config, replace(SMALL, checkpointing=True))
     with pytest.raises(ValueError) as error:
@@ -58,6 +59,7 @@ def test_a_cpu_is_never_refused(config, capsys):
     assert capsys.readouterr().out.startswith("memory of CPU, 0.0 MiB per process; calculated: ")
 
 
+@pytest.mark.slow
 def test_after_a_failure_only_what_takes_less_is_advised(config, found):
     """The device would be large enough by calculation, and yet was not."""
     offers = advise(config, found, 10 * found.total, than=0.9).splitlines()[1:]

@@ -46,7 +46,7 @@ def test_a_reward_that_is_not_there(tmp_path, name, message):
 
 
 @pytest.mark.slow
-def test_an_own_reward_trains_and_its_errors_stop_the_run(small_model, questions, tmp_path):
+def test_an_own_reward_trains_and_its_errors_stop_the_run(preloaded, small_model, questions, tmp_path):
     (tmp_path / "my_rewards.py").write_text(BREVITY + BROKEN)
     flags = [
         "--use_cpu", "true", "--model_name_or_path", small_model, "--data_file", questions, "--max_steps", "2",
@@ -58,7 +58,7 @@ def test_an_own_reward_trains_and_its_errors_stop_the_run(small_model, questions
     chatter = ("\r", "Writing model shards", "Loading weights", "deprecated", "Setting accelerator")
     assert not [word for word in chatter if word in done.stdout], done.stdout
     done = run(
-        sys.executable, "src/train.py", *flags, f"{tmp_path}/my_rewards.py:broken", "--overwrite_output_dir", "true",
-        check=False,
+        "python", "src/train.py", *flags, f"{tmp_path}/my_rewards.py:broken", "--overwrite_output_dir", "true",
+        check=False, PRELOADED=preloaded,
     )  # fmt: skip
     assert done.returncode != 0 and "Traceback" in done.stdout and "ZeroDivisionError" in done.stdout

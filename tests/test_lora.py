@@ -35,7 +35,7 @@ from model.checkpoints import (
     load_model,
 )
 from model.qwen2_audio import load_processor
-from running import free_port, run, skip_without_compiler
+from running import run, skip_without_compiler
 from test_grpo_trainer import first_rows, length_reward
 from trainer.grpo_trainer import AudioGRPOTrainer
 
@@ -98,7 +98,7 @@ def test_the_checkpoint_is_the_adapter_and_merges_into_what_was_trained(trainer,
 
 
 @pytest.mark.slow
-def test_what_cannot_be_merged_is_said(small_model, tmp_path):
+def test_what_cannot_be_merged_is_said(preloaded, small_model, tmp_path):
     with pytest.raises(ValueError, match="no adapter checkpoint"):
         load_merged(small_model)
     (tmp_path / "adapter_config.json").write_text(
@@ -108,7 +108,9 @@ def test_what_cannot_be_merged_is_said(small_model, tmp_path):
         ValueError, match="its base model is not .*gone: no such folder.*merge_lora.py .* --base FOLDER"
     ):
         load_merged(tmp_path)
-    done = run(sys.executable, "src/merge_lora.py", "--adapter", tmp_path, "--out", tmp_path, check=False)
+    done = run(
+        "python", "src/merge_lora.py", "--adapter", tmp_path, "--out", tmp_path, check=False, PRELOADED=preloaded
+    )
     assert done.returncode == 1 and "is there already" in done.stdout and "Traceback" not in done.stdout
 
 
@@ -136,6 +138,7 @@ def rename_base(adapter: Path, to: Path, name: str | None, **more) -> Path:
     return to
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("script", [train, train_sft])
 def test_the_base_is_recorded_so_that_it_is_found_from_anywhere(small_model, questions, tmp_path, monkeypatch, script):
     monkeypatch.chdir(small_model.parent)
@@ -201,6 +204,7 @@ def test_the_advised_command_merges_with_another_copy_of_the_base(adapter, small
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("peft", ["false", "true"])
 def test_a_run_starts_from_an_adapter_as_from_its_merged_model(
     adapter, small_model, questions, tmp_path, monkeypatch, peft
@@ -236,12 +240,12 @@ def test_a_run_starts_from_an_adapter_as_from_its_merged_model(
 
 
 @pytest.mark.slow
-def test_adapters_with_zero3_on_two_processes(small_model, questions, tmp_path):
+def test_adapters_with_zero3_on_two_processes(preloaded, small_model, questions, tmp_path):
     skip_without_compiler("ds_zero3")
     run(
         "sh", "run_grpo.sh", "--use_cpu", "true", "--use_peft", "true", "--max_steps", "2", "--save_steps", "2",
         "--questions_per_step", "2", "--num_generations", "4", "--max_completion_length", "6", "--learning_rate", "1e-2",
-        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, GPU_NUM=2, MASTER_PORT=free_port(),
+        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, GPU_NUM=2, PRELOADED=preloaded,
         CONFIG="conf/ds_zero3.json",
     )  # fmt: skip
     adapter = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -55,14 +54,14 @@ for own in (False, True):
 
 
 @pytest.mark.slow
-def test_nodes_hold_their_files_against_one_another(tmp_path):
+def test_nodes_hold_their_files_against_one_another(preloaded, tmp_path):
     (tmp_path / "node.py").write_text(NODE)
     torchrun = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=1, GROUP_WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1")
     torchrun["MASTER_PORT"] = free_port()
     nodes = [
         subprocess.Popen(
-            [sys.executable, tmp_path / "node.py", tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-            env=environment(RANK=rank, GROUP_RANK=rank, **torchrun),
+            ["python", tmp_path / "node.py", tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env=environment(PRELOADED=preloaded, RANK=rank, GROUP_RANK=rank, **torchrun),
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -118,9 +117,9 @@ def start_nodes(places: list[dict], **common) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
-def test_two_nodes_with_disks_of_their_own_go_on_after_one_is_killed(small_model, questions, tmp_path):
+def test_two_nodes_with_disks_of_their_own_go_on_after_one_is_killed(preloaded, small_model, questions, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(KILLED)
-    common = dict(MODEL_NP=small_model, DATA_FILE=questions, RESTARTS=1, PYTHONPATH=tmp_path)
+    common = dict(MODEL_NP=small_model, DATA_FILE=questions, RESTARTS=1, PYTHONPATH=tmp_path, PRELOADED=preloaded)
     ended = start_nodes([{"OUT_DIR": tmp_path / "a"}, {"OUT_DIR": tmp_path / "b"}], **common)
     assert [status for status, _ in ended] == [0, 0], ended
     assert all(said.count("restart 1 of 1\n") == 1 for _, said in ended), ended
@@ -135,11 +134,11 @@ def test_two_nodes_with_disks_of_their_own_go_on_after_one_is_killed(small_model
 
 
 @pytest.mark.slow
-def test_a_node_with_another_file_ends_both(small_model, questions, tmp_path):
+def test_a_node_with_another_file_ends_both(preloaded, small_model, questions, tmp_path):
     shutil.copytree(questions.parent, tmp_path / "data")
     other = tmp_path / "data" / questions.name
     other.write_text(other.read_text().replace("dog", "cow"))
-    common = dict(MODEL_NP=small_model, OUT_DIR=tmp_path / "out", RESTARTS=2)
+    common = dict(MODEL_NP=small_model, OUT_DIR=tmp_path / "out", RESTARTS=2, PRELOADED=preloaded)
     ended = start_nodes([{"DATA_FILE": questions}, {"DATA_FILE": other}], **common)
     for status, said in ended:
         assert status == 1 and "Traceback" not in said and "restart" not in said, said

@@ -12,6 +12,7 @@ from dataset.dataset import load_train_dataset
 from model.qwen2_audio import load_processor
 from running import run, skip_without_compiler
 from test_grpo_trainer import length_reward
+from trainer import probe
 from trainer.fitting import size
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.memory import Settings, estimate
@@ -90,6 +91,7 @@ def fail_in(trainer, at: int) -> None:
     trainer.model.model.register_forward_hook(count)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_a_step_says_which_and_what_to_lower(small_model, questions, tmp_path):
     trainer = grpo_trainer(small_model, questions, tmp_path)
     fail_in(trainer, at=3)
@@ -103,8 +105,8 @@ def test_out_of_memory_in_a_step_says_which_and_what_to_lower(small_model, quest
     assert title.startswith("What would fit") and f"  --activation_checkpointing true: {size(less.total)}" in offers
 
 
-@pytest.mark.slow
-def test_out_of_memory_in_a_rollout_and_in_supervised_training(small_model, questions, tmp_path):
+def test_out_of_memory_in_a_rollout_and_in_supervised_training(small_model, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "advise", lambda *args, **kwargs: "lower it")  # calculated in the test above
     for make, passes, said in (
         (grpo_trainer, 0, "step 1: a rollout of 2 question(s) x 4 completions, the longest prompt"),
         (sft_trainer, 4, "step 2: a pass over 2 question(s), the longest with its answer"),
@@ -116,7 +118,8 @@ def test_out_of_memory_in_a_rollout_and_in_supervised_training(small_model, ques
         assert said in ended.value.code
 
 
-def test_the_probe_fails_before_the_first_step(small_model, questions, tmp_path):
+def test_the_probe_fails_before_the_first_step(small_model, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "advise", lambda *args, **kwargs: "lower it")
     trainer = grpo_trainer(small_model, questions, tmp_path)
     trainer.add_callback(ProbeFirst(trainer))
     fail_in(trainer, at=2)  # with the gradients of the first
@@ -135,21 +138,21 @@ def test_other_errors_come_through(small_model, questions, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
-def test_two_processes_probe_together(small_model, questions, tmp_path, engine):
+def test_two_processes_probe_together(preloaded, small_model, questions, tmp_path, engine):
     skip_without_compiler(engine)
     (tmp_path / "rewards.py").write_text(
         "def vowels(completions, **kwargs):\n    return [sum(a in 'aeiou' for a in text) / 9 for text in completions]\n"
     )
     logged = []
-    for probe in ("false", "true"):
-        out = tmp_path / probe
+    for probed in ("false", "true"):
+        out = tmp_path / probed
         done = run(
             "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "2", "--save_strategy", "no", "--learning_rate", "1e-2",
-            "--questions_per_step", "4", "--num_generations", "4", "--max_completion_length", "8", "--probe_memory", probe,
+            "--questions_per_step", "4", "--num_generations", "4", "--max_completion_length", "8", "--probe_memory", probed,
             "--reward_funcs", f"{tmp_path}/rewards.py:vowels", MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=out,
-            GPU_NUM=2, CONFIG=f"conf/{engine}.json" if engine else "",
+            GPU_NUM=2, CONFIG=f"conf/{engine}.json" if engine else "", PRELOADED=preloaded,
         )  # fmt: skip
-        assert ("memory probed with a pass over 1 question(s) x 4" in done.stdout) == (probe == "true")
+        assert ("memory probed with a pass over 1 question(s) x 4" in done.stdout) == (probed == "true")
         lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         logged.append(
             [{key: line[key] for key in ("loss", "grad_norm", "kl", "entropy")} for line in lines if "kl" in line]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from running import free_port, run
+from running import run
 from test_grpo_trainer import first_rows, make_trainer
 from trainer.resample import find_uniform_groups, replace_uniform_groups
 
@@ -75,7 +75,7 @@ def test_training_with_resampling_logs_the_shares(small_model, questions, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_stay_in_step(small_model, questions, tmp_path):
+def test_two_processes_stay_in_step(preloaded, small_model, questions, tmp_path):
     """One process finds a group with an advantage sooner than the other, or neither does: no one waits for ever."""
     (tmp_path / "rewards.py").write_text(
         "def some(completions, audio_path, **kwargs):\n"
@@ -85,7 +85,7 @@ def test_two_processes_stay_in_step(small_model, questions, tmp_path):
         "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "3", "--questions_per_step", "4", "--num_generations", "2",
         "--max_completion_length", "4", "--save_strategy", "no", "--resample_uniform_groups", "true", "--beta", "0",
         "--max_resample_rounds", "8", "--reward_funcs", f"{tmp_path}/rewards.py:some",
-        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path / "out", MASTER_PORT=free_port(), GPU_NUM=2, timeout=200,
+        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path / "out", GPU_NUM=2, PRELOADED=preloaded,
     )  # fmt: skip
     logged = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()][:3]
     assert max(entry["groups/uniform_share"] for entry in logged) > 0

@@ -208,6 +208,7 @@ def same_files(one: Path, other: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_killed_anywhere_in_a_save_the_old_state_or_the_new_one_is_there(
     finished, small_model, questions, tmp_path, monkeypatch
 ):
@@ -336,7 +337,7 @@ def test_an_epochs_order_follows_from_its_number(processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
-def test_a_run_that_was_killed_goes_on_by_the_launcher(small_model, questions, tmp_path, engine):
+def test_a_run_that_was_killed_goes_on_by_the_launcher(preloaded, small_model, questions, tmp_path, engine):
     """All processes are killed in the second save, when the checkpoint would get its name."""
     skip_without_compiler(engine)
     (tmp_path / "sitecustomize.py").write_text(
@@ -351,6 +352,7 @@ def test_a_run_that_was_killed_goes_on_by_the_launcher(small_model, questions, t
         "--learning_rate", "1e-2", "--save_steps", "1", "--max_steps", "3", "--report_to", "none",
     )  # fmt: skip
     places = dict(MODEL_NP=small_model, DATA_FILE=questions, CONFIG=f"conf/{engine}.json" if engine else "", GPU_NUM=2)
+    places["PRELOADED"] = preloaded
     out = tmp_path / "killed"
     killed = run("sh", "run_grpo.sh", *flags, OUT_DIR=out, check=False, PYTHONPATH=tmp_path, **places)
     assert killed.returncode == 137 and [step_of(path) for path in checkpoints_in(out)] == [1], killed.stdout

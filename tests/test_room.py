@@ -20,6 +20,8 @@ from trainer import room
 from trainer.console import append_line
 from trainer.resume import check_resumable, checkpoints_in, step_of
 
+undrawn = pytest.mark.usefixtures("undrawn")
+
 
 class InStep(TrainerCallback):
     """Calls a function in the middle of a step."""
@@ -68,6 +70,7 @@ def free(monkeypatch):
     return free
 
 
+@undrawn
 def test_a_save_that_cannot_fit_is_not_begun(small_model, questions, tmp_path, free, monkeypatch):
     trainer = make_trainer(small_model, questions, tmp_path)
     needed = room.MARGIN * (room.weight_bytes(trainer) + room.state_bytes(trainer))
@@ -86,6 +89,7 @@ def test_a_save_that_cannot_fit_is_not_begun(small_model, questions, tmp_path, f
     assert begun == [1]
 
 
+@undrawn
 def test_what_will_not_fit_is_said_before_the_first_step(small_model, questions, tmp_path, capsys, free, monkeypatch):
     trainer = make_trainer(small_model, questions, tmp_path, keep_optimizer="all", save_total_limit=2)
     weights, state = room.weight_bytes(trainer), room.state_bytes(trainer)
@@ -117,6 +121,7 @@ def no_file_over(size: int):
 SLOW = pytest.mark.slow
 
 
+@undrawn
 @pytest.mark.parametrize(
     ("file", "share"),
     [("model.safetensors", 0.5), ("optimizer.pt", 0.8), pytest.param("scheduler.pt", 0.5, marks=SLOW)],
@@ -134,6 +139,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(small_model, questions,
         assert_ends_with_its_last_checkpoint_whole(trainer, tmp_path, "checkpoint-2: not written (")
 
 
+@undrawn
 @pytest.mark.parametrize("name", ["fsync", pytest.param("rename", marks=SLOW)])
 def test_so_does_a_disk_that_fails_when_the_checkpoint_would_get_its_name(
     small_model, questions, tmp_path, monkeypatch, name
@@ -149,6 +155,7 @@ def test_so_does_a_disk_that_fails_when_the_checkpoint_would_get_its_name(
     assert_ends_with_its_last_checkpoint_whole(trainer, tmp_path, "(No space left on device)")
 
 
+@undrawn
 def test_an_error_of_ours_in_a_save_keeps_its_traceback(small_model, questions, tmp_path, monkeypatch):
     trainer = make_trainer(small_model, questions, tmp_path)
 
@@ -160,6 +167,7 @@ def test_an_error_of_ours_in_a_save_keeps_its_traceback(small_model, questions, 
         startup.train(trainer, None)
 
 
+@undrawn
 @SLOW
 def test_an_output_folder_that_was_removed_is_made_again(small_model, questions, tmp_path):
     out = tmp_path / "out"
@@ -197,6 +205,7 @@ def test_a_log_goes_on_after_a_line_that_was_cut_off(tmp_path):
     assert path.read_text().split("\n") == ["a", "b", '{"step": 3, "lo', "c", ""]
 
 
+@undrawn
 @pytest.mark.parametrize("kind", [pytest.param("grpo", marks=SLOW), "sft"])
 def test_a_data_folder_that_is_gone_ends_the_run_in_a_sentence(small_model, questions, tmp_path, kind):
     data = shutil.copytree(questions.parent, tmp_path / "data") / questions.name
@@ -214,7 +223,7 @@ def test_a_data_folder_that_is_gone_ends_the_run_in_a_sentence(small_model, ques
 
 
 @SLOW
-def test_a_disk_that_fills_in_a_save_by_the_launcher(small_model, questions, tmp_path):
+def test_a_disk_that_fills_in_a_save_by_the_launcher(preloaded, small_model, questions, tmp_path):
     """Two processes write to a real file system that holds one checkpoint and a part of the next, and that looks larger
     than it is, as where somebody else fills it. On a larger one, the run goes on."""
     out, mounted = tmp_path / "out", tmp_path / "mounted"
@@ -244,5 +253,5 @@ def test_a_disk_that_fills_in_a_save_by_the_launcher(small_model, questions, tmp
     assert "checkpoint-2: not written (" in last and "checkpoint-1: --resume goes on from it" in last, done.stdout
     assert done.stdout.count("checkpoint-2: not written") == 1
     assert checkpoints_in(out) == [out / "checkpoint-1"] and not (out / ".partial").exists()
-    run("sh", "run_grpo.sh", *flags, "--resume", OUT_DIR=out, **places)
+    run("sh", "run_grpo.sh", *flags, "--resume", OUT_DIR=out, PRELOADED=preloaded, **places)
     assert step_of(checkpoints_in(out)[-1]) == 2 and (out / "model.safetensors").is_file()

@@ -20,7 +20,7 @@ from dataset.dataset import load_train_dataset
 from merge_lora import merge
 from model.checkpoints import PROCESSOR_FILES, IncompleteCheckpoint, check_whole, complete_checkpoint
 from model.tiny import build_processor
-from running import free_port, run, skip_without_compiler
+from running import run, skip_without_compiler
 from test_grpo_trainer import length_reward
 from test_sft import make_trainer
 from trainer.grpo_trainer import AudioGRPOTrainer
@@ -100,7 +100,7 @@ def test_a_checkpoint_has_the_bases_processor_and_is_readable_for_the_group(shar
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ds_zero2", "ds_zero3"])
 @pytest.mark.parametrize("kind", ["grpo", "sft", "lora"])
-def test_so_it_has_under_deepspeed(shared, tiny_model, questions, tmp_path, engine, kind):
+def test_so_it_has_under_deepspeed(preloaded, shared, tiny_model, questions, tmp_path, engine, kind):
     skip_without_compiler(engine)
     flags = [] if kind == "sft" else ["--num_generations", "2", "--max_completion_length", "4"]
     out = tmp_path / "run"
@@ -108,7 +108,7 @@ def test_so_it_has_under_deepspeed(shared, tiny_model, questions, tmp_path, engi
         run(
             "sh", "run_sft.sh" if kind == "sft" else "run_grpo.sh", "--use_cpu", "true", "--max_steps", "1", "--save_steps", "1",
             "--questions_per_step", "2", "--use_peft", kind == "lora", *flags,
-            MODEL_NP=tiny_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2, MASTER_PORT=free_port(),
+            MODEL_NP=tiny_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2, PRELOADED=preloaded,
             CONFIG=f"conf/{engine}.json",
         )  # fmt: skip
         if kind == "lora":
@@ -201,9 +201,9 @@ def older_transformers() -> Path:
 
 
 @pytest.mark.slow
-def test_transformers_4_reads_it_as_ours_does(trained, older_transformers, questions, tmp_path):
-    read = (sys.executable, ROOT / "tests" / "read_checkpoint.py", trained, questions.parent / "3.wav")
-    run(*read, tmp_path / "ours.npz")
+def test_transformers_4_reads_it_as_ours_does(preloaded, trained, older_transformers, questions, tmp_path):
+    read = ("python", ROOT / "tests" / "read_checkpoint.py", trained, questions.parent / "3.wav")
+    run(*read, tmp_path / "ours.npz", PRELOADED=preloaded)
     run(*read, tmp_path / "older.npz", PYTHONPATH=older_transformers)
     ours, older = np.load(tmp_path / "ours.npz"), np.load(tmp_path / "older.npz")
     assert str(older["version"]) == "4.49.0" and str(ours["version"]).startswith("5.")

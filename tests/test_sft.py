@@ -13,7 +13,7 @@ import row_by_row
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
-from running import free_port, run
+from running import run
 from train_sft import SFTRecipeConfig
 from trainer.sft_trainer import AnswerCollator, AudioSFTTrainer
 
@@ -132,11 +132,11 @@ def test_thoughts_cannot_be_learned(small_model, questions, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_the_launcher_learns_the_answers(small_model, questions, tmp_path, adapters):
+def test_the_launcher_learns_the_answers(preloaded, small_model, questions, tmp_path, adapters):
     done = run(
         "sh", "run_sft.sh", "--use_cpu", "true", "--max_steps", "30", "--save_steps", "30", "--questions_per_step", "8",
         "--per_device_train_batch_size", "8", "--learning_rate", "1e-2" if adapters else "1e-3", "--use_peft", adapters, "--logging_steps", "10",
-        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, MASTER_PORT=free_port(), GPU_NUM=1,
+        MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path, PRELOADED=preloaded, GPU_NUM=1,
     )  # fmt: skip
     folder = tmp_path / "checkpoint-30"
     assert load_style(folder) == "choice"

@@ -83,6 +83,10 @@ time.sleep(60)
 )
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [*START, processes, tmp_path / "script.py", *arguments]
@@ -93,20 +97,20 @@ def start(processes, *arguments, tmp_path) -> subprocess.CompletedProcess:
     ("processes", "what", "status", "last"),
     [
         ("2", "mistake", 1, "script: there is no folder x"),
-        ("2", "mistake of all", 1, "script: there is no folder x"),
+        slow("2", "mistake of all", 1, "script: there is no folder x"),
         ("2", "mistake of all, aborting", 1, "script: there is no folder x"),
-        ("2", "crash", 1, "RuntimeError: rank 1 broke"),
-        ("2", "consequence", 1, "RuntimeError: rank 1 broke"),
+        slow("2", "crash", 1, "RuntimeError: rank 1 broke"),
+        slow("2", "consequence", 1, "RuntimeError: rank 1 broke"),
         (
             "2",
             "killed",
             137,
             "process 1 was ended by SIGKILL: out of memory, if nobody sent it; the others were stopped",
         ),
-        ("2", "status", 3, None),
-        ("2", "interrupted", 130, None),
+        slow("2", "status", 3, None),
+        slow("2", "interrupted", 130, None),
         ("1", "mistake", 1, "script: there is no folder x"),
-        ("x", "status", 1, "GPU_NUM is 'x'; it must be the number of processes, from 1 on"),
+        slow("x", "status", 1, "GPU_NUM is 'x'; it must be the number of processes, from 1 on"),
     ],
 )
 def test_what_a_process_says_is_the_last_thing_printed(tmp_path, processes, what, status, last):

@@ -133,6 +133,7 @@ def test_a_run_without_a_step_writes_no_model(script, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_records_what_decides_its_result_and_goes_on_with_the_same_alone(script, questions, tmp_path):
     out = tmp_path / "out"
     script(build=train.build_trainer)

@@ -15,6 +15,8 @@ from running import environment
 from test_resume import make_trainer
 from trainer.resume import check_resumable, checkpoints_in, step_of
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 class SignalInStep(TrainerCallback):
     """Sends this process a signal in the middle of a step."""
@@ -72,13 +74,13 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
-def test_two_processes_stop_together_by_the_launcher(small_model, questions, tmp_path, times):
+def test_two_processes_stop_together_by_the_launcher(preloaded, small_model, questions, tmp_path, times):
     out = tmp_path / "out"
     command = (
         "sh", "run_grpo.sh", "--use_cpu", "true", "--questions_per_step", "8", "--num_generations", "2",
         "--max_completion_length", "4", "--save_steps", "1000", "--max_steps", "1000", "--report_to", "none",
     )  # fmt: skip
-    places = dict(MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2)
+    places = dict(MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2, PRELOADED=preloaded)
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(**places), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as run:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pandas
@@ -111,13 +110,15 @@ def real_questions(shared, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "engine"), [(1, ""), *((2, name) for name in ("", *DEEPSPEED))])
-def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path, processes, engine):
+def test_the_launcher_trains_on_real_clips(preloaded, tiny_model, real_questions, tmp_path, processes, engine):
+    """One process, and the two of the usual engine, in interpreters of their own from beginning to end."""
     skip_without_compiler(engine)
+    own = (processes, engine) in ((1, ""), (2, "ds_zero2"))
     done = run(
         "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "2", "--save_steps", "2", "--questions_per_step", "2",
         "--num_generations", "4", "--max_completion_length", "6", "--learning_rate", "1e-2",
         MODEL_NP=tiny_model, DATA_FILE=real_questions, OUT_DIR=tmp_path, GPU_NUM=processes, MASTER_PORT=free_port(),
-        CONFIG=f"conf/{engine}.json" if engine else "",
+        CONFIG=f"conf/{engine}.json" if engine else "", PRELOADED=None if own else preloaded,
     )  # fmt: skip
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert sum({"loss", "completions/mean_length", "step_time"} <= entry.keys() for entry in logged) == 2, done.stdout
@@ -139,26 +140,29 @@ def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path,
     assert not (tmp_path / ".partial").exists() and not (tmp_path / ".lock").exists()
 
 
-def steps_on_fixed_completions(model, data, folder, processes: int, config: str, *start: Path) -> list[dict]:
+def steps_on_fixed_completions(preloaded, model, data, folder, processes: int, config: str, *start: Path) -> list[dict]:
     """What two steps log; `start`: the checkpoint that is gone on from, if any."""
     run(
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
-        str(free_port()), "tests/train_on_fixed_completions.py", model, data, folder / "out", config, folder / "log.json",
-        *start,
+        "python", "-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone", "tests/train_on_fixed_completions.py", model, data, folder / "out", config, folder / "log.json",
+        *start, PRELOADED=preloaded,
     )  # fmt: skip
     return json.loads((folder / "log.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def plain_steps(small_model, questions, tmp_path_factory):
-    return steps_on_fixed_completions(small_model, questions, tmp_path_factory.mktemp("plain"), 1, "")
+def plain_steps(preloaded, small_model, questions, tmp_path_factory):
+    return steps_on_fixed_completions(preloaded, small_model, questions, tmp_path_factory.mktemp("plain"), 1, "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["", *DEEPSPEED])
-def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, small_model, questions, tmp_path, engine):
+def test_two_processes_take_the_steps_of_one_under_every_engine(
+    preloaded, plain_steps, small_model, questions, tmp_path, engine
+):
     skip_without_compiler(engine)
-    found = steps_on_fixed_completions(small_model, questions, tmp_path, 2, f"conf/{engine}.json" if engine else "")
+    found = steps_on_fixed_completions(
+        preloaded, small_model, questions, tmp_path, 2, f"conf/{engine}.json" if engine else ""
+    )
     assert len(plain_steps) == len(found) == 2
     for expected, step in zip(plain_steps, found, strict=True):
         assert expected["grad_norm"] > 1e-2
@@ -171,16 +175,18 @@ def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, sma
 @pytest.mark.parametrize(
     ("engine", "before", "after"), [("", 1, 2), ("", 2, 1), ("ds_zero2", 1, 2), ("ds_zero3", 2, 1)]
 )
-def test_a_run_goes_on_with_other_processes(plain_steps, small_model, questions, tmp_path, engine, before, after):
+def test_a_run_goes_on_with_other_processes(
+    preloaded, plain_steps, small_model, questions, tmp_path, engine, before, after
+):
     """The checkpoint stays as it is."""
     skip_without_compiler(engine)
     config = f"conf/{engine}.json" if engine else ""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-    steps_on_fixed_completions(small_model, questions, tmp_path / "first", before, config)
+    steps_on_fixed_completions(preloaded, small_model, questions, tmp_path / "first", before, config)
     start = tmp_path / "first" / "out" / "checkpoint-1"
     files = {path: path.stat().st_mtime_ns for path in start.rglob("*")}
-    found = steps_on_fixed_completions(small_model, questions, tmp_path / "second", after, config, start)
+    found = steps_on_fixed_completions(preloaded, small_model, questions, tmp_path / "second", after, config, start)
     assert files == {path: path.stat().st_mtime_ns for path in start.rglob("*")}
     assert not (tmp_path / "second" / "out" / ".partial").exists()
     assert len(found) == 2 and found[0]["loss"] == pytest.approx(plain_steps[0]["loss"], abs=1e-4)
@@ -196,7 +202,7 @@ def uncomment_think(script: Path) -> None:
 
 
 @pytest.mark.slow
-def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small_model, questions, tmp_path):
+def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(preloaded, small_model, questions, tmp_path):
     for name in (
         "run_grpo.sh",
         "test_mmau.sh",
@@ -214,7 +220,7 @@ def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small
     out = tmp_path / "out"
     done = run(
         "sh", "run_grpo.sh", *SMALL_RUN, "--log_completions", "true", "--reward_funcs", "format", "probe.py:asked",
-        cwd=tmp_path, MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=1, MASTER_PORT=free_port(),
+        cwd=tmp_path, MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=1, PRELOADED=preloaded,
     )  # fmt: skip
     (table,) = (out / "completions").glob("*.parquet")
     prompts = pandas.read_parquet(table)["prompt"]
@@ -235,7 +241,12 @@ def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small
     }
     (questions.parent / "one.json").write_text(json.dumps([item | {"difficulty": "easy", "sub-category": "any"}]))
     evaluation = dict(
-        cwd=tmp_path, DATA_FILE=questions.parent / "one.json", MMAU_DIR=questions.parent, OUT_DIR=out, GPU_NUM=1
+        cwd=tmp_path,
+        DATA_FILE=questions.parent / "one.json",
+        MMAU_DIR=questions.parent,
+        OUT_DIR=out,
+        GPU_NUM=1,
+        PRELOADED=preloaded,
     )
     recorded = out / "test_1" / "run_mmau_mini_tokens-4.json"
     run("sh", "test_mmau.sh", "--max_new_tokens", "4", **evaluation)
@@ -274,30 +285,31 @@ def test_what_is_missing_is_said_at_once(tmp_path):
         (("--eval_file", "gone.json"), ("no such data file",)),
     ],
 )
-def test_bad_files_stop_the_run_without_a_traceback(small_model, questions, tmp_path, flags, messages):
+def test_bad_files_stop_the_run_without_a_traceback(preloaded, small_model, questions, tmp_path, flags, messages):
     (tmp_path / "train.data").write_text('{"question_text": "What?"}\n')
     done = run(
-        sys.executable, "src/train.py", "--use_cpu", "true", "--data_file", questions if flags else tmp_path / "train.data",
-        "--model_name_or_path", small_model, "--output_dir", tmp_path / "out", *flags, check=False,
+        "python", "src/train.py", "--use_cpu", "true", "--data_file", questions if flags else tmp_path / "train.data",
+        "--model_name_or_path", small_model, "--output_dir", tmp_path / "out", *flags, check=False, PRELOADED=preloaded,
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stdout
     assert all(message in done.stdout for message in messages), done.stdout
 
 
 @pytest.mark.slow
-def test_bad_rows_are_dropped_with_a_table_and_the_run_goes_on(small_model, questions, tmp_path):
+def test_bad_rows_are_dropped_with_a_table_and_the_run_goes_on(preloaded, small_model, questions, tmp_path):
     """Among eight good rows one that cannot be used: dropped on all processes, named, and recorded."""
     rows = questions.read_text().splitlines()
     rows.insert(3, json.dumps(json.loads(rows[0]) | {"audio_path": "gone.wav"}))
     (questions.parent / "mixed.jsonl").write_text("\n".join(rows) + "\n")
     places = dict(MODEL_NP=small_model, DATA_FILE=questions.parent / "mixed.jsonl", OUT_DIR=tmp_path, GPU_NUM=2)
-    done = run("sh", "run_grpo.sh", *SMALL_RUN, "--max_dropped", "0.2", MASTER_PORT=free_port(), **places)
+    places["PRELOADED"] = preloaded
+    done = run("sh", "run_grpo.sh", *SMALL_RUN, "--max_dropped", "0.2", **places)
     assert "9 rows, 8 usable, 1 dropped (11.1%)" in done.stdout and "8 questions, style answer" in done.stdout
     (record,) = map(json.loads, (tmp_path / "dropped.jsonl").read_text().splitlines())
     assert record["line"] == 4 and "gone.wav" in record["message"]
     places |= dict(GPU_NUM=1)
     done = run(
-        "sh", "run_grpo.sh", *SMALL_RUN, "--overwrite_output_dir", "true", check=False, MASTER_PORT=free_port(), **places
+        "sh", "run_grpo.sh", *SMALL_RUN, "--overwrite_output_dir", "true", check=False, **places
     )  # fmt: skip
     assert (tmp_path / "checkpoint-1").is_dir()  # a run that cannot start removes nothing
     assert done.returncode != 0 and "more than 10% of the rows are unusable (--max_dropped)" in done.stdout

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import librosa
 import numpy as np
 import soundfile
+import soxr
 
 from .rows import DataError
 
@@ -67,8 +67,21 @@ def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be decoded, was cut off, or is silent; its samples are none, NaN or infinite; `channels`.
     """
-    mono, rate = _decode(path, channels)
-    return np.ascontiguousarray(librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE), dtype=np.float32)
+    return resample(*_decode(path, channels))
+
+
+def resample(mono: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (samples,) of `rate` Hz as float32 of 16 kHz: those of `librosa.resample`, which calls soxr too and takes
+    seconds to import."""
+    if rate == SAMPLE_RATE:
+        return np.ascontiguousarray(mono, dtype=np.float32)
+    samples = _count_resampled(len(mono), rate)
+    found = soxr.resample(mono, rate, SAMPLE_RATE)[:samples]
+    return np.pad(found, (0, samples - len(found))).astype(np.float32, copy=False)
+
+
+def _count_resampled(frames: int, rate: int) -> int:
+    return -(-frames * SAMPLE_RATE // rate)  # rounded up, as librosa does
 
 
 def count_samples(path: str | Path) -> int:
@@ -76,7 +89,7 @@ def count_samples(path: str | Path) -> int:
     frames, rate, *_ = header = _read_header(path)
     for block, rate in () if frames else _blocks(path, header):  # noqa: B007, they have the same
         frames += len(block)
-    return -(-frames * SAMPLE_RATE // rate)  # rounded up, as librosa does
+    return _count_resampled(frames, rate)
 
 
 def examine_clip(

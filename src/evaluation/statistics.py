@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 RESAMPLES = 10_000  # of the bootstrap, which is seeded
 
@@ -41,6 +40,8 @@ class Difference:
     @property
     def p_value(self) -> float:
         """Of McNemar's exact test (McNemar 1947): gains and losses as fair coin tosses, two-sided."""
+        from scipy.stats import binomtest  # half a second of every start, training's too
+
         changed = self.gained + self.lost
         return float(binomtest(self.gained, changed).pvalue) if changed else 1.0
 

@@ -4,7 +4,9 @@ The figures are those of `trainer_state.json`, so a killed run can be drawn too;
 read from `test_*`. Leaves out the table of accuracies (`utils/show_acc.py`).
 """
 
+from math import inf
 from pathlib import Path
+from time import monotonic
 
 import pandas as pd
 from transformers import TrainerCallback
@@ -30,19 +32,28 @@ ACCURACY = "accuracy on questions kept apart"
 # Told apart in greyscale by their dashes, by colour-blind people by the palette of Okabe and Ito (2008).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+RECENT = 30  # a drawing takes one or two, which is longer than a small run's save
 SMOOTHED = 0.05  # share of a run's steps over which its line is averaged
 
 
 class PlotCurves(TrainerCallback):
-    """Refresh `training.png` in the output folder at every save and at the end."""
+    """Refresh `training.png` in the output folder at the saves that are `RECENT` s apart at least, and at the end."""
+
+    _drawn = -inf  # s, on the clock; or when the run began
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._drawn = monotonic()
 
     def on_save(self, args, state, control, **kwargs):
+        if monotonic() > self._drawn + RECENT:
+            self.on_train_end(args, state, control)
+
+    def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             with warn_once(folder / "training.png", "`python src/plot_training.py` draws it later"):
                 plot_curves({folder.name: (folder, state.log_history)}, folder / "training.png")
-
-    on_train_end = on_save
+            self._drawn = monotonic()
 
 
 def read_history(run: Path) -> list[dict]:
