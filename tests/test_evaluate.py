@@ -26,6 +26,7 @@ from evaluation.mmau import evaluate
 from evaluation.results import Run
 from model.checkpoints import fingerprint
 from model.tiny import build_demo_model, build_processor
+from running import environment
 from utils.show_acc import format_tables
 
 SCRIPT = [sys.executable, "src/test_mmau.py"]
@@ -393,7 +394,7 @@ def test_two_runs_do_not_write_one_result(few, checkpoint, capsys):
         "with hold(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)\n"
     )
     owner = subprocess.Popen(
-        [sys.executable, "-c", script, lock], env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE
+        [sys.executable, "-c", script, lock], env=environment(PYTHONPATH=ROOT / "src"), stdout=subprocess.PIPE
     )
     assert owner.stdout.readline() == b"held\n"
     try:
@@ -735,7 +736,7 @@ def test_shuffled_clips_are_paired_the_same_way_by_every_interpreter():
         "from evaluation.answers import _swap_clips\n"
         "print(sorted(_swap_clips([f'{folder}/{i}.wav' for folder in 'abc' for i in range(9)]).items()))"
     )
-    environments = [os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONHASHSEED": seed} for seed in ("1", "2")]
+    environments = [environment(PYTHONPATH=ROOT / "src", PYTHONHASHSEED=seed) for seed in ("1", "2")]
     said = [
         subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for env in environments
     ]
