@@ -48,7 +48,10 @@ def environment(PRELOADED: Path | None = None, **added) -> dict[str, str]:  # no
         # DeepSpeed's compiled operators hold paths of the environment they were built in.
         "TORCH_EXTENSIONS_DIR": str(bin_folder.parent / "torch_extensions"),
     }
-    return os.environ | own | {key: str(value) for key, value in added.items()}
+    variables = os.environ | own | {key: str(value) for key, value in added.items()}
+    if "PYTHONPATH" in added and "PYTHONPATH" in os.environ:  # which coverage.py's plugin is found by
+        variables["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
+    return variables
 
 
 def free_port() -> int:

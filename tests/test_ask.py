@@ -20,6 +20,7 @@ from dataset.audio import load_audio
 from dataset.prompt import build_question, save_style
 from model.checkpoints import load_model
 from model.qwen2_audio import load_processor
+from running import environment
 
 CHOICES = ["dog", "cat", "bell"]
 
@@ -249,7 +250,7 @@ def test_ctrl_c_during_the_imports_ends_in_a_sentence(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     command = [sys.executable, "src/ask.py", "--help"]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=50
+        command, cwd=ROOT, env=environment(PYTHONPATH=tmp_path), capture_output=True, text=True, timeout=50
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "ask: interrupted\n")
 

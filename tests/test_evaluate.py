@@ -394,7 +394,7 @@ def test_two_runs_do_not_write_one_result(few, checkpoint, capsys):
         "with hold(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)\n"
     )
     owner = subprocess.Popen(
-        [sys.executable, "-c", script, lock], env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE
+        [sys.executable, "-c", script, lock], env=environment(PYTHONPATH=ROOT / "src"), stdout=subprocess.PIPE
     )
     assert owner.stdout.readline() == b"held\n"
     try:
@@ -738,8 +738,8 @@ def test_shuffled_clips_are_paired_the_same_way_by_every_interpreter():
     """Also those of the same name in two folders."""
     paths = [f"{folder}/{i}.wav" for folder in "abc" for i in range(9)]
     code = f"from evaluation.answers import _swap_clips\nprint(sorted(_swap_clips({paths}).items()))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONHASHSEED": "1"}  # ours is drawn anew
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    own = environment(PYTHONPATH=ROOT / "src", PYTHONHASHSEED="1")  # ours is drawn anew
+    said = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
     assert said.stdout == f"{sorted(_swap_clips(paths).items())}\n" and said.stdout.count("wav") == 54, said.stderr
 
 

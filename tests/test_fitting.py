@@ -12,7 +12,7 @@ import train
 import train_sft
 from conftest import ROOT
 from launch import packages
-from trainer import memory
+from trainer import fitting, memory
 from trainer.fitting import advise, check_devices, read_settings, size
 from trainer.memory import Estimate, Settings, estimate
 
@@ -168,3 +168,13 @@ def test_what_cannot_be_trained_in_few_bits_is_refused(small_model, questions, t
     finally:
         deepspeed.unset_hf_deepspeed_config()
     assert message in ended.value.code
+
+
+def test_the_table_says_what_fits_one_device_and_eight(small_model, monkeypatch, capsys):
+    monkeypatch.setattr(fitting, "ROWS", fitting.ROWS[:2])
+    monkeypatch.setattr("sys.argv", ["fitting.py", str(small_model), "--prompt", "120", "--seconds", "2"])
+    fitting.main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| settings | 1 device, CPU's | 8 devices, CPU's |"
+    assert [row.split(" | ")[0] for row in rows] == ["| ds_zero2 (the paper)", "| ds_zero2, checkpointing"]
+    assert all(row.count("fits 24 GB, 0 ") == 2 for row in rows), rows

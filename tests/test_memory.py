@@ -1,5 +1,4 @@
-"""The memory of a run as it is calculated, held against what the trainer's real steps hold; and the placement of the
-full-size model's passes on a device that this machine lacks."""
+"""The memory of a run as it is calculated, held against what the trainer's real steps hold."""
 
 import json
 from dataclasses import replace
@@ -10,14 +9,13 @@ from peft import LoraConfig
 from transformers import AutoConfig, Qwen2AudioForConditionalGeneration, TrainingArguments
 from trl import GRPOConfig
 
-from conftest import QUESTION, SHARED, write_tone
+from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
-from model.generation import generate, prefill
-from model.qwen2_audio import base_model, load_processor
-from model.without_storage import PeakMemory, place, without_storage
+from model.qwen2_audio import load_processor
+from model.without_storage import PeakMemory
 from trainer import memory
 from trainer.grpo_trainer import AudioGRPOTrainer
-from trainer.memory import Estimate, Settings, build, decode_last, estimate, longest_questions, policy_pass
+from trainer.memory import Estimate, Settings, estimate
 from trainer.sft_trainer import AudioSFTTrainer, count_longest_answer
 
 pytestmark = pytest.mark.slow  # a minute on two cores
@@ -143,57 +141,3 @@ def test_engines_divide_what_they_divide(small_model):
     assert offloaded.optimizer == offloaded.gradients == 0 and offloaded.host >= alone.optimizer + alone.gradients
     adapters = estimate(config, replace(ENGINE, lora_r=4))
     assert adapters.reference == 0 and adapters.optimizer < alone.optimizer / 5 and adapters.weights > alone.weights
-
-
-def full_size(layers: int = 2):
-    """The configuration of Qwen2-Audio-7B with fewer of its layers, which are alike, and a model made from it."""
-    if not SHARED.is_dir():
-        pytest.skip("needs the real configuration in ../shared, which is not here")
-    config = AutoConfig.from_pretrained(SHARED / "models" / "qwen2-audio-7b-no-weights")
-    config.audio_config.encoder_layers = config.text_config.num_hidden_layers = layers
-    config.text_config.layer_types = config.text_config.layer_types[:layers]
-    return config
-
-
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """A device that no build of PyTorch lacks; the fused head asks for its autocast, which it has not."""
-    asked = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": device != "lazy" and asked(device))
-    return "lazy:0"
-
-
-@pytest.mark.parametrize("layers", [2, pytest.param(32, marks=pytest.mark.slow)])
-def test_every_pass_of_the_full_size_model_stays_on_its_device(elsewhere, layers):
-    settings = Settings(prompt=400, seconds=10, questions=2)
-    model, built = build(full_size(layers).to_json_string(), settings)
-    assert layers < 32 or built["trained"] == pytest.approx(8.4e9, rel=0.01)
-    with without_storage() as memory:
-        place(model, elsewhere)
-        batch = longest_questions(model, settings, model.device)
-        policy_pass(model, batch, settings).backward()
-        assert {(p.grad.device.type, p.grad.dtype) for p in model.parameters() if p.requires_grad} == {
-            ("lazy", torch.bfloat16)
-        }
-        with torch.no_grad():
-            decode_last(model, batch, prefill(base_model(model), batch)[1], settings)
-        chosen = torch.full((2,), 7, device=elsewhere)
-        with torch.no_grad():  # `__wrapped__` is `generate` without its inference mode, which fake tensors do not bear
-            completions = generate.__wrapped__(model.eval(), batch, [0], 2, lambda logits, rows, so_far: chosen)
-        assert completions == [[7, 7], [7, 7]]
-        assert memory.peak > built["weights"]
-
-
-@pytest.mark.parametrize("misplaced", ["input_features", "input_ids", "weight"])
-def test_a_mixture_of_devices_is_found(elsewhere, misplaced):
-    settings = Settings(prompt=400, seconds=10)
-    model, _ = build(full_size().to_json_string(), settings)
-    with without_storage():
-        place(model, elsewhere)
-        batch = longest_questions(model, settings, model.device)
-        if misplaced == "weight":
-            place(next(m for m in model.modules() if isinstance(m, torch.nn.Linear)), "cpu")
-        else:
-            batch = replace(batch, **{misplaced: getattr(batch, misplaced).to("cpu")})
-        with pytest.raises(RuntimeError, match="device"):
-            policy_pass(model, batch, settings)

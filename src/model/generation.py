@@ -137,9 +137,9 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order; only those that change their place are copied."""
-        moved = (indices != torch.arange(len(indices))).nonzero()[:, 0]
+        moved = {place: index for place, index in enumerate(indices.tolist()) if place != index}
         for states in (self.keys, self.values):
-            states[moved] = states[indices[moved]]
+            states[list(moved)] = states[list(moved.values())]
         self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
 
 
