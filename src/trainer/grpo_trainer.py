@@ -7,7 +7,8 @@ overridden methods are private ones, which the pinned version (trl 1.16.0) prote
     __init__                             refuses what audio does not work with; freezes what the original never trains
     _generate_and_score_completions      decodes each question's clip once; hands out whole groups, (N, G, ...)
     _tokenize_prompts                    the prompts were tokenized with their clips
-    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
+    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times; an encoder that
+                                         is not trained runs here alone
     _calculate_rewards                   what a reward raises or returns wrongly ends the run in all processes
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
@@ -40,7 +41,15 @@ from trl.trainer.utils import RepeatSampler
 
 from dataset.encode import Batch, encode, load_or_replace
 from model.generation import prefill
-from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
+from model.qwen2_audio import (
+    audio_token_id,
+    base_model,
+    encode_clips,
+    encoder_is_frozen,
+    freeze_parts,
+    load_processor,
+    pad_clips,
+)
 
 from .accuracy import GreedyAccuracy
 from .checked_rewards import checked, find_error, raise_together
@@ -52,6 +61,7 @@ from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
 
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
+CLIPS = (*AUDIO_INPUTS, "encoded_clips")  # how a batch may have them: the last is for an encoder that is not trained
 
 
 class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, GRPOTrainer):
@@ -103,7 +113,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
         self.prompt_style = styles[0] if len(styles) == 1 else None
         self._questions: Batch  # the generation batch's, encoded
-        self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
+        self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: CLIPS
 
         base = base_model(self.model)
         if base.config._attn_implementation not in ATTENTION:
@@ -116,7 +126,9 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        self.freeze = freeze
         freeze_parts(self.model, freeze)
+        self.encodes_once = encoder_is_frozen(base.model)  # which is then the reference's, too
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
         suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base)}
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
@@ -127,7 +139,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         """Roll out and score B rows, which repeat each of N questions G times.
 
         Returns:
-            TRL's tensors as (N, G, ...) instead of (B, ...), and the clips' AUDIO_INPUTS, (N, ...).
+            TRL's tensors as (N, G, ...) instead of (B, ...), and the CLIPS, (N, ...).
         """
         generations = self.num_generations if self.model.training else self.num_generations_eval
         questions = inputs[::generations]
@@ -146,6 +158,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         self.describe_batch = partial(self._describe_rollout, encoded, generations)
 
         output = super()._generate_and_score_completions([row for row in questions for _ in range(generations)])
+        freeze_parts(self.model, self.freeze)  # PEFT trains all adapters again once they were off for the reference
         shape = len(questions), generations
         return {key: value.unflatten(0, shape) if value.ndim else value for key, value in output.items()} | self._clips
 
@@ -215,7 +228,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),  # one dtype for the cache, whether its entries come from here or from generate
         ):
-            _, cache = prefill(base_model(model), self._questions)
+            _, cache = prefill(base_model(model), self._questions, self._encode_once(base_model(model)))
             cache.crop(-1)
             cache.batch_repeat_interleave(num_generations)
             sequences = model.generate(
@@ -228,6 +241,15 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         ended = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
         after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end token belongs to the completion
         return [ids[~after].tolist() for ids, after in zip(completions.cpu(), after_end.cpu(), strict=True)], None
+
+    def _encode_once(self, base: PreTrainedModel) -> list[torch.Tensor] | None:
+        """The questions' clips, encoded for this rollout and every pass over it, by an encoder that is not trained;
+        None if it is. To be called where `base` has all its weights (under ZeRO-3 they are gathered for a rollout)."""
+        if not self.encodes_once:
+            return None
+        clips = encode_clips(base.model, self._questions.input_features, self._questions.frames)
+        self._clips = {"encoded_clips": pad_clips(clips)}
+        return clips
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         """Rewards (B of all processes, functions). What one raises ends the run in all processes, and so does a value
@@ -282,10 +304,10 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
 
     def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """TRL's loss on a micro-batch of whole groups."""
-        self._clips = {key: inputs[key] for key in AUDIO_INPUTS}
+        self._clips = {key: inputs[key] for key in CLIPS if key in inputs}
         self.describe_batch = partial(describe_pass, inputs["prompt_mask"], inputs["completion_mask"])
         rows = {key: value.flatten(0, 1) if value.ndim > 1 else value for key, value in inputs.items()}
-        return super()._compute_loss(model, {key: value for key, value in rows.items() if key not in AUDIO_INPUTS})
+        return super()._compute_loss(model, {key: value for key, value in rows.items() if key not in CLIPS})
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -299,7 +321,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
     ):
         """Log-probs (B, C), and entropies (B, C) or None, of the completions; no auxiliary loss."""
         base = base_model(self.accelerator.unwrap_model(model))
-        questions = len(self._clips["input_features"])
+        questions = len(next(iter(self._clips.values())))
         ids, mask = (rows.unflatten(0, (questions, -1)) for rows in (input_ids, attention_mask))  # (N, G, P + C)
         generations = ids.shape[1]
         logps, entropies = [], []
