@@ -23,6 +23,7 @@ Shapes: N questions, G generations, B = N * G completions, P prompt, C completio
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -56,6 +58,7 @@ from .checked_rewards import checked, find_error, raise_together
 from .finite import FiniteSteps
 from .memory import longest_questions
 from .probe import MemoryProbe
+from .reference import WaitingReference, check_ref_offload
 from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
@@ -78,6 +81,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         audio_channels: `first` or `mean`, see `load_audio`.
         freeze: parts of the model that are not trained, of `PARTS`.
         max_resample_rounds: rounds of replacing questions whose G rewards are all equal by fresh ones; 0: none.
+        ref_offload: the reference model waits on the CPU between its passes, see `reference.py`.
         **kwargs: `eval_questions`, asked greedily by `evaluate` instead of what TRL does with an `eval_dataset` (see
             `accuracy.py`); the others are passed on to `trl.GRPOTrainer` (`callbacks`, `peft_config`, ...).
 
@@ -96,6 +100,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         audio_channels: str = "first",
         freeze: Sequence[str] = (),
         max_resample_rounds: int = 0,
+        ref_offload: bool = False,
         **kwargs,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -113,6 +118,10 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
         self.prompt_style = styles[0] if len(styles) == 1 else None
         self._questions: Batch  # the generation batch's, encoded
+        self._reference: WaitingReference | None = None
+        if ref_offload:
+            check_ref_offload(args, adapters=isinstance(self.model, PeftModel))
+            self._reference = WaitingReference(self.ref_model, self.accelerator.device)
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: CLIPS
 
         base = base_model(self.model)
@@ -309,7 +318,13 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         rows = {key: value.flatten(0, 1) if value.ndim > 1 else value for key, value in inputs.items()}
         return super()._compute_loss(model, {key: value for key, value in rows.items() if key not in CLIPS})
 
-    def _get_per_token_logps_and_entropies(
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        """TRL's name for `_log_probs`. A reference that waits on the CPU is fetched for all of a call's passes."""
+        asked = self._reference if model is self.ref_model else None
+        with asked.fetched() if asked else nullcontext():
+            return self._log_probs(model, *args, **kwargs)
+
+    def _log_probs(
         self,
         model,
         input_ids: torch.Tensor,  # (B, P + C)
