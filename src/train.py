@@ -22,6 +22,7 @@ from limits import check_values
 from startup import run_training
 from trainer.checked_rewards import CheckedReward, RewardError, checked, describe_error, try_rewards
 from trainer.grpo_trainer import AudioGRPOTrainer, check_rollout_engine, check_whole_groups
+from trainer.reference import check_ref_offload
 from utils.rewards import accuracy_reward, format_reward
 
 REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
@@ -52,6 +53,7 @@ class RecipeConfig(RunArguments, GRPOConfig):
     max_grad_norm: float = HfArg(default=1.0, help="Gradient clipping. Paper: 1.0.")
     beta: float = HfArg(default=0.04, help="KL coefficient. Paper: 0.04; 0.001 was reported as better.")
     loss_type: str = HfArg(default="grpo", help="As TRL names them. Paper: grpo.")
+    ref_offload: bool = HfArg(default=False, help="The reference waits on the CPU between its passes. Paper: no.")
     use_bias_correction_kl: bool = HfArg(default=False, help="KL weighted by the importance ratio. Paper: no.")
     temperature: float = HfArg(default=1.0, help="Of sampling. Paper: 1.0.")
     top_k: int = HfArg(default=50, help="Of sampling; 0 is off. Paper: 50, its library's default.")
@@ -88,6 +90,7 @@ def build_trainer(
         audio_channels=data.audio_channels,
         freeze=data.freeze,
         eval_questions=eval_questions,
+        ref_offload=args.ref_offload,
         max_resample_rounds=rewards.max_resample_rounds if rewards.resample_uniform_groups else 0,
         peft_config=model.adapters(),
         quantization_config=model.quantisation(args),
@@ -154,6 +157,8 @@ def check_together(data: DataArguments, rewards: RewardArguments, args: RecipeCo
         raise ValueError("--sync_ref_model true with --beta 0: without a KL term there is no reference model to update")
     if args.sync_ref_model and model.use_peft:
         raise ValueError("--sync_ref_model true with --use_peft true: the reference is the model with its adapters off")
+    if args.ref_offload:
+        check_ref_offload(args, model.use_peft)
     check_rollout_engine(args)
 
 

@@ -13,7 +13,7 @@ import train_sft
 from conftest import ROOT
 from launch import packages
 from trainer import fitting, memory
-from trainer.fitting import advise, check_devices, read_settings, size
+from trainer.fitting import _changes, advise, check_devices, read_settings, size
 from trainer.memory import Estimate, Settings, estimate
 
 SMALL = Settings(
@@ -68,6 +68,20 @@ def test_after_a_failure_only_what_takes_less_is_advised(config, found):
     totals = {estimate(config, replace(SMALL, **change)).total for change in ({"checkpointing": True}, {"lora_r": 16})}
     assert any(size(total) in offer for total in totals if total < 0.9 * found.total for offer in offers)
     assert not any(offer.endswith(f": {size(found.total)}") for offer in offers)
+
+
+def test_a_reference_is_advised_to_wait_where_it_can(config, found):
+    waiting = estimate(config, replace(SMALL, ref_offload=True))
+    host = f"{size(waiting.host)} of the CPU's memory per process"
+    offers = advise(config, found, int(waiting.total / 0.9)).splitlines()
+    assert f"  --ref_offload true: {size(waiting.total)}, and {host}" in offers
+    offers = advise(config, waiting, 10**9).splitlines()
+    assert any(offer.startswith("  --use_peft true --ref_offload false: ") for offer in offers)
+    for without in ({"zero_stage": 3}, {"lora_r": 4}, {"beta": 0.0}, {"supervised": True}):
+        for combination in _changes(replace(SMALL, **without)):
+            flags = [flag for flag, _ in combination]
+            assert "--ref_offload true" not in flags or "CONFIG=conf/ds_zero2_offload.json" in flags
+            assert "zero_stage" in without or "--ref_offload true" not in flags
 
 
 def settings_of(module, config, folder, *flags: str, held: list | None = None) -> Settings:

@@ -9,7 +9,7 @@ import row_by_row
 from dataset.encode import encode_question, join, needed_frames
 from model import generation
 from model.generation import Greedy, RoomyLayer, Sampler, generate, prefill, score
-from model.qwen2_audio import embed_audio, end_ids, group_by_length, load_processor
+from model.qwen2_audio import encode_clips, end_ids, group_by_length, load_processor
 
 TEXTS = [
     "What is in the audio?",
@@ -75,11 +75,11 @@ def test_the_encoder_on_needed_frames_is_the_encoder_on_the_whole_window(model, 
     batch = join(questions, pad_id=0)
     seen = {}
     projector = model.model.multi_modal_projector
-    hook = projector.register_forward_hook(lambda module, args, output: seen.update(whole=output))
+    hook = projector.register_forward_hook(lambda module, args, output: seen.update(whole=args[0]))
     with torch.no_grad():
         model(**row_by_row.encode(processor, TEXTS, clips))
         hook.remove()
-        ours = embed_audio(model.model, batch.input_features, batch.frames)
+        ours = torch.cat(encode_clips(model.model, batch.input_features, batch.frames))
     tokens = [int((row == model.config.audio_token_id).sum()) for row in batch.input_ids]
     whole = torch.cat([clip[:kept] for clip, kept in zip(seen["whole"], tokens, strict=True)])
     assert torch.allclose(ours, whole, atol=1e-5, rtol=1e-5)

@@ -52,7 +52,7 @@ def hold_two_steps(small_model, rows, folder, settings: Settings) -> tuple[Estim
     )  # fmt: skip
     targets = list(settings.lora_targets)
     lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM") if settings.lora_r else None
-    trainer = AudioGRPOTrainer(str(small_model), [by_turns], args, rows, peft_config=lora)
+    trainer = AudioGRPOTrainer(str(small_model), [by_turns], args, rows, peft_config=lora, freeze=settings.freeze)
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     with PeakMemory([tensor for model in models for tensor in (*model.parameters(), *model.buffers())]) as memory:
         trainer.train()
@@ -71,6 +71,7 @@ def hold_two_steps(small_model, rows, folder, settings: Settings) -> tuple[Estim
             {"beta": 0.0, "checkpointing": True, "questions": 1, "steps_per_generation": 4},
             id="no reference", marks=pytest.mark.slow,
         ),
+        pytest.param({"freeze": ("audio_encoder",)}, id="frozen encoder", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_total_is_what_two_real_steps_hold_at_most(small_model, two_seconds, tmp_path, change):
@@ -139,5 +140,8 @@ def test_engines_divide_what_they_divide(small_model):
     assert alone.optimizer == pytest.approx(4 * two.optimizer, abs=4) and alone.weights == two.weights
     offloaded = estimate(config, replace(ENGINE, offload_optimizer=True))
     assert offloaded.optimizer == offloaded.gradients == 0 and offloaded.host >= alone.optimizer + alone.gradients
+    waiting = estimate(config, replace(ENGINE, ref_offload=True))
+    assert waiting.reference == 0 and waiting.host == alone.reference < waiting.asking
+    assert waiting.total < alone.total and waiting.activations == alone.activations
     adapters = estimate(config, replace(ENGINE, lora_r=4))
     assert adapters.reference == 0 and adapters.optimizer < alone.optimizer / 5 and adapters.weights > alone.weights

@@ -40,7 +40,8 @@ def main(model: str, data: str, output: str, config: str, log: str, start: str |
         shuffle_dataset=False,
     )  # fmt: skip
     args.model_init_kwargs = {"dtype": "float32"}
-    trainer = FixedCompletions(model, [vowels], args, load_train_dataset(data))
+    # Where a reference can wait on the CPU, it does: of one that stays the steps are the same.
+    trainer = FixedCompletions(model, [vowels], args, load_train_dataset(data), ref_offload="zero2" in config)
     execute_nothing(bool(config))
     trainer.train(resume_from_checkpoint=start)
     if trainer.accelerator.is_main_process:

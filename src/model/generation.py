@@ -18,7 +18,7 @@ size, D size of a head, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from dataset.encode import Batch
 
-from .qwen2_audio import audio_token_id, embed_prompts, group_by_length
+from .qwen2_audio import audio_token_id, embed_prompts, encode_clips, group_by_length
 
 logger = logging.get_logger(__name__)
 
@@ -86,12 +86,15 @@ def generate(
     return completions
 
 
-def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, Cache]:
+def prefill(
+    model: Qwen2AudioForConditionalGeneration, batch: Batch, clips: Sequence[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, Cache]:
     """The prompts through encoder and language model, in groups of like length: padding costs as much as tokens do.
 
     Evaluation and rollouts both start from it: evaluation decodes greedily, bit for bit whatever the batch; rollouts
     sample G rows from each prompt's cache with transformers' `generate`. Within a group prompts are padded on the
-    right, where no token of theirs looks: that needs no mask, with which kernels are slower.
+    right, where no token of theirs looks: that needs no mask, with which kernels are slower. `clips` are the batch's
+    clips where they are encoded already (`encode_clips`).
 
     Returns:
         Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P.
@@ -103,7 +106,8 @@ def prefill(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> tuple[to
     for group in groups:
         part, kept = batch.take(group), lengths[group]  # R rows, T tokens
         rows, tokens = torch.arange(len(group), device=kept.device)[:, None], part.input_ids.shape[1]
-        inputs = _embed(model, part)[rows, (places[:tokens] - kept) % tokens]  # (R, T, H), padding on the right
+        encoded = clips and [clips[row] for row in group]
+        inputs = _embed(model, part, encoded)[rows, (places[:tokens] - kept) % tokens]  # (R, T, H), padded behind
         output = model.model.language_model(inputs_embeds=inputs, use_cache=True)
         hidden.append(output.last_hidden_state[rows, kept - 1][:, 0])
         # Padding back to the left, up to the length of the whole batch: (R, P, heads, D).
@@ -234,8 +238,11 @@ def score(model: Qwen2AudioForConditionalGeneration, batch: Batch, completions: 
     return torch.stack([row[: len(completion)].sum() for row, completion in zip(taken, completions, strict=True)])
 
 
-def _embed(model: Qwen2AudioForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    return embed_prompts(model.model, batch.input_ids, batch.input_features, batch.frames)
+def _embed(
+    model: Qwen2AudioForConditionalGeneration, batch: Batch, clips: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    clips = clips or encode_clips(model.model, batch.input_features, batch.frames)
+    return embed_prompts(model.model, batch.input_ids, clips)
 
 
 def embed_tokens(model: Qwen2AudioForConditionalGeneration, ids: list[list[int]]) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Another model behind the same trainers gets a file like this one. Leaves out how clips and questions are encoded
 (`dataset/encode.py`).
 
-Shapes: N questions, P prompt tokens, M mel bins, F mel frames, A audio tokens, H hidden size of the language model.
+Shapes: N questions, T tokens, M mel bins, F mel frames, A audio tokens, W width of the encoder, H hidden size of the
+language model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoProcessor,
     ProcessorMixin,
+    Qwen2AudioEncoder,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioModel,
     Qwen2AudioProcessor,
@@ -90,9 +93,16 @@ def quantised_layers(model: Qwen2AudioForConditionalGeneration) -> list[nn.Linea
     return [layer for layer in model.model.language_model.modules() if isinstance(layer, nn.Linear)]
 
 
+def encoder_is_frozen(backbone: Qwen2AudioModel) -> bool:
+    """Whether nothing of the audio encoder is trained, adapters on it included: a clip is then encoded the same in
+    every pass."""
+    return not any(parameter.requires_grad for parameter in backbone.audio_tower.parameters())
+
+
 @contextmanager
 def needed_frames_only(model: Qwen2AudioForConditionalGeneration) -> Iterator[None]:
-    """Within this context, forward passes of a Qwen2-Audio take mel frames of any number that `encode` makes.
+    """Within this context, forward passes of a Qwen2-Audio take mel frames of any number that `encode` makes; or, in
+    the place of features and their mask, `encoded_clips` as `pad_clips` makes them.
 
     Its own forward insists on the whole window of 30 s. Here the backbone gets the embeddings instead, inside the
     forward pass, so that engines (DDP, ZeRO), adapters and gradient checkpointing see nothing unusual; `model` is the
@@ -100,43 +110,55 @@ def needed_frames_only(model: Qwen2AudioForConditionalGeneration) -> Iterator[No
     """
 
     def embed(backbone, args, kwargs):
-        if kwargs.get("input_features") is None:
+        padded = kwargs.pop("encoded_clips", None)
+        if padded is None and kwargs.get("input_features") is None:
             return None
-        frames = kwargs.pop("feature_attention_mask").sum(dim=1)
-        kwargs["inputs_embeds"] = embed_prompts(backbone, kwargs.pop("input_ids"), kwargs.pop("input_features"), frames)
+        input_ids = kwargs.pop("input_ids")
+        if padded is None:
+            frames = kwargs.pop("feature_attention_mask").sum(dim=1)
+            clips = encode_clips(backbone, kwargs.pop("input_features"), frames)
+        else:
+            counts = (input_ids == audio_token_id(backbone)).sum(dim=1).tolist()
+            clips = [clip[:, :count].T for clip, count in zip(padded, counts, strict=True)]
+        kwargs["inputs_embeds"] = embed_prompts(backbone, input_ids, clips)
         return args, kwargs
 
     with model.model.register_forward_pre_hook(embed, with_kwargs=True):  # removed at the end
         yield
 
 
-def embed_prompts(
-    backbone: Qwen2AudioModel, input_ids: torch.Tensor, features: torch.Tensor, frames: torch.Tensor
-) -> torch.Tensor:
+def embed_prompts(backbone: Qwen2AudioModel, input_ids: torch.Tensor, clips: Sequence[torch.Tensor]) -> torch.Tensor:
     """Embeddings (N, T, H) of `input_ids` (N, T), the clips' in the places of their `<|AUDIO|>` tokens.
 
-    Features and frames are as for `embed_audio`. A `ValueError` says that clips and tokens differ in number.
+    `clips` are those of `encode_clips`, which go through the projector here. A `ValueError` says that clips and tokens
+    differ in number.
     """
     embeddings = backbone.get_input_embeddings()(input_ids)
-    audio = embed_audio(backbone, features, frames).to(embeddings.dtype)
+    audio = backbone.multi_modal_projector(torch.cat(list(clips))).to(embeddings.dtype)
     places = input_ids == audio_token_id(backbone)
     if (tokens := int(places.sum())) != len(audio):
         raise ValueError(f"the prompts hold {tokens} audio tokens, their clips make {len(audio)}")
     return embeddings.masked_scatter(places[..., None], audio)
 
 
-def embed_audio(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """The clips as the language model sees them, one after the other: (sum of their audio tokens, H).
+def pad_clips(clips: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`encode_clips`' N clips in one tensor (N, W, A), which is padded where features are: at its last dimension."""
+    return pad_sequence(list(clips), batch_first=True).transpose(1, 2)
+
+
+def encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch.Tensor) -> list[torch.Tensor]:
+    """The N clips as the encoder makes them, before the projector: each (its audio tokens, W).
 
     The encoder sees groups of like length. Of the `features` (N, M, F), `frames` (N,) hold audio, F are
     `needed_frames` or more.
     """
     lengths = frames.tolist()
-    embedded: dict[int, torch.Tensor] = {}
+    encoded: dict[int, torch.Tensor] = {}
     for group in group_by_length(lengths):
         longest = needed_frames(max(lengths[clip] for clip in group), features.shape[2])
-        embedded |= zip(group, _encode_clips(backbone, features[group, :, :longest], frames[group]), strict=True)
-    return torch.cat([embedded[clip] for clip in range(len(lengths))])
+        part = _encode_group(backbone.audio_tower, features[group, :, :longest], frames[group])
+        encoded |= zip(group, part, strict=True)
+    return [encoded[clip] for clip in range(len(lengths))]
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
@@ -154,12 +176,11 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch.Tensor) -> list[torch.Tensor]:
-    """Encoder and projector on `needed_frames` of N clips: for each clip (its audio tokens, H).
+def _encode_group(encoder: Qwen2AudioEncoder, features: torch.Tensor, frames: torch.Tensor) -> list[torch.Tensor]:
+    """`needed_frames` of N clips encoded: for each clip (its audio tokens, W).
 
     The steps of `Qwen2AudioEncoder.forward`, without LayerDrop, which no Qwen2-Audio has.
     """
-    encoder = backbone.audio_tower
     positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # (N,), (N,)
     hidden = nn.functional.gelu(encoder.conv1(features.to(encoder.conv1.weight.dtype)))
     hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)[:, : int(positions.max())]
@@ -174,6 +195,5 @@ def _encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: tor
     hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=encoder.training)
     for layer in encoder.layers:
         hidden = layer(hidden, mask)
-    hidden = encoder.layer_norm(encoder.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # (N, A, encoder's width)
-    hidden = backbone.multi_modal_projector(hidden)
+    hidden = encoder.layer_norm(encoder.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # (N, A, W)
     return [clip[:kept] for clip, kept in zip(hidden, tokens.tolist(), strict=True)]

@@ -23,19 +23,25 @@ from command_line import ArgumentParser, at_least
 from trainer.memory import RESERVED, Estimate, Settings, estimate
 
 MIB, GIB = 2**20, 2**30
-PARTS = ("weights", "gradients", "optimizer", "reference", "buffers", "rollout", "activations")
+PARTS = ("weights", "gradients", "optimizer", "reference", "buffers", "rollout", "asking", "activations")
 
-CHECKPOINTING, ONCE, LORA = {"checkpointing": True}, {"steps_per_generation": 1}, {"lora_r": 16}
+CHECKPOINTING, ONCE = {"checkpointing": True}, {"steps_per_generation": 1}
+# A reference that waits on the CPU is a whole model of its own: not one with adapters off, nor ZeRO-3's parts.
+WAITING, STAYING = {"ref_offload": True}, {"ref_offload": False}
+LORA = STAYING | {"lora_r": 16}
 NO_ENGINE = {"zero_stage": 0, "offload_optimizer": False, "offload_weights": False}
 ZERO_2, ZERO_3 = (NO_ENGINE | {"zero_stage": stage, "autocast": False} for stage in (2, 3))
+ZERO_3 |= STAYING
 OFFLOADED, ALL_OFFLOADED = (ZERO | {"offload_optimizer": True} for ZERO in (ZERO_2, ZERO_3 | {"offload_weights": True}))
-FOUR_BIT = NO_ENGINE | {"lora_r": 16, "four_bit": True, "autocast": True, "dtype": torch.bfloat16}
+FOUR_BIT = NO_ENGINE | LORA | {"four_bit": True, "autocast": True, "dtype": torch.bfloat16}
 ROWS = (
     ("ds_zero2 (the paper)", ZERO_2),
     ("ds_zero2, checkpointing", ZERO_2 | CHECKPOINTING),
+    ("ds_zero2, checkpointing, ref_offload", ZERO_2 | CHECKPOINTING | WAITING),
     ("ds_zero3, checkpointing", ZERO_3 | CHECKPOINTING),
     ("ds_zero2_offload, checkpointing", OFFLOADED | CHECKPOINTING),
     ("ds_zero2_offload, checkpointing, steps_per_generation 1", OFFLOADED | CHECKPOINTING | ONCE),
+    ("the same, ref_offload", OFFLOADED | CHECKPOINTING | ONCE | WAITING),
     ("LoRA, ds_zero2", ZERO_2 | LORA),
     ("LoRA, ds_zero2, checkpointing, steps_per_generation 1", ZERO_2 | LORA | CHECKPOINTING | ONCE),
     ("LoRA, 4-bit, no engine", FOUR_BIT),
@@ -82,6 +88,7 @@ def read_settings(
         checkpointing=bool(args.activation_checkpointing or args.gradient_checkpointing),
         supervised=not hasattr(args, "num_generations"),
         beta=getattr(args, "beta", 0.0),
+        ref_offload=getattr(args, "ref_offload", False),
         generations=generations,
         questions=args.per_device_train_batch_size // generations,
         steps_per_generation=getattr(args, "steps_per_generation", 1),
@@ -132,7 +139,7 @@ def advise(config: PreTrainedConfig, found: Estimate, device_bytes: int, than: f
         flags, candidate = [], found.settings
         for flag, change in chosen:
             if (changed := replace(candidate, **change)) != candidate:
-                flags.append(flag)
+                flags += [flag, "--ref_offload false"] if candidate.ref_offload > changed.ref_offload else [flag]
                 candidate = changed
         if not flags or any(simpler <= set(flags) for simpler, _ in fitting):
             continue
@@ -153,7 +160,7 @@ def _changes(s: Settings) -> list[list[tuple[str, dict]]]:
         fewer = {"questions": 1, "steps_per_generation": s.steps_per_generation * s.questions}
         lighter.insert(0, (f"--per_device_train_batch_size {s.generations}", fewer))
     engine: dict = {"dtype": torch.bfloat16}
-    lora: tuple[str, dict] = ("--use_peft true", {"lora_r": s.lora_r or LORA["lora_r"]})
+    lora: tuple[str, dict] = ("--use_peft true", LORA | ({"lora_r": s.lora_r} if s.lora_r else {}))
     others: list[tuple[str, dict]] = []
     if not s.four_bit:  # which is not for engines
         stages: tuple[tuple[str, dict], ...] = (("2", ZERO_2), ("3", ZERO_3)) if s.processes > 1 else ()
@@ -161,6 +168,11 @@ def _changes(s: Settings) -> list[list[tuple[str, dict]]]:
         others = [(f"CONFIG=conf/ds_zero{stage}.json", engine | change) for stage, change in stages]
     others.append(lora)
     tried = [[change] for change in lighter + others] + [lighter] + [[*lighter, change] for change in others]
+    if s.beta and not s.lora_r and not s.supervised:
+        waiting: tuple[str, dict] = ("--ref_offload true", WAITING)
+        engines: list[list[tuple[str, dict]]] = [[]] * (s.zero_stage < 3)
+        engines += [[change] for change in others if change[1].get("zero_stage") == 2]
+        tried += [[*base, *change, waiting] for base in ([], lighter) for change in engines]
     four_bit = (f"CONFIG= {lora[0]} --load_in_4bit true", FOUR_BIT | lora[1])
     return [*tried, [four_bit], [*lighter, four_bit]]
 

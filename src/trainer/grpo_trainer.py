@@ -9,7 +9,8 @@ overridden methods are private ones, which the pinned version (trl 1.16.0) prote
                                          follows from seed and epoch, resumed or not
     _generate_and_score_completions      hands out whole groups, (N, G, ...)
     _tokenize_prompts                    the prompts were tokenized with their clips
-    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
+    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times; an encoder that
+                                         is not trained runs here alone
     _calculate_rewards                   what a reward raises or returns wrongly ends the run in all processes
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
@@ -23,6 +24,7 @@ Shapes: N questions, G generations, B = N * G completions, P prompt, C completio
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -33,13 +35,22 @@ from statistics import fmean
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from dataset.encode import Batch
 from model.generation import prefill
-from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
+from model.qwen2_audio import (
+    audio_token_id,
+    base_model,
+    encode_clips,
+    encoder_is_frozen,
+    freeze_parts,
+    load_processor,
+    pad_clips,
+)
 
 from .accuracy import GreedyAccuracy
 from .checked_rewards import checked, find_error, raise_together
@@ -47,11 +58,13 @@ from .finite import FiniteSteps
 from .loading import LoadsAhead, MarkedRows, QuestionLoader, QuestionOrder, Questions
 from .memory import longest_questions
 from .probe import MemoryProbe
+from .reference import WaitingReference, check_ref_offload
 from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
 
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
+CLIPS = (*AUDIO_INPUTS, "encoded_clips")  # how a batch may have them: the last is for an encoder that is not trained
 
 
 class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, GRPOTrainer):
@@ -68,6 +81,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         audio_channels: `first` or `mean`, see `load_audio`.
         freeze: parts of the model that are not trained, of `PARTS`.
         max_resample_rounds: rounds of replacing questions whose G rewards are all equal by fresh ones; 0: none.
+        ref_offload: the reference model waits on the CPU between its passes, see `reference.py`.
         **kwargs: `eval_questions`, asked greedily by `evaluate` instead of what TRL does with an `eval_dataset` (see
             `accuracy.py`); the others are passed on to `trl.GRPOTrainer` (`callbacks`, `peft_config`, ...).
 
@@ -86,6 +100,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         audio_channels: str = "first",
         freeze: Sequence[str] = (),
         max_resample_rounds: int = 0,
+        ref_offload: bool = False,
         **kwargs,
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -104,7 +119,11 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
         self.prompt_style = styles[0] if len(styles) == 1 else None
         self._questions: Batch  # the generation batch's, encoded
-        self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
+        self._reference: WaitingReference | None = None
+        if ref_offload:
+            check_ref_offload(args, adapters=isinstance(self.model, PeftModel))
+            self._reference = WaitingReference(self.ref_model, self.accelerator.device)
+        self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: CLIPS
 
         base = base_model(self.model)
         if base.config._attn_implementation not in ATTENTION:
@@ -117,7 +136,9 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        self.freeze = freeze
         freeze_parts(self.model, freeze)
+        self.encodes_once = encoder_is_frozen(base.model)  # which is then the reference's, too
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
         suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base)}
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
@@ -128,7 +149,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         """Roll out and score B rows, which repeat each of N questions G times.
 
         Returns:
-            TRL's tensors as (N, G, ...) instead of (B, ...), and the clips' AUDIO_INPUTS, (N, ...).
+            TRL's tensors as (N, G, ...) instead of (B, ...), and the CLIPS, (N, ...).
         """
         generations = self.num_generations if self.model.training else self.num_generations_eval
         loaded = inputs[0].pop("questions", None)  # not there, where a run went on in the middle of a batch
@@ -152,6 +173,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         self.describe_batch = partial(self._describe_rollout, questions.batch, generations)
 
         output = super()._generate_and_score_completions([row for row in questions.rows for _ in range(generations)])
+        freeze_parts(self.model, self.freeze)  # PEFT trains all adapters again once they were off for the reference
         shape = len(questions.rows), generations
         return {key: value.unflatten(0, shape) if value.ndim else value for key, value in output.items()} | self._clips
 
@@ -209,7 +231,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),  # one dtype for the cache, whether its entries come from here or from generate
         ):
-            _, cache = prefill(base_model(model), self._questions)
+            _, cache = prefill(base_model(model), self._questions, self._encode_once(base_model(model)))
             cache.crop(-1)
             cache.batch_repeat_interleave(num_generations)
             sequences = model.generate(
@@ -222,6 +244,15 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         ended = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
         after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end token belongs to the completion
         return [ids[~after].tolist() for ids, after in zip(completions.cpu(), after_end.cpu(), strict=True)], None
+
+    def _encode_once(self, base: PreTrainedModel) -> list[torch.Tensor] | None:
+        """The questions' clips, encoded for this rollout and every pass over it, by an encoder that is not trained;
+        None if it is. To be called where `base` has all its weights (under ZeRO-3 they are gathered for a rollout)."""
+        if not self.encodes_once:
+            return None
+        clips = encode_clips(base.model, self._questions.input_features, self._questions.frames)
+        self._clips = {"encoded_clips": pad_clips(clips)}
+        return clips
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         """Rewards (B of all processes, functions). What one raises ends the run in all processes, and so does a value
@@ -280,12 +311,18 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
 
     def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """TRL's loss on a micro-batch of whole groups."""
-        self._clips = {key: inputs[key] for key in AUDIO_INPUTS}
+        self._clips = {key: inputs[key] for key in CLIPS if key in inputs}
         self.describe_batch = partial(describe_pass, inputs["prompt_mask"], inputs["completion_mask"])
         rows = {key: value.flatten(0, 1) if value.ndim > 1 else value for key, value in inputs.items()}
-        return super()._compute_loss(model, {key: value for key, value in rows.items() if key not in AUDIO_INPUTS})
+        return super()._compute_loss(model, {key: value for key, value in rows.items() if key not in CLIPS})
 
-    def _get_per_token_logps_and_entropies(
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        """TRL's name for `_log_probs`. A reference that waits on the CPU is fetched for all of a call's passes."""
+        asked = self._reference if model is self.ref_model else None
+        with asked.fetched() if asked else nullcontext():
+            return self._log_probs(model, *args, **kwargs)
+
+    def _log_probs(
         self,
         model,
         input_ids: torch.Tensor,  # (B, P + C)
@@ -297,7 +334,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
     ):
         """Log-probs (B, C), and entropies (B, C) or None, of the completions; no auxiliary loss."""
         base = base_model(self.accelerator.unwrap_model(model))
-        questions = len(self._clips["input_features"])
+        questions = len(next(iter(self._clips.values())))
         ids, mask = (rows.unflatten(0, (questions, -1)) for rows in (input_ids, attention_mask))  # (N, G, P + C)
         generations = ids.shape[1]
         logps, entropies = [], []

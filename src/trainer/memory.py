@@ -28,7 +28,16 @@ from trl.trainer.utils import add_fused_lm_head
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch, count_audio_tokens, needed_frames
 from model.generation import prefill
-from model.qwen2_audio import audio_token_id, base_model, freeze_parts, needed_frames_only, quantised_layers
+from model.qwen2_audio import (
+    audio_token_id,
+    base_model,
+    encode_clips,
+    encoder_is_frozen,
+    freeze_parts,
+    needed_frames_only,
+    pad_clips,
+    quantised_layers,
+)
 from model.without_storage import place, without_storage
 from trainer.shared_prompt import IGNORE, pack, score, unpack
 
@@ -57,6 +66,7 @@ class Settings:
     checkpointing: bool = False
     supervised: bool = False  # no rollouts, no reference; the completion is the answer to learn
     beta: float = 0.04  # 0: no reference
+    ref_offload: bool = False  # it waits on the CPU between its passes
     generations: int = 8
     questions: int = 1  # per process and forward pass
     steps_per_generation: int = 16  # forward passes that one rollout is for
@@ -76,15 +86,18 @@ class Estimate:
     reference: int
     buffers: int  # of the engine's communication
     rollout: int  # its cache at full length, or its prefill's peak
+    asking: (
+        int  # a reference that waits on the CPU, and its pass (of one on the device it is smaller than the policy's)
+    )
     activations: int  # of the policy's forward and backward pass
     step: int  # what the optimizer's step needs for itself
     host: int  # of the CPU's memory, per process
 
     @property
     def total(self) -> int:
-        """The largest sum at one time: rollout, policy pass and optimizer step follow each other."""
+        """The largest sum at one time: rollout, reference's and policy's pass and optimizer step follow each other."""
         held = self.weights + self.gradients + self.optimizer + self.reference + self.buffers
-        return held + max(self.rollout, self.activations, self.step)
+        return held + max(self.rollout, self.asking, self.activations, self.step)
 
     def fits(self, device_bytes: int) -> bool:
         return self.total <= (1 - RESERVED) * device_bytes
@@ -94,10 +107,12 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
     """What a run of `settings` takes, from its model's configuration. For 8.4 B it takes seconds."""
     s = settings
     shapes = replace(s, processes=1, zero_stage=min(s.zero_stage, 1), offload_optimizer=False, offload_weights=False)
-    shapes = replace(shapes, beta=0.0, moments=0, steps_per_generation=1)
+    shapes = replace(shapes, beta=0.0, ref_offload=False, moments=0, steps_per_generation=1)
     with _no_engine(), torch.random.fork_rng(devices=[]):
         sizes = _from_few_layers(_measure_policy_pass, config, shapes)
-        rollout = 0
+        rollout = asking = 0
+        if s.ref_offload:
+            asking = _from_few_layers(_measure_reference_pass, config, replace(shapes, checkpointing=False))["pass"]
         if not s.supervised:
             whole = replace(shapes, questions=s.questions * s.steps_per_generation, checkpointing=False)
             rollout = max(_from_few_layers(_measure_rollout, config, whole).values())
@@ -105,6 +120,8 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
     activations = max(sizes["forward"], sizes["backward"])
     reference = base if s.beta and not s.lora_r and not s.supervised else 0
     gradients, step, buffers, host = sizes["gradients"], 0, 0, 0
+    if s.ref_offload:
+        host, asking, reference = reference, reference + asking, 0
     if s.zero_stage:
         reduced = gradients // trained * min(REDUCE_BUCKET, trained)
         optimizer = int(4 * (1 + s.moments) * trained) // s.processes  # float32 weights and AdamW's two moments
@@ -118,10 +135,10 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
         optimizer = int(s.moments * gradients)
         gradients *= 2 if s.processes > 1 else 1  # DDP reduces copies of them
     if s.offload_optimizer:
-        host, optimizer, gradients, step = optimizer + gradients + step, 0, 0, 0
+        host, optimizer, gradients, step = host + optimizer + gradients + step, 0, 0, 0
     if s.offload_weights:
         host, weights, reference = host + weights + reference, 0, 0
-    return Estimate(s, weights, gradients, optimizer, reference, buffers, rollout, activations, step, host)
+    return Estimate(s, weights, gradients, optimizer, reference, buffers, rollout, asking, activations, step, host)
 
 
 @contextmanager
@@ -164,13 +181,30 @@ def _measure_policy_pass(config: str, s: Settings) -> dict[str, int]:
         place(model, "cpu")
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        memory.peak = held = memory.live
-        loss = policy_pass(model, longest_questions(model, s, model.device), s)
+        held = memory.live
+        batch = longest_questions(model, s, model.device)
+        clips = _as_passes_have_them(batch, model, s)
+        memory.peak = memory.live
+        loss = policy_pass(model, batch, s, clips)
         forward, memory.peak = memory.peak, memory.live
         loss.backward()
     if s.four_bit:  # one layer at a time is there in full
         held -= max(layer.weight.nbytes for layer in quantised_layers(base_model(model)))
     return sizes | {"forward": forward - held, "backward": memory.peak - held}
+
+
+@lru_cache
+def _measure_reference_pass(config: str, s: Settings) -> dict[str, int]:
+    """The peak in bytes of a pass without gradients, beside the model's weights."""
+    model, _ = build(config, s)
+    with without_storage() as memory, torch.no_grad():
+        place(model, "cpu")
+        held = memory.live
+        batch = longest_questions(model, s, model.device)
+        clips = _as_passes_have_them(batch, model, s)
+        memory.peak = memory.live
+        policy_pass(model, batch, s, clips)
+    return {"pass": memory.peak - held}
 
 
 @lru_cache
@@ -232,8 +266,20 @@ def autocast(s: Settings):
     return torch.autocast("cpu", torch.bfloat16) if s.autocast else nullcontext()
 
 
-def policy_pass(model: nn.Module, batch: Batch, s: Settings) -> torch.Tensor:
-    """A loss of N x G completions of the full length, or of N answers to learn."""
+def _as_passes_have_them(batch: Batch, model: nn.Module, s: Settings) -> dict[str, torch.Tensor]:
+    """A batch's clips, encoded by the rollout where nothing of the encoder is trained."""
+    backbone = base_model(model).model
+    if s.supervised or not encoder_is_frozen(backbone):
+        return batch.audio_inputs
+    with torch.no_grad(), autocast(s):
+        return {"encoded_clips": pad_clips(encode_clips(backbone, batch.input_features, batch.frames))}
+
+
+def policy_pass(
+    model: nn.Module, batch: Batch, s: Settings, clips: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """A loss of N x G completions of the full length, or of N answers to learn. `clips` are as `score` takes them, by
+    default the batch's."""
     if s.supervised:
         inputs = longest_answers(batch, s)
         with autocast(s), needed_frames_only(base_model(model)):
@@ -241,7 +287,7 @@ def policy_pass(model: nn.Module, batch: Batch, s: Settings) -> torch.Tensor:
     ids = batch.input_ids.new_ones(len(batch), s.generations, s.completion)
     packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids))
     with autocast(s):
-        output = score(model, base_model(model), packed, batch.audio_inputs)
+        output = score(model, base_model(model), packed, clips or batch.audio_inputs)
     return unpack(output.log_probs, packed, s.generations, s.completion).sum()
 
 

@@ -3,7 +3,8 @@ their place. Which questions are tried, and when, is the trainer's business.
 
 Dynamic sampling, as in DAPO (arXiv 2503.14476, section 3.2), on batches of whole groups.
 
-Shapes: N questions, G generations; a batch has tensors (N, G) and (N, G, tokens), and clips (N, ..., mel frames).
+Shapes: N questions, G generations; a batch has tensors (N, G) and (N, G, tokens), and clips (N, ..., frames or
+audio tokens).
 """
 
 import torch
@@ -24,7 +25,7 @@ def replace_uniform_groups(
         pad_id: token id of padding.
 
     Returns:
-        A new batch; its prompts (on the left), completions and mel frames are padded to the longer of the two. Scalars,
+        A new batch; its prompts (on the left), completions and clips are padded to the longer of the two. Scalars,
         which are counts over all processes, are those of `batch`.
     """
     slots = find_uniform_groups(batch["advantages"]).nonzero().flatten()

@@ -95,7 +95,7 @@ def score(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
     Args:
         model: with TRL's fused head, wrapped by an engine or not.
         base: the model itself, below engines and adapters.
-        clips: AUDIO_INPUTS of the N questions, with the frames that hold audio or more.
+        clips: AUDIO_INPUTS of the N questions, with the frames that hold audio or more; or their `encoded_clips`.
 
     Returns:
         The fused head's output: `log_probs`, and `entropy` where the head was asked for it, (N, K).
