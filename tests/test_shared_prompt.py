@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 from dataset.encode import count_audio_tokens
+from model.qwen2_audio import group_by_length
 from row_by_row import log_probs as log_probs_row_by_row
 from trainer.grpo_trainer import AUDIO_INPUTS
 from trainer.shared_prompt import IGNORE, pack, score, unpack
@@ -116,6 +118,29 @@ def test_a_completion_depends_on_no_other_completion(model):
     untouched = [0, 2, 3]
     torch.testing.assert_close(before[:, untouched], after[:, untouched], atol=1e-5, rtol=1e-5)
     assert (before[:, 1] - after[:, 1]).abs().max() > 1e-2, "the model is too uniform for these tests to mean anything"
+
+
+class CountReads(TorchDispatchMode):
+    """Values that Python reads from tensors: on a GPU, each waits for all that was queued before."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("_local_scalar_dense", "nonzero", "masked_select")
+        self.reads += func.overloadpacket.__name__ in names
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_reads_few_values_back(model):
+    """However many lengths the clips have: two for invariants (a prompt's padding, the number of audio tokens), one for
+    the size of the packed row. On GPUs there are TRL's fused head and the backward pass of `masked_scatter` beside."""
+    if model.config._attn_implementation == "eager":
+        pytest.skip("transformers reads its mask for each group of clips")
+    prompts, ids, mask = make_batch(6, 2, 4, seed=1)
+    assert len(group_by_length(prompts["feature_attention_mask"].sum(1).tolist())) > 1
+    with CountReads() as counted:
+        log_probs_shared(model, prompts, ids, mask)
+    assert counted.reads == 3
 
 
 def test_the_example_of_the_docstring():

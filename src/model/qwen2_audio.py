@@ -155,8 +155,9 @@ def encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torc
     lengths = frames.tolist()
     encoded: dict[int, torch.Tensor] = {}
     for group in group_by_length(lengths):
-        longest = needed_frames(max(lengths[clip] for clip in group), features.shape[2])
-        part = _encode_group(backbone.audio_tower, features[group, :, :longest], frames[group])
+        kept = [lengths[clip] for clip in group]
+        longest = needed_frames(max(kept), features.shape[2])
+        part = _encode_group(backbone.audio_tower, features[group, :, :longest], kept)
         encoded |= zip(group, part, strict=True)
     return [encoded[clip] for clip in range(len(lengths))]
 
@@ -176,24 +177,26 @@ def group_by_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _encode_group(encoder: Qwen2AudioEncoder, features: torch.Tensor, frames: torch.Tensor) -> list[torch.Tensor]:
+def _encode_group(encoder: Qwen2AudioEncoder, features: torch.Tensor, frames: list[int]) -> list[torch.Tensor]:
     """`needed_frames` of N clips encoded: for each clip (its audio tokens, W).
 
-    The steps of `Qwen2AudioEncoder.forward`, without LayerDrop, which no Qwen2-Audio has.
+    The steps of `Qwen2AudioEncoder.forward`, without LayerDrop, which no Qwen2-Audio has. All sizes are counted on the
+    CPU: nothing here waits for the device.
     """
-    positions, tokens = encoder._get_feat_extract_output_lengths(frames)  # (N,), (N,)
+    counts = [encoder._get_feat_extract_output_lengths(clip) for clip in frames]
+    positions, tokens = map(list, zip(*counts, strict=True))
     hidden = nn.functional.gelu(encoder.conv1(features.to(encoder.conv1.weight.dtype)))
-    hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)[:, : int(positions.max())]
+    hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)[:, : max(positions)]
     places = torch.arange(hidden.shape[1], device=hidden.device)
-    mask = places < positions[:, None]  # (N, positions)
-    if encoder.config._attn_implementation == "sdpa":
-        mask = None if bool(mask.all()) else mask[:, None, None]  # not spread to (N, 1, T, T): a cost on CPUs
+    heard = places < torch.tensor(positions, device=hidden.device)[:, None]  # (N, positions)
+    if encoder.config._attn_implementation == "sdpa":  # not spread to (N, 1, T, T): a cost on CPUs
+        mask = None if min(positions) == max(positions) else heard[:, None, None]
     else:
-        mask = create_bidirectional_mask(encoder.config, hidden, mask.long())
+        mask = create_bidirectional_mask(encoder.config, hidden, heard.long())
     # Called, not read: under ZeRO-3 a weight is there while its module runs.
     hidden = hidden + encoder.embed_positions(places)
     hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=encoder.training)
     for layer in encoder.layers:
         hidden = layer(hidden, mask)
     hidden = encoder.layer_norm(encoder.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # (N, A, W)
-    return [clip[:kept] for clip, kept in zip(hidden, tokens.tolist(), strict=True)]
+    return [clip[:kept] for clip, kept in zip(hidden, tokens, strict=True)]

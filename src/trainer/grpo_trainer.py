@@ -12,7 +12,8 @@ overridden methods are private ones, which the pinned version (trl 1.16.0) prote
     _generate_single_turn                rollouts: one prefill per question, its cache repeated G times; an encoder that
                                          is not trained runs here alone
     _calculate_rewards                   what a reward raises or returns wrongly ends the run in all processes
-    _compute_loss                        groups back to rows
+    _prepare_inputs                      micro-batches that cost no pass come first
+    _compute_loss                        groups back to rows; groups without a gradient cost no pass (see no_pass.py)
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
     _save_rng_state, _load_rng_state     rollouts that later steps still learn from, beside the random state
 
@@ -57,6 +58,7 @@ from .checked_rewards import checked, find_error, raise_together
 from .finite import FiniteSteps
 from .loading import LoadsAhead, MarkedRows, QuestionLoader, QuestionOrder, Questions
 from .memory import longest_questions
+from .no_pass import adds_nothing, fill_in, find_idle_groups, recorded_entropies, shortest_question
 from .probe import MemoryProbe
 from .reference import WaitingReference, check_ref_offload
 from .resample import find_uniform_groups, replace_uniform_groups
@@ -124,6 +126,11 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
             check_ref_offload(args, adapters=isinstance(self.model, PeftModel))
             self._reference = WaitingReference(self.ref_model, self.accelerator.device)
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: CLIPS
+        self._entropies: torch.Tensor | None = None  # (B, C) of the last rollout's tokens, where they are wanted
+        # Of a micro-batch whose idle groups are left out: which are (N), and its entropies, (N, G, C).
+        self._idle: list[bool] = []
+        self._rollout_entropies: torch.Tensor | None = None
+        self._skipped = 0  # the first micro-batches of the rollouts, which have idle groups only on all processes
 
         base = base_model(self.model)
         if base.config._attn_implementation not in ATTENTION:
@@ -159,6 +166,10 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         batch = self._roll_out(questions, generations)
         if self.max_resample_rounds and self.model.training:
             batch = self._resample_uniform_groups(batch, questions.rows)
+        if "entropies" in batch:
+            idle = find_idle_groups(batch["advantages"])
+            batch["idle"] = idle.cpu()
+            self._metrics["train"]["groups/no_pass_share"].append(self.accelerator.gather(idle.float()).mean().item())
         return batch
 
     def _roll_out(self, questions: Questions, generations: int) -> dict[str, torch.Tensor]:
@@ -172,8 +183,13 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         self._clips = self._questions.audio_inputs
         self.describe_batch = partial(self._describe_rollout, questions.batch, generations)
 
+        self._entropies = None
         output = super()._generate_and_score_completions([row for row in questions.rows for _ in range(generations)])
         freeze_parts(self.model, self.freeze)  # PEFT trains all adapters again once they were off for the reference
+        if self._entropies is not None:
+            mask = output["completion_mask"]
+            missing = mask.shape[1] - self._entropies.shape[1]  # `pad_to_multiple_of`
+            output["entropies"] = torch.nn.functional.pad(self._entropies, (0, missing)) * mask
         shape = len(questions.rows), generations
         return {key: value.unflatten(0, shape) if value.ndim else value for key, value in output.items()} | self._clips
 
@@ -230,6 +246,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),  # one dtype for the cache, whether its entries come from here or from generate
+            recorded_entropies(base_model(model), self.temperature, adds_nothing(self)) as entropies,
         ):
             _, cache = prefill(base_model(model), self._questions, self._encode_once(base_model(model)))
             cache.crop(-1)
@@ -241,6 +258,8 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
                 generation_config=self.generation_config,
             )
         completions = sequences[:, input_ids.shape[1] :]  # (B, C)
+        if entropies:  # under ZeRO-3, also of tokens that only other processes still decoded
+            self._entropies = torch.stack(entropies, dim=1)[:, : completions.shape[1]]
         ended = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
         after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end token belongs to the completion
         return [ids[~after].tolist() for ids, after in zip(completions.cpu(), after_end.cpu(), strict=True)], None
@@ -309,12 +328,31 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
 
     # Log-probs and loss
 
+    def _prepare_inputs(self, generation_batch):
+        """A micro-batch. Those of fresh rollouts with fewest groups to pass come first: then the processes, which wait
+        for each other, have the cheap ones at the same time. The order is free where `adds_nothing`: one optimizer
+        step takes them all."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or "idle" not in inputs:
+            return inputs
+        self._buffered_inputs.sort(key=lambda batch: int((~batch["idle"]).sum()))
+        self._skipped = min(gather_object([sum(bool(batch["idle"].all()) for batch in self._buffered_inputs)]))
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
     def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """TRL's loss on a micro-batch of whole groups."""
         self._clips = {key: inputs[key] for key in CLIPS if key in inputs}
         self.describe_batch = partial(describe_pass, inputs["prompt_mask"], inputs["completion_mask"])
-        rows = {key: value.flatten(0, 1) if value.ndim > 1 else value for key, value in inputs.items()}
-        return super()._compute_loss(model, {key: value for key, value in rows.items() if key not in CLIPS})
+        beside = *CLIPS, "entropies", "idle"
+        rows = {key: value for key, value in inputs.items() if key not in beside}
+        rows = {key: value.flatten(0, 1) if value.ndim > 1 else value for key, value in rows.items()}
+        if "idle" in inputs:
+            self._idle, self._rollout_entropies = inputs["idle"].tolist(), inputs["entropies"]
+        try:
+            return super()._compute_loss(model, rows)
+        finally:
+            self._idle, self._rollout_entropies = [], None
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         """TRL's name for `_log_probs`. A reference that waits on the CPU is fetched for all of a call's passes."""
@@ -333,26 +371,58 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         **unused,  # images, and the auxiliary loss of mixtures of experts
     ):
         """Log-probs (B, C), and entropies (B, C) or None, of the completions; no auxiliary loss."""
-        base = base_model(self.accelerator.unwrap_model(model))
         questions = len(next(iter(self._clips.values())))
         ids, mask = (rows.unflatten(0, (questions, -1)) for rows in (input_ids, attention_mask))  # (N, G, P + C)
+        if not any(self._idle):
+            return *self._score(model, ids, mask, self._clips, logits_to_keep, batch_size, compute_entropy), None
+        kept = [question for question, idle in enumerate(self._idle) if not idle]
+        places = torch.tensor(kept, dtype=torch.long).to(ids.device, non_blocking=True)
+        assert self._rollout_entropies is not None
+        logps = torch.zeros_like(self._rollout_entropies)
+        if kept:
+            groups = ids[places], mask[places], {key: value[places] for key, value in self._clips.items()}
+            found = self._score(model, *groups, logits_to_keep, batch_size, compute_entropy)
+            filled = zip((logps, self._rollout_entropies), found, strict=True)
+            return *(values if rows is None else fill_in(values, rows, places) for values, rows in filled), None
+        together = self._step % self.args.steps_per_generation < self._skipped  # DDP has collectives in forward passes
+        if self.accelerator.sync_gradients or self.is_deepspeed_enabled or not together:
+            # Engines synchronise in a pass, and an optimizer tells a gradient of zero from none.
+            base = base_model(self.accelerator.unwrap_model(model))
+            groups = shortest_question(ids, self._clips, audio_token_id(base))
+            logps = logps + 0 * self._score(model, *groups, 1, None, False)[0].sum()
+        else:
+            logps.requires_grad_()  # for `backward`, which finds nothing behind it
+        return logps.flatten(0, 1), self._rollout_entropies.flatten(0, 1), None
+
+    def _score(
+        self,
+        model,
+        ids: torch.Tensor,  # (N, G, P + C)
+        mask: torch.Tensor,  # (N, G, P + C)
+        clips: dict[str, torch.Tensor],  # CLIPS of N questions
+        length: int,  # C
+        batch_size: int | None,  # completions per forward pass
+        compute_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs (B, C), and entropies (B, C) or None, by forward passes."""
+        base = base_model(self.accelerator.unwrap_model(model))
         generations = ids.shape[1]
         logps, entropies = [], []
-        step = max((batch_size or len(input_ids)) // generations, 1)
-        for start in range(0, questions, step):
+        step = max((batch_size or len(ids) * generations) // generations, 1)
+        for start in range(0, len(ids), step):
             chunk = slice(start, start + step)
             packed = pack(
-                prompt_ids=ids[chunk, 0, :-logits_to_keep],
-                prompt_mask=mask[chunk, 0, :-logits_to_keep],
-                completion_ids=ids[chunk, :, -logits_to_keep:],
-                completion_mask=mask[chunk, :, -logits_to_keep:],
+                prompt_ids=ids[chunk, 0, :-length],
+                prompt_mask=mask[chunk, 0, :-length],
+                completion_ids=ids[chunk, :, -length:],
+                completion_mask=mask[chunk, :, -length:],
             )
             with self.accelerator.autocast():
-                outputs = score(model, base, packed, {key: value[chunk] for key, value in self._clips.items()})
-            logps.append(unpack(outputs.log_probs, packed, generations, logits_to_keep))
+                outputs = score(model, base, packed, {key: value[chunk] for key, value in clips.items()})
+            logps.append(unpack(outputs.log_probs, packed, generations, length))
             if compute_entropy:
-                entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+                entropies.append(unpack(outputs.entropy, packed, generations, length))
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
 
     # Memory
 
