@@ -7,7 +7,7 @@ overridden methods are private ones, which the pinned version (trl 1.16.0) prote
     __init__                             refuses what audio does not work with; freezes what the original never trains
     _generate_and_score_completions      decodes each question's clip once; hands out whole groups, (N, G, ...)
     _tokenize_prompts                    the prompts were tokenized with their clips
-    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times
+    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times; or by vLLM
     _calculate_rewards                   what a reward raises or returns wrongly ends the run in all processes
     _compute_loss                        groups back to rows
     _get_per_token_logps_and_entropies   policy and reference: one packed row per question (see shared_prompt.py)
@@ -22,6 +22,7 @@ Shapes: N questions, G generations, B = N * G completions, P prompt, C completio
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -40,7 +41,7 @@ from trl.trainer.utils import RepeatSampler
 
 from dataset.encode import Batch, encode, load_or_replace
 from model.generation import prefill
-from model.qwen2_audio import audio_token_id, base_model, freeze_parts, load_processor
+from model.qwen2_audio import audio_token_forbidden, audio_token_id, base_model, freeze_parts, load_processor
 
 from .accuracy import GreedyAccuracy
 from .checked_rewards import checked, find_error, raise_together
@@ -50,6 +51,7 @@ from .probe import MemoryProbe
 from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
+from .vllm_rollouts import VLLMRollouts, check_vllm
 
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
 
@@ -90,19 +92,22 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         processor = load_processor(name, processing_class)
-        check_rollout_engine(args)
+        check_rollout_engine(args, quantised=kwargs.get("quantization_config") is not None)
         check_whole_groups("per_device_train_batch_size", args.per_device_train_batch_size, args.num_generations)
         if args.eval_strategy != "no":
             generations = args.num_generations_eval or args.num_generations
             check_whole_groups("per_device_eval_batch_size", args.per_device_eval_batch_size, generations)
         # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.
         rewards = list(map(checked, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]))
+        use_vllm, args.use_vllm = args.use_vllm, False  # TRL's own knows images only: ours comes below
         super().__init__(model, rewards, args, train_dataset, processing_class=processor.tokenizer, **kwargs)
+        self.use_vllm = args.use_vllm = use_vllm
         self.processing_class = processor  # what checkpoints are saved with
         self.audio_channels, self.max_resample_rounds = audio_channels, max_resample_rounds
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
         self.prompt_style = styles[0] if len(styles) == 1 else None
         self._questions: Batch  # the generation batch's, encoded
+        self._waves: list[np.ndarray]  # their clips
         self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: AUDIO_INPUTS
 
         base = base_model(self.model)
@@ -120,6 +125,9 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
         suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base)}
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
+        if use_vllm:
+            self.vllm = VLLMRollouts(self.model, args, self.accelerator, self.eos_token_ids)
+            self.add_callback(self.vllm)
 
     # Rollouts
 
@@ -139,8 +147,8 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
 
     def _roll_out(self, questions: list[dict], generations: int) -> dict[str, torch.Tensor]:
         """One round of `_generate_and_score_completions`: N questions, each with G fresh completions, scored."""
-        questions, clips = self._load_clips(questions)
-        encoded = encode(self.processing_class, [row["prompt"] for row in questions], clips)
+        questions, self._waves = self._load_clips(questions)
+        encoded = encode(self.processing_class, [row["prompt"] for row in questions], self._waves)
         self._questions = encoded.to(self.accelerator.device)
         self._clips = self._questions.audio_inputs
         self.describe_batch = partial(self._describe_rollout, encoded, generations)
@@ -197,11 +205,14 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         return [ids for ids in prompt_ids for _ in range(generations)], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Sample G completions of each question from one prefill: lists of B token-id lists, and no log-probs.
+        """Sample G completions of each question: lists of B token-id lists, and their log-probs if vLLM did it.
 
         The encoder and the prompt run once per question; the cache of all but the prompt's last token is then repeated
         for the G completions, which start from that token.
         """
+        if self.use_vllm:
+            prompts = prompt_ids[::num_generations]
+            return self.vllm.generate(self.state.global_step, prompts, self._waves, num_generations)
         input_ids, attention_mask = self._questions.input_ids, self._questions.attention_mask  # (N, P)
         with (
             unwrap_model_for_generation(
@@ -312,7 +323,7 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
                 completion_ids=ids[chunk, :, -logits_to_keep:],
                 completion_mask=mask[chunk, :, -logits_to_keep:],
             )
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), audio_token_forbidden(base) if self.use_vllm else nullcontext():
                 outputs = score(model, base, packed, {key: value[chunk] for key, value in self._clips.items()})
             logps.append(unpack(outputs.log_probs, packed, generations, logits_to_keep))
             if compute_entropy:
@@ -335,13 +346,15 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         self._questions = questions = longest_questions(base_model(self.model), whole, args.device)
         self._clips = questions.audio_inputs
         self.describe_batch = partial(self._describe_rollout, questions, G)
-        config = self.generation_config
-        self.generation_config = deepcopy(config)
-        self.generation_config.min_new_tokens = s.completion
-        try:
-            completions, _ = self._generate_single_turn([], None, {}, G)
-        finally:
-            self.generation_config = config
+        completions = [[self.eos_token_ids[0]] * s.completion] * len(questions) * G
+        if not self.use_vllm:  # whose engine has all its memory already
+            config = self.generation_config
+            self.generation_config = deepcopy(config)
+            self.generation_config.min_new_tokens = s.completion
+            try:
+                completions, _ = self._generate_single_turn([], None, {}, G)
+            finally:
+                self.generation_config = config
         batch = {
             "prompt_ids": questions.input_ids[:, None].expand(-1, G, -1),  # (N, G, P)
             "prompt_mask": questions.attention_mask[:, None].expand(-1, G, -1),
@@ -394,11 +407,12 @@ class QuestionOrder(RepeatSampler):
         return super().__iter__()
 
 
-def check_rollout_engine(args: GRPOConfig) -> None:
-    """Raise a `ValueError` for an engine of TRL's that gets no clips."""
-    for flag in ("use_vllm", "use_transformers_continuous_batching"):
-        if getattr(args, flag):
-            raise ValueError(f"--{flag} true: it cannot take audio in TRL's GRPO; leave it off")
+def check_rollout_engine(args: GRPOConfig, quantised: bool) -> None:
+    """Raise a `ValueError` for an engine of TRL's that gets no clips, and for what vLLM does not go with."""
+    if args.use_transformers_continuous_batching:
+        raise ValueError("--use_transformers_continuous_batching true: it cannot take audio in GRPO; leave it off")
+    if args.use_vllm:
+        check_vllm(args, quantised)
 
 
 def check_whole_groups(flag: str, size: int, generations: int) -> None:

@@ -63,6 +63,7 @@ class Settings:
     prompt: int = 1024  # tokens of the longest
     seconds: float = 30  # of the longest clip
     completion: int = 256  # tokens of the longest
+    vllm: bool = False  # which samples in memory of its own
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
     with _no_engine(), torch.random.fork_rng(devices=[]):
         sizes = _from_few_layers(_measure_policy_pass, config, shapes)
         rollout = 0
-        if not s.supervised:
+        if not (s.supervised or s.vllm):
             whole = replace(shapes, questions=s.questions * s.steps_per_generation, checkpointing=False)
             rollout = max(_from_few_layers(_measure_rollout, config, whole).values())
     weights, base, trained = sizes["weights"], sizes["base"], sizes["trained"]
