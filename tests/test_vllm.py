@@ -14,6 +14,7 @@ from trl import GRPOConfig
 
 import row_by_row
 from arguments import AudioModelConfig
+from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from model.checkpoints import load_merged
 from model.qwen2_audio import PARTS, base_model
@@ -25,7 +26,7 @@ from trainer.vllm_rollouts import merged_tensors
 LORA = LoraConfig(
     r=4, target_modules=AudioModelConfig().lora_target_modules, task_type="CAUSAL_LM", init_lora_weights=False
 )
-AGREED = 1e-5  # nats, of a token's log-prob; in float32
+AGREED = 1e-4  # nats, of any token's log-prob in float32; a tenth of it on average
 
 
 def with_vllm(test):
@@ -37,7 +38,7 @@ def with_vllm(test):
 def make_trainer(model, questions, output_dir, use_vllm=True, peft_config=None, **settings) -> AudioGRPOTrainer:
     defaults = dict(
         num_generations=4, per_device_train_batch_size=8, max_completion_length=12, beta=0.0, learning_rate=1e-2,
-        bf16=False, use_cpu=True, report_to="none", max_steps=3, activation_checkpointing=False,
+        bf16=False, use_cpu=True, report_to="none", max_steps=3, logging_steps=1, activation_checkpointing=False,
     )  # fmt: skip
     args = GRPOConfig(str(output_dir), use_vllm=use_vllm, **defaults | settings)
     return AudioGRPOTrainer(str(model), [length_reward], args, load_train_dataset(questions), peft_config=peft_config)
@@ -55,8 +56,19 @@ def model_30s(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trainer(model_30s, questions, tmp_path_factory):
-    made = make_trainer(model_30s, questions, tmp_path_factory.mktemp("run"))
+def long_questions(tmp_path_factory):
+    """With more audio tokens than a block of vLLM's prefix cache holds (128 on CPUs): shorter prompts are not kept."""
+    folder = tmp_path_factory.mktemp("long")
+    for i in range(4):
+        write_tone(folder / f"{i}.wav", seconds=5 + 0.3 * i, frequency=200 * (i + 1))
+    rows = [QUESTION | {"id": i, "answer": i % 3, "audio_path": f"{i}.wav"} for i in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "train.jsonl"
+
+
+@pytest.fixture(scope="module")
+def trainer(model_30s, long_questions, tmp_path_factory):
+    made = make_trainer(model_30s, long_questions, tmp_path_factory.mktemp("run"))
     yield made
     made.vllm.on_train_end(None, None, None)
 
@@ -67,12 +79,13 @@ def roll_out(trainer, new_step: bool = True) -> dict[str, torch.Tensor]:
     return trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
 
 
-def differences(trainer, new_step: bool = True) -> torch.Tensor:
-    """Of the log-probs of all sampled tokens, between trainer and vLLM."""
+def largest_difference(trainer, new_step: bool = True) -> float:
+    """Of the log-probs of all sampled tokens, between trainer and vLLM; ten times the mean, if that is more."""
     output = roll_out(trainer, new_step)
     mask = output["completion_mask"].bool()
     assert mask.sum() > 16
-    return (output["old_per_token_logps"] - output["sampling_per_token_logps"])[mask].abs()
+    found = (output["old_per_token_logps"] - output["sampling_per_token_logps"])[mask].abs()
+    return max(found.max().item(), 10 * found.mean().item())
 
 
 def change(model, parts) -> None:
@@ -169,33 +182,33 @@ def test_settings_that_it_does_go_with(tmp_path):
 
 @with_vllm
 def test_the_sampler_and_the_trainer_agree_before_and_after_updates(trainer):
-    assert differences(trainer).max() < AGREED
+    assert largest_difference(trainer) < AGREED
     for parts in (PARTS["language_model"], PARTS["audio_encoder"], PARTS["projector"]):
         change(trainer.model, set(parts))
-        assert differences(trainer).max() < AGREED, f"after a change of {parts}"
+        assert largest_difference(trainer) < AGREED, f"after a change of {parts}"
 
 
 @with_vllm
 def test_a_cache_that_is_not_reset_would_show(trainer, monkeypatch):
     """The test above can fail: prompts' keys and values of the model before are another distribution."""
     for parts in (PARTS["language_model"], PARTS["audio_encoder"]):
-        assert differences(trainer).max() < AGREED
+        assert largest_difference(trainer) < AGREED
         with monkeypatch.context() as patched:
             patched.setattr(trainer.vllm.llm, "reset_prefix_cache", lambda: None)
             change(trainer.model, set(parts))
-            assert differences(trainer).max() > 100 * AGREED
-    assert differences(trainer).max() < AGREED
+            assert largest_difference(trainer) > 100 * AGREED
+    assert largest_difference(trainer) < AGREED
     change(trainer.model, set(PARTS["language_model"]))
-    assert differences(trainer, new_step=False).max() > 100 * AGREED, "weights that were not pushed"
+    assert largest_difference(trainer, new_step=False) > 100 * AGREED, "weights that were not pushed"
 
 
 @with_vllm
-def test_greedy_rollouts_equal_the_built_in_ones(trainer, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.vllm.sampling, "temperature", 0.0)
+def test_greedy_rollouts_equal_the_built_in_ones(trainer, long_questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.vllm.sampling, "top_k", 1)
     trainer.save_model(str(tmp_path / "saved"))
     greedy = dict(use_vllm=False, generation_kwargs={"do_sample": False})
-    other = make_trainer(tmp_path / "saved", questions, tmp_path, **greedy)
-    for rows in (first_rows(trainer, 2, 4), first_rows(trainer, 8, 4)[8:]):
+    other = make_trainer(tmp_path / "saved", long_questions, tmp_path, **greedy)
+    for rows in (first_rows(trainer, 2, 4), first_rows(trainer, 4, 4)[8:]):
         for one in (trainer, other):
             one.model.train()
             one.state.global_step += 1
@@ -224,6 +237,15 @@ def test_no_audio_token_is_sampled(trainer, monkeypatch):
     assert not (output["completion_ids"] == audio).any()
     with torch.no_grad():
         trainer.model.lm_head.weight.copy_(kept)
+
+
+@with_vllm
+def test_a_clip_that_is_not_forgotten_stops_the_run(trainer, monkeypatch):
+    """The other of the two caches, of which vLLM's two halves would disagree. The last test that uses this engine."""
+    roll_out(trainer)
+    monkeypatch.setattr(trainer.vllm.llm.llm_engine, "reset_encoder_cache", lambda: None)
+    with pytest.raises(RuntimeError, match="Encoder cache miss"):
+        roll_out(trainer)
 
 
 @with_vllm
