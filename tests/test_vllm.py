@@ -70,7 +70,7 @@ def long_questions(tmp_path_factory):
 def trainer(model_30s, long_questions, tmp_path_factory):
     made = make_trainer(model_30s, long_questions, tmp_path_factory.mktemp("run"))
     yield made
-    made.vllm.on_train_end(None, None, None)
+    made.close()
 
 
 def roll_out(trainer, new_step: bool = True) -> dict[str, torch.Tensor]:
@@ -259,7 +259,7 @@ def test_adapters(model_30s, questions, tmp_path):
 
 
 @with_vllm
-@pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
+@pytest.mark.parametrize("engine", ["ds_zero3"])
 def test_a_run_on_two_processes(model_30s, questions, tmp_path, engine):
     skip_without_compiler(engine)
     reward = "def reward(completions):\n    return [sum(c < 'n' for c in text) / max(len(text), 1) for text in completions]\n"

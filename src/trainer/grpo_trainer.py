@@ -127,7 +127,6 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
         if use_vllm:
             self.vllm = VLLMRollouts(self.model, args, self.accelerator, self.eos_token_ids)
-            self.add_callback(self.vllm)
 
     # Rollouts
 
@@ -329,6 +328,11 @@ class AudioGRPOTrainer(GreedyAccuracy, FiniteSteps, MemoryProbe, SelfContainedCh
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, logits_to_keep))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def close(self) -> None:
+        """End what is of no use after all training and saving, and before the processes leave their group."""
+        if self.use_vllm:
+            self.vllm.close()
 
     # Memory
 

@@ -113,7 +113,7 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
         step, buffers = 4 * trained // s.processes, 2 * reduced  # gradients in float32
         if s.zero_stage == 3:
             buffers += s.dtype.itemsize * min(MAX_LIVE, base // s.dtype.itemsize)
-            rollout += weights  # gathered as a whole for it
+            rollout += 0 if s.vllm else weights  # gathered as a whole for it
             weights, reference = weights // s.processes, reference // s.processes
     else:
         optimizer = int(s.moments * gradients)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from trl import GRPOConfig
 from trl.distributed import DistributedBackend
 from trl.trainer.utils import ensure_master_addr_port
@@ -75,8 +75,8 @@ def check_vllm(args: GRPOConfig, quantised: bool = False) -> None:
         raise ValueError("--loss_type vespo with --use_vllm true: give --vllm_importance_sampling_mode token_truncate")
 
 
-class VLLMRollouts(TrainerCallback):
-    """An engine that follows a trainer's model; as its callback, it ends with the training."""
+class VLLMRollouts:
+    """An engine that follows a trainer's model."""
 
     def __init__(self, model: PreTrainedModel, args: GRPOConfig, accelerator: Accelerator, ends: list[int]):
         """
@@ -163,8 +163,9 @@ class VLLMRollouts(TrainerCallback):
         self.llm.sleep(level=2)
         self.step = None
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Before the processes leave their group, to which the engine belongs."""
+    def close(self) -> None:
+        """End the engine, and with it the processes' group; that one which has left it first would fail as Python ends.
+        To be called when no process needs the others any more."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
