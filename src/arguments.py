@@ -36,6 +36,8 @@ RESULT_FLAGS = (
     "max_completion_length", "generation_kwargs", "mask_truncated_completions",
     "beta", "loss_type", "scale_rewards", "epsilon", "epsilon_high", "delta", "use_bias_correction_kl",
     "importance_sampling_level", "top_entropy_quantile", "entropy_coef",
+    "use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
     "dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ NUMBERS = (
         "gradient_accumulation_steps", "generation_batch_size", "steps_per_generation", "num_iterations",
         "num_generations_eval", "max_completion_length", "max_prompt_length", "max_resample_rounds", "save_total_limit",
         "max_skipped", "ref_model_sync_steps", "lora_r", "lora_alpha", "eval_accumulation_steps",
-        "dataloader_prefetch_factor",
+        "dataloader_prefetch_factor", "vllm_max_model_length",
     )),
     ("2 or more, since a completion is compared with the others of its question", lambda value: value >= 2,
         ("num_generations",)),
@@ -35,7 +35,7 @@ NUMBERS = (
     ("a share, from 0 to 1", lambda value: 0 <= value <= 1, (
         "max_dropped", "min_p", "warmup_ratio", "ref_model_mixup_alpha", "top_entropy_quantile",
     )),
-    ("more than 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
+    ("more than 0 and at most 1", lambda value: 0 < value <= 1, ("top_p", "vllm_gpu_memory_utilization")),
     ("from 0 on and below 1", lambda value: 0 <= value < 1, (
         "adam_beta1", "adam_beta2", "lora_dropout", "label_smoothing_factor",
     )),
@@ -44,6 +44,7 @@ WORDS = {  # a wrong one is found after the model is loaded, or after the first 
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo"),
     "scale_rewards": ("group", "batch", "none"),
     "importance_sampling_level": ("token", "sequence"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "lr_scheduler_type": tuple(kind.value for kind in SchedulerType),
     "report_to": ("none", "all", *INTEGRATION_TO_CALLBACK),

@@ -236,7 +236,7 @@ def run_training(parser: RecipeParser, build_trainer: Callable[..., Trainer]) ->
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")
         trainer.run_settings, trainer.memory_settings = run.settings, run.memory
         train(trainer, run.start)
-        leave()
+        leave(getattr(trainer, "close", None))
 
 
 def prepare(parsed: Sequence, held: ExitStack) -> Prepared | None:

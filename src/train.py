@@ -159,7 +159,11 @@ def check_together(data: DataArguments, rewards: RewardArguments, args: RecipeCo
         raise ValueError("--sync_ref_model true with --use_peft true: the reference is the model with its adapters off")
     if args.ref_offload:
         check_ref_offload(args, model.use_peft)
-    check_rollout_engine(args)
+    check_rollout_engine(args, quantised=model.load_in_4bit or model.load_in_8bit)
+    longest = data.max_prompt_length + (args.max_completion_length or 0)
+    if args.use_vllm and (args.vllm_max_model_length or longest) < longest:
+        flags = f"--max_prompt_length {data.max_prompt_length} and --max_completion_length {args.max_completion_length}"
+        raise ValueError(f"--vllm_max_model_length {args.vllm_max_model_length}: {flags} take {longest}")
 
 
 def make_parser() -> RecipeParser:

@@ -56,6 +56,7 @@ def test_every_optimizer_and_reporter_of_transformers_is_known():
         (("--use_wandb",), "--report_to wandb: needs the package wandb"),
         (("--report-to", "tensorboard", "trackio"), "pip install tensorboard\n  --report_to trackio: needs"),
         (("--load_in_4bit", "true"), "--load_in_4bit true: needs the package bitsandbytes"),
+        (("--use_vllm", "true"), "--use_vllm true: needs the package vllm, .*; sh setup_vllm.sh makes"),
         (("--load_in_4bit", "false", "--optim", "lion_8bit"), "--optim lion_8bit: needs the package bitsandbytes"),
     ],
 )
@@ -66,6 +67,6 @@ def test_the_launcher_says_it_before_any_process_is_started(
     monkeypatch.setattr(sys, "argv", ["preflight.py", "src/train.py", *map(str, places), *flags])
     with pytest.raises(SystemExit, match=message):
         preflight.main()
-    installed |= {"wandb", "tensorboard", "trackio", "bitsandbytes"}
+    installed |= {"wandb", "tensorboard", "trackio", "bitsandbytes", "vllm"}
     preflight.main()
     assert capsys.readouterr().out == "1\n"

@@ -64,9 +64,9 @@ def processes() -> PartialState:
     return PartialState(cpu=True, timeout=timedelta(days=7))
 
 
-def leave() -> None:
+def leave(close: Callable[[], None] | None = None) -> None:
     """Leave the group of processes, all at the same time: who exits with it open may abort, and the launcher ends the
-    others as soon as one is gone with a status.
+    others as soon as one is gone with a status. `close` ends what uses the group, and is called before.
 
     Gloo's threads may not have let go of the last collective's tensors, for which they need Python's lock. A group that
     is destroyed meanwhile holds the lock and waits for them for ever: seen in torch 2.13, at the end of a run.
@@ -75,6 +75,8 @@ def leave() -> None:
     if state.num_processes > 1:
         state.wait_for_everyone()
         time.sleep(SETTLED)
+    if close:
+        close()
     state.destroy_process_group()
 
 

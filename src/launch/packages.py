@@ -1,7 +1,6 @@
 """Packages that the requirements leave out, since only some flags need them: which of them a run lacks.
 
-Nothing is imported to find out. Leaves out what the flags mean, and packages that a flag would need which cannot take
-audio anyway (vLLM).
+Nothing is imported to find out. Leaves out what the flags mean.
 """
 
 from collections.abc import Mapping
@@ -43,7 +42,10 @@ NEEDED = {
     "use_liger_kernel": {"true": ("liger_kernel", "liger-kernel")},
     "load_in_4bit": {"true": BITSANDBYTES},
     "load_in_8bit": {"true": BITSANDBYTES},
+    "use_vllm": {"true": ("vllm", "vllm")},
 }
+# module -> what installs it, where that is not pip alone
+INSTALLERS = {"vllm": "sh setup_vllm.sh makes an environment with it, . .venv-vllm/bin/activate enters that"}
 INSTEAD = {"tensorboard": "tensorboardX"}  # another module that does
 
 
@@ -62,5 +64,6 @@ def find_missing_packages(settings: Mapping[str, object]) -> list[str]:
             module, name = packages.get(value, ("", ""))
             if module and not find_spec(module) and not (module in INSTEAD and find_spec(INSTEAD[module])):
                 needs = f"needs the package {name.partition('==')[0]}, which is not installed"
-                problems.append(f"--{flag} {value}: {needs}; python -m pip install {name}")
+                remedy = INSTALLERS.get(module, f"python -m pip install {name}")
+                problems.append(f"--{flag} {value}: {needs}; {remedy}")
     return problems

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from dataset.rows import read_json
 from launch.packages import find_missing_packages
 
-SWITCHES = ("use_cpu", "use_wandb", "use_liger_kernel", "load_in_4bit", "load_in_8bit")
+SWITCHES = ("use_cpu", "use_wandb", "use_liger_kernel", "load_in_4bit", "load_in_8bit", "use_vllm")
 COUNTS = {"GPU_NUM": 1, "NODE_NUM": 1, "NODE_RANK": 0, "MASTER_PORT": 1}  # variables, and the least that they can be
 DEMO = "`sh run_grpo.sh demo` needs none of it: it makes its own data and model and trains on a laptop in minutes."
 

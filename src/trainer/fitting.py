@@ -93,6 +93,7 @@ def read_settings(
         questions=args.per_device_train_batch_size // generations,
         steps_per_generation=getattr(args, "steps_per_generation", 1),
         completion=getattr(args, "max_completion_length", 0),
+        vllm=getattr(args, "use_vllm", False),
     )
     if not args.deepspeed:
         return settings
@@ -106,10 +107,12 @@ def read_settings(
 
 
 def device_of(args: TrainingArguments) -> tuple[str, int]:
-    """What this process computes on, and its bytes; processes on a CPU share its memory."""
+    """What this process trains on, and its bytes without those that vLLM's engine holds; processes on a CPU share its
+    memory."""
     if args.device.type == "cuda":
         found = torch.cuda.get_device_properties(args.device)
-        return found.name, found.total_memory
+        has_engine = getattr(args, "use_vllm", False) and not args.vllm_enable_sleep_mode
+        return found.name, int(found.total_memory * (1 - args.vllm_gpu_memory_utilization if has_engine else 1))
     return "CPU", psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

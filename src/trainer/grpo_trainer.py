@@ -9,8 +9,8 @@ overridden methods are private ones, which the pinned version (trl 1.16.0) prote
                                          follows from seed and epoch, resumed or not
     _generate_and_score_completions      hands out whole groups, (N, G, ...)
     _tokenize_prompts                    the prompts were tokenized with their clips
-    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times; an encoder that
-                                         is not trained runs here alone
+    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times, or by vLLM; an
+                                         encoder that is not trained runs here alone
     _calculate_rewards                   what a reward raises or returns wrongly ends the run in all processes
     _prepare_inputs                      micro-batches that cost no pass come first
     _compute_loss                        groups back to rows; groups without a gradient cost no pass (see no_pass.py)
@@ -33,6 +33,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -44,6 +45,7 @@ from trl.models import unwrap_model_for_generation
 from dataset.encode import Batch
 from model.generation import prefill
 from model.qwen2_audio import (
+    audio_token_forbidden,
     audio_token_id,
     base_model,
     encode_clips,
@@ -64,6 +66,7 @@ from .reference import WaitingReference, check_ref_offload
 from .resample import find_uniform_groups, replace_uniform_groups
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
+from .vllm_rollouts import VLLMRollouts, check_vllm
 
 AUDIO_INPUTS = ("input_features", "feature_attention_mask")
 CLIPS = (*AUDIO_INPUTS, "encoded_clips")  # how a batch may have them: the last is for an encoder that is not trained
@@ -107,20 +110,23 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
     ):
         name = model if isinstance(model, str) else model.config._name_or_path
         processor = load_processor(name, processing_class)
-        check_rollout_engine(args)
+        check_rollout_engine(args, quantised=kwargs.get("quantization_config") is not None)
         check_whole_groups("per_device_train_batch_size", args.per_device_train_batch_size, args.num_generations)
         if args.eval_strategy != "no":
             generations = args.num_generations_eval or args.num_generations
             check_whole_groups("per_device_eval_batch_size", args.per_device_eval_batch_size, generations)
         # TRL takes a processor for one of images and asks the model for its image token: it gets the tokenizer.
         rewards = list(map(checked, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]))
+        use_vllm, args.use_vllm = args.use_vllm, False  # TRL's own knows images only: ours comes below
         super().__init__(model, rewards, args, train_dataset, processing_class=processor.tokenizer, **kwargs)
         self.data_collator = QuestionLoader(processor, audio_channels, self.num_generations, train_dataset)
+        self.use_vllm = args.use_vllm = use_vllm
         self.processing_class = processor  # what checkpoints are saved with
         self.audio_channels, self.max_resample_rounds = audio_channels, max_resample_rounds
         styles = train_dataset.unique("style") if "style" in train_dataset.column_names else []
         self.prompt_style = styles[0] if len(styles) == 1 else None
         self._questions: Batch  # the generation batch's, encoded
+        self._waves: list[np.ndarray]  # their clips
         self._reference: WaitingReference | None = None
         if ref_offload:
             check_ref_offload(args, adapters=isinstance(self.model, PeftModel))
@@ -149,6 +155,8 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
         suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base)}
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
+        if use_vllm:
+            self.vllm = VLLMRollouts(self.model, args, self.accelerator, self.eos_token_ids)
 
     # Rollouts
 
@@ -179,6 +187,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         """
         if self.model.training:
             self._metrics["train"]["clips/replaced"].append(float(sum(gather_object([questions.replaced]))))
+        self._waves = questions.clips
         self._questions = questions.batch.to(self.accelerator.device)
         self._clips = self._questions.audio_inputs
         self.describe_batch = partial(self._describe_rollout, questions.batch, generations)
@@ -229,11 +238,14 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         return [ids for ids in prompt_ids for _ in range(generations)], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Sample G completions of each question from one prefill: lists of B token-id lists, and no log-probs.
+        """Sample G completions of each question: lists of B token-id lists, and their log-probs if vLLM did it.
 
         The encoder and the prompt run once per question; the cache of all but the prompt's last token is then repeated
         for the G completions, which start from that token.
         """
+        if self.use_vllm:
+            prompts = prompt_ids[::num_generations]
+            return self.vllm.generate(self.state.global_step, prompts, self._waves, num_generations)
         input_ids, attention_mask = self._questions.input_ids, self._questions.attention_mask  # (N, P)
         with (
             unwrap_model_for_generation(
@@ -417,12 +429,17 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
                 completion_ids=ids[chunk, :, -length:],
                 completion_mask=mask[chunk, :, -length:],
             )
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), audio_token_forbidden(base) if self.use_vllm else nullcontext():
                 outputs = score(model, base, packed, {key: value[chunk] for key, value in clips.items()})
             logps.append(unpack(outputs.log_probs, packed, generations, length))
             if compute_entropy:
                 entropies.append(unpack(outputs.entropy, packed, generations, length))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
+
+    def close(self) -> None:
+        """End what is of no use after all training and saving, and before the processes leave their group."""
+        if self.use_vllm:
+            self.vllm.close()
 
     # Memory
 
@@ -440,13 +457,15 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         self._questions = questions = longest_questions(base_model(self.model), whole, args.device)
         self._clips = questions.audio_inputs
         self.describe_batch = partial(self._describe_rollout, questions, G)
-        config = self.generation_config
-        self.generation_config = deepcopy(config)
-        self.generation_config.min_new_tokens = s.completion
-        try:
-            completions, _ = self._generate_single_turn([], None, {}, G)
-        finally:
-            self.generation_config = config
+        completions = [[self.eos_token_ids[0]] * s.completion] * len(questions) * G
+        if not self.use_vllm:  # whose engine has all its memory already
+            config = self.generation_config
+            self.generation_config = deepcopy(config)
+            self.generation_config.min_new_tokens = s.completion
+            try:
+                completions, _ = self._generate_single_turn([], None, {}, G)
+            finally:
+                self.generation_config = config
         batch = {
             "prompt_ids": questions.input_ids[:, None].expand(-1, G, -1),  # (N, G, P)
             "prompt_mask": questions.attention_mask[:, None].expand(-1, G, -1),
@@ -485,11 +504,12 @@ def describe_pass(prompt_mask: torch.Tensor, completion_mask: torch.Tensor) -> s
     )
 
 
-def check_rollout_engine(args: GRPOConfig) -> None:
-    """Raise a `ValueError` for an engine of TRL's that gets no clips."""
-    for flag in ("use_vllm", "use_transformers_continuous_batching"):
-        if getattr(args, flag):
-            raise ValueError(f"--{flag} true: it cannot take audio in TRL's GRPO; leave it off")
+def check_rollout_engine(args: GRPOConfig, quantised: bool) -> None:
+    """Raise a `ValueError` for an engine of TRL's that gets no clips, and for what vLLM does not go with."""
+    if args.use_transformers_continuous_batching:
+        raise ValueError("--use_transformers_continuous_batching true: it cannot take audio in GRPO; leave it off")
+    if args.use_vllm:
+        check_vllm(args, quantised)
 
 
 def check_whole_groups(flag: str, size: int, generations: int) -> None:

@@ -73,6 +73,7 @@ class Settings:
     prompt: int = 1024  # tokens of the longest
     seconds: float = 30  # of the longest clip
     completion: int = 256  # tokens of the longest
+    vllm: bool = False  # which samples in memory of its own
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
         rollout = asking = 0
         if s.ref_offload:
             asking = _from_few_layers(_measure_reference_pass, config, replace(shapes, checkpointing=False))["pass"]
-        if not s.supervised:
+        if not (s.supervised or s.vllm):
             whole = replace(shapes, questions=s.questions * s.steps_per_generation, checkpointing=False)
             rollout = max(_from_few_layers(_measure_rollout, config, whole).values())
     weights, base, trained = sizes["weights"], sizes["base"], sizes["trained"]
@@ -129,7 +130,7 @@ def estimate(config: PreTrainedConfig, settings: Settings) -> Estimate:
         step, buffers = 4 * trained // s.processes, 2 * reduced  # gradients in float32
         if s.zero_stage == 3:
             buffers += s.dtype.itemsize * min(MAX_LIVE, base // s.dtype.itemsize)
-            rollout += weights  # gathered as a whole for it
+            rollout += 0 if s.vllm else weights  # gathered as a whole for it
             weights, reference = weights // s.processes, reference // s.processes
     else:
         optimizer = int(s.moments * gradients)

@@ -1,0 +1,279 @@
+"""Rollouts by vLLM: what they need of the trainer, and, where vLLM is installed (`sh setup_vllm.sh`), that they sample what the
+trainer scores, before and after its model has changed."""
+
+import json
+from importlib.util import find_spec
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import Qwen2AudioForConditionalGeneration
+from trl import GRPOConfig
+
+import row_by_row
+from arguments import AudioModelConfig
+from conftest import QUESTION, write_tone
+from dataset.dataset import load_train_dataset
+from model.checkpoints import load_merged
+from model.qwen2_audio import PARTS, base_model
+from running import free_port, run, skip_without_compiler
+from test_grpo_trainer import first_rows, length_reward
+from trainer.grpo_trainer import AudioGRPOTrainer, check_rollout_engine
+from trainer.vllm_rollouts import merged_tensors
+
+LORA = LoraConfig(
+    r=4, target_modules=AudioModelConfig().lora_target_modules, task_type="CAUSAL_LM", init_lora_weights=False
+)
+AGREED = 1e-4  # nats, of any token's log-prob in float32; a tenth of it on average
+
+
+def with_vllm(test):
+    """For tests that start an engine."""
+    reason = "vLLM is not installed here: sh setup_vllm.sh, then .venv-vllm/bin/python -m pytest -m vllm"
+    return pytest.mark.vllm(pytest.mark.skipif(find_spec("vllm") is None, reason=reason)(test))
+
+
+def make_trainer(model, questions, output_dir, use_vllm=True, peft_config=None, **settings) -> AudioGRPOTrainer:
+    defaults = dict(
+        num_generations=4, per_device_train_batch_size=8, max_completion_length=12, beta=0.0, learning_rate=1e-2,
+        bf16=False, use_cpu=True, report_to="none", max_steps=3, logging_steps=1, activation_checkpointing=False,
+    )  # fmt: skip
+    args = GRPOConfig(str(output_dir), use_vllm=use_vllm, **defaults | settings)
+    return AudioGRPOTrainer(str(model), [length_reward], args, load_train_dataset(questions), peft_config=peft_config)
+
+
+@pytest.fixture(scope="module")
+def model_30s(tmp_path_factory):
+    """A model with Qwen2-Audio's own window, as vLLM checks it, and heads as large as its kernels take."""
+    from model.tiny import build_demo_model, build_processor
+
+    folder = tmp_path_factory.mktemp("models") / "30s"
+    processor = build_processor(["What is in the audio? ['dog', 'cat', 'bell'] <answer>dog</answer>"], seconds=30)
+    build_demo_model(folder, processor, initializer_range=0.15)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_questions(tmp_path_factory):
+    """With more audio tokens than a block of vLLM's prefix cache holds (128 on CPUs): shorter prompts are not kept."""
+    folder = tmp_path_factory.mktemp("long")
+    for i in range(4):
+        write_tone(folder / f"{i}.wav", seconds=5 + 0.3 * i, frequency=200 * (i + 1))
+    rows = [QUESTION | {"id": i, "answer": i % 3, "audio_path": f"{i}.wav"} for i in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "train.jsonl"
+
+
+@pytest.fixture(scope="module")
+def trainer(model_30s, long_questions, tmp_path_factory):
+    made = make_trainer(model_30s, long_questions, tmp_path_factory.mktemp("run"))
+    yield made
+    made.close()
+
+
+def roll_out(trainer, new_step: bool = True) -> dict[str, torch.Tensor]:
+    trainer.model.train()
+    trainer.state.global_step += new_step
+    return trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
+
+
+def largest_difference(trainer, new_step: bool = True) -> float:
+    """Of the log-probs of all sampled tokens, between trainer and vLLM; ten times the mean, if that is more."""
+    output = roll_out(trainer, new_step)
+    mask = output["completion_mask"].bool()
+    assert mask.sum() > 16
+    found = (output["old_per_token_logps"] - output["sampling_per_token_logps"])[mask].abs()
+    return max(found.max().item(), 10 * found.mean().item())
+
+
+def change(model, parts) -> None:
+    with torch.no_grad():
+        for name, parameter in base_model(model).named_parameters():
+            if parts & set(name.split(".")) and parameter.ndim > 1:
+                parameter += 0.3 * parameter.std() * torch.randn_like(parameter)
+
+
+# What the trainer does for it
+
+
+def test_a_token_is_scored_by_what_is_left_without_the_audio_token(small_model, questions, tmp_path):
+    """Log-probs and entropies of the trainer's passes against plain logits, of which the audio token's is taken out."""
+    trainer = make_trainer(small_model, questions, tmp_path, use_vllm=False, temperature=0.7)
+    audio, head = trainer.model.config.audio_token_id, trainer.model.lm_head
+    with torch.no_grad():
+        head.weight[audio] = head.weight.mean(0) + 0.3  # no small share
+    batch = roll_out(trainer)
+    rows = [
+        torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], dim=2).flatten(0, 1)
+        for kind in ("ids", "mask")
+    ]
+    length = batch["completion_ids"].shape[2]
+
+    def score(use_vllm):
+        trainer.use_vllm = use_vllm
+        return trainer._get_per_token_logps_and_entropies(trainer.model, *rows, length, compute_entropy=True)[:2]
+
+    logps, entropies = score(True)
+    usual, _ = score(False)
+    inputs = row_by_row.as_inputs(trainer._questions), batch["completion_ids"], batch["completion_mask"]
+    mask = batch["completion_mask"].flatten(0, 1).bool()
+    torch.testing.assert_close(
+        usual, row_by_row.log_probs(trainer.model, *inputs, 0.7).flatten(0, 1), atol=1e-5, rtol=0
+    )
+    forward = head.forward
+    head.forward = lambda hidden: forward(hidden).index_fill(-1, torch.tensor([audio]), -torch.inf)
+    expected = row_by_row.log_probs(trainer.model, *inputs, 0.7).flatten(0, 1)
+    assert (expected - usual)[mask].max() > 1e-3
+    torch.testing.assert_close(logps[mask], expected[mask], atol=1e-5, rtol=0)
+    assert (entropies[mask] > 0).all() and head.bias is None
+    logps[mask].sum().backward()
+    assert head.weight.grad[audio].abs().max() == 0, "what cannot be drawn has no gradient"
+
+
+@pytest.mark.parametrize("adapters", [None, LORA])
+def test_tensors_that_are_pushed_are_those_of_a_checkpoint(small_model, questions, tmp_path, adapters):
+    trainer = make_trainer(small_model, questions, tmp_path, use_vllm=False, peft_config=adapters)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    pushed = dict(merged_tensors(trainer.model, trainer._dist.gather_params))
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]), f"{name} was changed"
+    trainer.save_model(str(tmp_path / "saved"))
+    whole = load_merged(tmp_path / "saved") if adapters else trainer.model
+    whole.save_pretrained(tmp_path / "whole")
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    assert set(pushed) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(pushed[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(vllm_mode="server"), "--vllm_mode server .* gets no clips; give --vllm_mode colocate"),
+        (dict(vllm_tensor_parallel_size=2), "--vllm_tensor_parallel_size 2 .* give --vllm_tensor_parallel_size 1"),
+        (dict(vllm_structured_outputs_regex="a"), "leave --vllm_structured_outputs_regex away"),
+        (dict(generation_kwargs={"seed": 1}), "leave --generation_kwargs away"),
+        (dict(top_k=50), "--top_k 50 .* give --top_k 0, or --vllm_importance_sampling_correction false"),
+        (dict(top_p=0.9), "--top_p 0.9 .* give --top_p 1, or"),
+        (dict(min_p=0.1), "--min_p 0.1 .* give --min_p 0, or"),
+        (dict(repetition_penalty=1.1), "give --repetition_penalty 1, or"),
+        (dict(loss_type="vespo"), "give --vllm_importance_sampling_mode token_truncate"),
+    ],
+)
+def test_settings_that_vllm_does_not_go_with_are_refused(tmp_path, settings, message):
+    args = GRPOConfig(str(tmp_path), use_vllm=True, bf16=False, use_cpu=True, **settings)
+    with pytest.raises(ValueError, match=message):
+        check_rollout_engine(args, quantised=False)
+
+
+def test_settings_that_it_does_go_with(tmp_path):
+    args = GRPOConfig(str(tmp_path), use_vllm=True, bf16=False, use_cpu=True)
+    check_rollout_engine(args, quantised=False)
+    with pytest.raises(ValueError, match="not of 4 or 8 bits"):
+        check_rollout_engine(args, quantised=True)
+    args.vllm_importance_sampling_correction, args.top_k, args.top_p = False, 50, 0.9
+    check_rollout_engine(args, quantised=False)
+
+
+# What vLLM does
+
+
+@with_vllm
+def test_the_sampler_and_the_trainer_agree_before_and_after_updates(trainer):
+    assert largest_difference(trainer) < AGREED
+    for parts in (PARTS["language_model"], PARTS["audio_encoder"], PARTS["projector"]):
+        change(trainer.model, set(parts))
+        assert largest_difference(trainer) < AGREED, f"after a change of {parts}"
+
+
+@with_vllm
+def test_a_cache_that_is_not_reset_would_show(trainer, monkeypatch):
+    """The test above can fail: prompts' keys and values of the model before are another distribution."""
+    for parts in (PARTS["language_model"], PARTS["audio_encoder"]):
+        assert largest_difference(trainer) < AGREED
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer.vllm.llm, "reset_prefix_cache", lambda: None)
+            change(trainer.model, set(parts))
+            assert largest_difference(trainer) > 100 * AGREED
+    assert largest_difference(trainer) < AGREED
+    change(trainer.model, set(PARTS["language_model"]))
+    assert largest_difference(trainer, new_step=False) > 100 * AGREED, "weights that were not pushed"
+
+
+@with_vllm
+def test_greedy_rollouts_equal_the_built_in_ones(trainer, long_questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.vllm.sampling, "top_k", 1)
+    trainer.save_model(str(tmp_path / "saved"))
+    greedy = dict(use_vllm=False, generation_kwargs={"do_sample": False})
+    other = make_trainer(tmp_path / "saved", long_questions, tmp_path, **greedy)
+    for rows in (first_rows(trainer, 2, 4), first_rows(trainer, 4, 4)[8:]):
+        for one in (trainer, other):
+            one.model.train()
+            one.state.global_step += 1
+        found, expected = (one._generate_and_score_completions(rows)["completion_ids"] for one in (trainer, other))
+        assert torch.equal(found, expected)
+        assert len({tuple(row.tolist()) for row in found[:, 0]}) > 1, "all questions got one answer"
+
+
+@with_vllm
+def test_completions_follow_from_the_seed(trainer):
+    drawn = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        drawn.append(roll_out(trainer, new_step=False)["completion_ids"])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert len({tuple(row.tolist()) for row in drawn[0][0]}) > 1, "all completions of a group are one"
+
+
+@with_vllm
+def test_no_audio_token_is_sampled(trainer, monkeypatch):
+    audio = trainer.model.config.audio_token_id
+    kept = trainer.model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        trainer.model.lm_head.weight[audio] = 3 * kept[5]  # a model that would love to
+    output = roll_out(trainer)
+    assert not (output["completion_ids"] == audio).any()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.copy_(kept)
+
+
+@with_vllm
+def test_a_clip_that_is_not_forgotten_stops_the_run(trainer, monkeypatch):
+    """The other of the two caches, of which vLLM's two halves would disagree. The last test that uses this engine."""
+    roll_out(trainer)
+    monkeypatch.setattr(trainer.vllm.llm.llm_engine, "reset_encoder_cache", lambda: None)
+    with pytest.raises(RuntimeError, match="Encoder cache miss"):
+        roll_out(trainer)
+
+
+@with_vllm
+def test_adapters(model_30s, questions, tmp_path):
+    """In training itself: the difference is logged at every step, of which each changes the adapters."""
+    trainer = make_trainer(model_30s, questions, tmp_path, peft_config=LORA)
+    trainer.train()
+    steps = [step for step in trainer.state.log_history if "reward" in step]
+    assert len(steps) == 3 and all(step["grad_norm"] > 0 for step in steps)
+    assert all(step["sampling/sampling_logp_difference/max"] < AGREED for step in steps), steps
+
+
+@with_vllm
+@pytest.mark.parametrize("engine", ["ds_zero3"])
+def test_a_run_on_two_processes(model_30s, questions, tmp_path, engine):
+    skip_without_compiler(engine)
+    reward = "def reward(completions):\n    return [sum(c < 'n' for c in text) / max(len(text), 1) for text in completions]\n"
+    (tmp_path / "reward.py").write_text(reward)
+    done = run(
+        "sh", "run_grpo.sh", "--use_cpu", "true", "--use_vllm", "true", "--max_steps", "3", "--questions_per_step", "4",
+        "--num_generations", "4", "--max_completion_length", "8", "--top_k", "0", "--learning_rate", "1e-2",
+        "--report_to", "none", "--reward_funcs", f"{tmp_path}/reward.py:reward",
+        MODEL_NP=model_30s, DATA_FILE=questions, OUT_DIR=tmp_path / "run", GPU_NUM=2, MASTER_PORT=free_port(),
+        CONFIG=f"conf/{engine}.json" if engine else "",
+    )  # fmt: skip
+    assert "Traceback" not in done.stdout, done.stdout
+    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "reward" in step]
+    assert len(steps) == 3 and all(step["sampling/sampling_logp_difference/max"] < AGREED for step in steps), steps
+    assert all(before["kl"] != after["kl"] for before, after in pairwise(steps)), "the model did not change"
+    Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "run")
