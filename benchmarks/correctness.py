@@ -166,9 +166,11 @@ def check_all(settings: Settings, folder: Path) -> Iterator[Check]:
             do_sample=False,
         )
         yield from check_rollouts(trainer, engine)
-    batch = encode(processor, rows["prompt"], [load_audio(path) for path in rows["audio_path"]]).to(settings.device)
+    asked = rows[: settings.questions]
+    batch = encode(processor, asked["prompt"], [load_audio(path) for path in asked["audio_path"]]).to(settings.device)
     shape = settings.questions, settings.generations, settings.completion
-    ids = torch.randint(300, 1000, shape, device=settings.device)  # no special token
+    plain = set(range(len(processor.tokenizer))) - set(processor.tokenizer.all_special_ids)
+    ids = torch.tensor(sorted(plain))[torch.randint(len(plain), shape)].to(settings.device)
     yield from check_head(model, batch, ids)
     yield from check_passes(model, batch, ids)
     yield from check_engines(folder, settings.device.type == "cuda")
