@@ -7,10 +7,11 @@ set -u
 cd "$(dirname "$0")/.."
 
 OUT_DIR=${OUT_DIR:-exp/gpu}
-SIZE=${SIZE:-7b}             # of the models; the checks' is `small` at most
-CHECKS=${CHECKS:-small}
+SIZE=${SIZE:-7b}
+CHECKS=${CHECKS:-small}     # the size of the model that the checks are made on
 REPEATS=${REPEATS:-3}
-[ -n "${PYTHON:-}" ] || . ./setup_env.sh
+[ -n "${PYTHON:-}" ] || . ./setup_env.sh || exit 1
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"  # one: TRL refuses several in a process
 
 mkdir -p "$OUT_DIR" || exit 1
 failed=0

@@ -67,7 +67,8 @@ SIZES = {
         intermediate_size=11_008, initializer_range=0.02,
     ),
 }  # fmt: skip
-# How rollouts are made: settings of `RecipeConfig`. An engine beside the built-in one gets its line here.
+# How rollouts are made: settings of `RecipeConfig`. An engine beside the built-in one gets its line here, where its
+# package is installed: `--engine` and `correctness.py` go by it.
 ENGINES: dict[str, dict] = {"built-in": {}}
 
 

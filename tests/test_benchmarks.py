@@ -193,6 +193,7 @@ def test_all_that_a_gpu_is_asked_for_runs_and_a_part_that_is_there_is_skipped(tm
         "PYTHON": sys.executable,
     }
     options = ["--device", "cpu", "--questions", "1", "--generations", "2", "--seconds", "1", "--completion", "3"]
+    options += ["--dtype", "bfloat16", "--processes", "8"]  # as on a GPU
     done = run("sh", "benchmarks/gpu.sh", *options, **asked)
     assert "FAILED" not in done.stdout
     table = (tmp_path / "table.md").read_text()
