@@ -350,7 +350,10 @@ def build_grpo(
     )
     # TRL would load the reference from where the model came from.
     with patch("trl.trainer.grpo_trainer.create_model_from_path", lambda *args, **kwargs: reference):
-        return kind(model, [accuracy_reward, format_reward], args, rows, processor)
+        trainer = kind(model, [accuracy_reward, format_reward], args, rows, processor)
+    if settings.lora:  # TRL's copy of adapters that come with a model; new ones' reference is the base
+        trainer.model.delete_adapter("ref")
+    return trainer
 
 
 def common(settings: Settings) -> dict:

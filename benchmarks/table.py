@@ -21,7 +21,7 @@ def to_step(record: dict) -> list[str]:
     """Phases in rows, the ways side by side: seconds, and the share of the floor that was reached."""
     s, ways = record["settings"], record["ways"]
     lines = [
-        f"`step_time.py`, {s['size']}, {record['parameters'] / 1e9:.2f} G parameters, "
+        f"`step_time.py`, {s['size']}, {record['parameters']:,} parameters, "
         f"{'LoRA' if s['lora'] else 'all weights'}{', checkpointing' if s['checkpointing'] else ''}, "
         f"{s['dtype'].removeprefix('torch.')}: {s['questions']} questions x {s['generations']} completions of "
         f"{s['completion']} tokens, prompts of {s['prompt']} tokens, 1/{s['processes']} of the optimizer; "
