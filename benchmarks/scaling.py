@@ -71,7 +71,7 @@ def draw(records: dict[str, list[dict]], file: Path) -> None:
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("seconds a step (dashed: floor)")
-    panels[0].legend(frameon=False, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS), frameon=False)
     s = along[0]["settings"]
     figure.suptitle(f"{s['size']}, {s['dtype'].removeprefix('torch.')}, {along[0]['machine']['device']}", fontsize=10)
     figure.savefig(file, dpi=110)
