@@ -2,6 +2,7 @@
 
     python benchmarks/eval_speed.py                                  a small model, made here, on synthetic clips
     python benchmarks/eval_speed.py --model_path M --data_file mmau-test-mini.json --questions 256 --max_new_tokens 256
+    python benchmarks/eval_speed.py --size 7b                       Qwen2-Audio-7B's shape with random weights, on a GPU
 
 One line for each limit on new tokens. The small model's answers all reach it; the last limit is measured again with the
 end tokens' logits doubled: answers then end after any number of tokens, about 100 on average.
@@ -41,6 +42,8 @@ from evaluation.results import Run
 from model.checkpoints import load_model
 from model.qwen2_audio import end_ids
 from model.tiny import build_demo_model, build_processor
+from step_time import describe_machine
+from steps import SIZES, Settings, build, write_record
 
 CHOICES = ["a dog", "a church bell", "a passing car", "rain on a roof"]
 
@@ -102,23 +105,47 @@ def run_ours(
     return {id_: completion.text for id_, completion in completions.items()}
 
 
-def measure(loops: dict[str, Callable[[], dict]], repeats: int) -> str:
-    """Let the loops take turns; their times (the best of `repeats`), and how many of their answers are equal."""
+def measure(loops: dict[str, Callable[[], dict]], repeats: int) -> dict:
+    """Let the loops take turns; their seconds (the best of `repeats`), and how many of their answers are equal."""
     seconds, answers = {}, {}
     for _ in range(repeats):
         for name, loop in loops.items():
             start = time.perf_counter()
             answers[name] = loop()
             seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
-    (plain, ours), (expected, given) = seconds.values(), answers.values()
+    expected, given = answers.values()
     equal = sum(given[name] == text for name, text in expected.items())
-    times = "; ".join(f"{name} {took:.1f} s, {len(given) / took:.2f} questions/s" for name, took in seconds.items())
-    return f"{times}; {plain / ours:.2f} times as fast; {equal} of {len(given)} answers equal"
+    return {"seconds": seconds, "questions": len(given), "equal": equal}
+
+
+def to_line(found: dict) -> str:
+    """What `measure` found, in words."""
+    number = found["questions"]
+    each = [f"{name} {took:.1f} s, {number / took:.2f} questions/s" for name, took in found["seconds"].items()]
+    plain, ours = found["seconds"].values()
+    return f"{'; '.join(each)}; {plain / ours:.2f} times as fast; {found['equal']} of {number} answers equal"
+
+
+def load(args: argparse.Namespace, folder: Path, benchmark: Benchmark, dtype: torch.dtype, device: torch.device):
+    """The model to ask, and its processor."""
+    if not args.model_path:
+        # A vocabulary learned from the questions, so that prompts are as long in tokens as the real ones.
+        texts = [build_question(question.record["question"], CHOICES) for question in benchmark.questions]
+        processor = build_processor(texts, seconds=30, mel_bins=128)
+        if args.size:
+            processor.tokenizer.padding_side = "left"
+            return build(Settings(size=args.size, dtype=dtype, device=device), processor).eval(), processor
+        build_demo_model(folder / "model", processor)
+    processor = AutoProcessor.from_pretrained(args.model_path or folder / "model")
+    processor.tokenizer.padding_side = "left"
+    return load_model(args.model_path or folder / "model", dtype, device), processor
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Questions per second, against the plain loop.")
     parser.add_argument("--model_path", help="default: a small model with random weights")
+    parser.add_argument("--size", choices=list(SIZES), help="of a model with random weights instead, made in place")
+    parser.add_argument("--json", type=Path, help="write what was found to this file, too")
     parser.add_argument("--data_file", help="MMAU's questions, clips beside them; default: synthetic ones")
     parser.add_argument("--questions", type=int, default=96, help="how many, from the file's start")
     parser.add_argument("--batch_size", type=int, default=32, help="ours; the plain loop's is 32")
@@ -136,16 +163,11 @@ def main() -> None:
         folder = Path(temporary)
         benchmark = load_questions(args.data_file or make_questions(folder, args.questions))
         benchmark = Benchmark(**(vars(benchmark) | {"questions": benchmark.questions[: args.questions]}))
-        if not args.model_path:
-            # A vocabulary learned from the questions, so that prompts are as long in tokens as the real ones.
-            texts = [build_question(question.record["question"], CHOICES) for question in benchmark.questions]
-            build_demo_model(folder / "model", build_processor(texts, seconds=30, mel_bins=128))
-        processor = AutoProcessor.from_pretrained(args.model_path or folder / "model")
-        processor.tokenizer.padding_side = "left"
-        model = load_model(args.model_path or folder / "model", dtype, device)
+        model, processor = load(args, folder, benchmark, dtype, device)
         cases = [(limit, "") for limit in args.max_new_tokens]
         if not args.model_path:
             cases.append((args.max_new_tokens[-1], ", answers of any length"))
+        record = {"size": args.size, "machine": describe_machine(device), "dtype": str(dtype), "cases": []}
         for limit, ending in cases:
             if ending:
                 model.lm_head.weight.data[end_ids(processor)] *= 2
@@ -154,7 +176,11 @@ def main() -> None:
                 "plain loop": lambda asked=asked: run_plain(*asked),
                 "ours": lambda asked=asked: run_ours(*asked, args.batch_size, args.workers),
             }
-            print(f"{limit} tokens{ending}: {measure(loops, args.repeats)}", flush=True)
+            found = measure(loops, args.repeats)
+            print(f"{limit} tokens{ending}: {to_line(found)}", flush=True)
+            record["cases"].append({"case": f"{limit} tokens{ending}"} | found)
+    if args.json:
+        write_record(args.json, record)
 
 
 if __name__ == "__main__":

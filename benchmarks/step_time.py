@@ -1,115 +1,176 @@
-"""Policy pass (log-probs, loss, gradients) of one question, in one run: row by row; with the shared prompt; and with
-the encoder on the frames that hold audio, too, as training does it.
+"""Time of one optimizer step's share of one process, by its phases, against row by row and supervised fine-tuning.
 
-    python benchmarks/step_time.py                      a small model of random weights, on a CPU
-    python benchmarks/step_time.py --model FOLDER       a model of yours, on a GPU with --device cuda --dtype bfloat16
+    python benchmarks/step_time.py                                     70 M random weights, on a CPU or the GPU
+    python benchmarks/step_time.py --size 7b --checkpointing --json step.json      Qwen2-Audio-7B's shape, made in place
 
-A 10 s clip (250 audio tokens), 60 tokens of text, G completions of C tokens. Prints the median of the timed passes, and
-how far the two ways' log-probs are apart. Row by row is `tests/row_by_row.py`, which the tests hold ours to.
+The three (`steps.py`) take turns; medians. All completions have the full length. Beside the seconds of each phase stand
+the matrix operations that it needs, and its floor (`floor.py`): the least time that they could take at the rates that
+this device was measured at just before; and how often the host waits for the device. Waiting where phases begin and end
+is this script's own; what `Trainer` logs between steps is left out.
 """
 
 import argparse
+import platform
 import statistics
-import sys
-import time
-from contextlib import nullcontext
+import tempfile
+from dataclasses import asdict, fields
 from pathlib import Path
-from unittest.mock import patch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch
-from transformers import Qwen2AudioForConditionalGeneration
-from trl.trainer.utils import add_fused_lm_head
 
-import row_by_row
-from model.tiny import build_model, build_processor
-from trainer import shared_prompt
-from trainer.grpo_trainer import AUDIO_INPUTS
-from trainer.shared_prompt import pack, score, unpack
-
-AUDIO_TOKENS, FRAMES, TEXT_TOKENS = 250, 1000, 60
+from floor import PHASES, ROW_BY_ROW, SHARED, SUPERVISED, WAYS, count, measure_rates
+from steps import ENGINES, SIZES, Phases, Settings, build_contenders, count_waits_and_memory, write_record
 
 
-def build_small() -> Qwen2AudioForConditionalGeneration:
-    """About 70 M parameters, the real 30 s window, a vocabulary of 32,000."""
-    processor = build_processor([], mel_bins=128, seconds=30)
-    processor.tokenizer.add_tokens([f"word {number}" for number in range(32_000 - len(processor.tokenizer))])
-    audio = {"audio_size": 384, "audio_layers": 6, "audio_heads": 6}
-    return build_model(processor, **audio, hidden_size=512, layers=8, heads=8, initializer_range=0.02)
+def measure(settings: Settings, repeats: int) -> dict:
+    """The record of a comparison: settings, machine, rates; of each way medians of its phases, and what was counted."""
+    device = settings.device
+    rates = measure_rates(device, settings.dtype)
+    taken: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = build_contenders(settings, Path(folder), steps=repeats + 2)
+        for contender in contenders.values():  # kernels are chosen, the optimizer's state is made
+            contender.step(Phases(device))
+        watched = {way: count_waits_and_memory(contender, device) for way, contender in contenders.items()}
+        for _ in range(repeats):
+            for way, contender in contenders.items():
+                contender.step(phases := Phases(device))
+                taken[way].append(dict(phases.seconds))
+        one = contenders[SHARED]
+        config, stepped, parameters = (
+            one.base.config,
+            one.stepped,
+            sum(weight.numel() for weight in one.base.parameters()),
+        )
+    ways = {}
+    for way in WAYS:
+        work = count(config, settings.shape, way, stepped, settings.dtype.itemsize, settings.lora)
+        totals = [sum(step.values()) for step in taken[way]]
+        ways[way] = {
+            "step": statistics.median(totals),
+            "fastest": min(totals),
+            "slowest": max(totals),
+            "seconds": {
+                name: statistics.median(step.get(name, 0) for step in taken[way]) for name in (*PHASES, "other")
+            },
+            "operations": {name: part.operations for name, part in work.items()},
+            "bytes": {name: part.bytes for name, part in work.items()},
+            "floor": {name: rates.seconds(part) for name, part in work.items()},
+            "host_waits": watched[way][0],
+            "peak_bytes": watched[way][1],
+        }
+    about = {"settings": describe_settings(settings), "machine": describe_machine(device), "rates": asdict(rates)}
+    return about | {"parameters": parameters, "repeats": repeats, "ways": ways}
 
 
-def make_question(model, generations: int, length: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """(prompt tensors of one question, completion ids and mask (1, G, C)), drawn at random."""
-    config, device = model.config, model.device
-    text = torch.randint(10, 1000, (1, TEXT_TOKENS))  # no special token of the small model
-    audio = torch.full((1, AUDIO_TOKENS), config.audio_token_id)
-    prompt = torch.cat([text[:, :20], audio, text[:, 20:]], dim=1)
-    window = config.audio_config.max_source_positions * 2
-    prompts = {
-        "input_ids": prompt,
-        "attention_mask": torch.ones_like(prompt),
-        "input_features": torch.randn(1, config.audio_config.num_mel_bins, window, dtype=model.dtype),
-        "feature_attention_mask": (torch.arange(window) < FRAMES).long()[None],
+def describe_settings(settings: Settings) -> dict:
+    """As JSON has them."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
+    return plain | {"prompt": settings.shape.prompt}
+
+
+def describe_machine(device: torch.device) -> dict:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "gpu": device.type == "cuda",
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
-    ids = torch.randint(10, 1000, (1, generations, length), device=device)
-    return {key: value.to(device) for key, value in prompts.items()}, ids, torch.ones_like(ids)
 
 
-def shared_log_probs(model, prompts: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(1, G, C) log-probs as the trainer computes them."""
-    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
-    outputs = score(model, model, packed, {key: prompts[key] for key in AUDIO_INPUTS})
-    return unpack(outputs.log_probs, packed, ids.shape[1], ids.shape[2]).view(ids.shape)
+def prefixed(number: float) -> str:
+    """Three digits, and the prefix of a unit.
+
+    >>> prefixed(1_234_000), prefixed(5e14)
+    ('1.23 M', '500 T')
+    """
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}"
+    return f"{number / 1e3:.3g} k"
 
 
-def shared_log_probs_of_whole_windows(model, prompts: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The same with the model's own encoder pass, which takes nothing but 30 s."""
-    with patch.object(shared_prompt, "needed_frames_only", nullcontext):
-        return shared_log_probs(model, prompts, ids, mask)
+def to_lines(record: dict) -> list[str]:
+    """The record in words and tables."""
+    s, machine, rates = (record[key] for key in ("settings", "machine", "rates"))
+    trained = "LoRA" if s["lora"] else "all weights"
+    lines = [
+        f"{s['size']}, {prefixed(record['parameters'])} parameters, {trained}"
+        f"{', checkpointing' if s['checkpointing'] else ''}, {s['dtype'].removeprefix('torch.')}, "
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}",
+        f"{s['questions']} questions x {s['generations']} completions of {s['completion']} tokens, prompts of "
+        f"{s['prompt']}, clips of {s['seconds']:g} s; rollouts: {s['engine']}; 1/{s['processes']} of the optimizer",
+        f"measured: {prefixed(rates['operations'])}op/s, {prefixed(rates['bytes'])}B/s",
+    ]
+    for name, way in record["ways"].items():
+        floor = sum(way["floor"].values())
+        lines += [
+            "",
+            f"{name}: {way['step']:.3f} s a step ({way['fastest']:.3f} to {way['slowest']:.3f}), "
+            f"{prefixed(sum(way['operations'].values()))}op, floor {floor:.3f} s, {floor / way['step']:.0%} reached; "
+            f"{prefixed(way['peak_bytes'])}B at most, the host waits {way['host_waits']} times",
+            f"  {'phase':<15}{'s':>9}{'operations':>13}{'floor s':>10}{'reached':>9}",
+        ]
+        for phase, seconds in way["seconds"].items():
+            if not seconds and phase not in way["floor"]:
+                continue
+            line = f"  {phase:<15}{seconds:>9.4f}"
+            if phase in way["floor"]:
+                least = way["floor"][phase]
+                operations = way["operations"][phase]
+                line += f"{prefixed(operations) if operations else '':>13}{least:>10.4f}{least / seconds:>9.0%}"
+            lines.append(line)
+    slow, fast, supervised = (record["ways"][way] for way in (ROW_BY_ROW, SHARED, SUPERVISED))
+    fewer = sum(slow["operations"].values()) / sum(fast["operations"].values())
+    lines += [
+        "",
+        f"{SHARED}: {slow['step'] / fast['step']:.2f} times as fast as {ROW_BY_ROW}, with {fewer:.2f} times fewer "
+        f"operations; {fast['step'] / supervised['step']:.2f} times the seconds of a supervised step",
+    ]
+    return lines
 
 
-def measure(log_probs, model, question, repeats: int) -> tuple[float, torch.Tensor]:
-    """(median seconds of a forward and backward pass, log-probs); the first pass is not timed."""
-    seconds = []
-    for _ in range(repeats + 1):
-        model.zero_grad()
-        start = time.perf_counter()
-        values = log_probs(model, *question)
-        values.sum().backward()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]), values.detach().float()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of `Settings`, by which all benchmarks of a step go."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="of the model, which has random weights")
+    parser.add_argument("--questions", type=int, default=2, help="per process and optimizer step; the paper's is 2")
+    parser.add_argument("--generations", type=int, default=8, help="completions per question, G")
+    parser.add_argument("--seconds", type=float, default=10, help="length of a clip, 0.1 to 30")
+    parser.add_argument("--text", type=int, default=60, help="tokens of a prompt beside those of its audio")
+    parser.add_argument("--completion", type=int, default=16, help="tokens of each completion, at least 2")
+    parser.add_argument("--lora", action="store_true", help="train adapters, as --use_peft true does")
+    parser.add_argument("--checkpointing", action="store_true", help="as --activation_checkpointing true")
+    parser.add_argument(
+        "--engine", choices=list(ENGINES), default="built-in", help="what makes this project's rollouts"
+    )
+    parser.add_argument(
+        "--processes", type=int, help="that share the optimizer, as under ZeRO; default: 8 for 7b, else 1"
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if on_gpu else "cpu"))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU and for 7b")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of which the median counts")
+
+
+def to_settings(args: argparse.Namespace) -> Settings:
+    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    big = args.size == "7b"
+    values["processes"] = args.processes or (8 if big and not args.lora else 1)
+    values["dtype"] = getattr(torch, args.dtype or ("bfloat16" if big or args.device.type == "cuda" else "float32"))
+    return Settings(**values)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the policy pass of one question, three ways.")
-    parser.add_argument("--model", help="folder of a Qwen2-Audio; default: a small one of random weights")
-    parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--length", type=int, default=16, help="tokens of each completion")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser = argparse.ArgumentParser(description="Time one optimizer step, by its phases.")
+    add_options(parser)
+    parser.add_argument("--json", type=Path, help="write the record to this file, too")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(args.model) if args.model else build_small()
-    model = model.to(args.device, getattr(torch, args.dtype)).train()
-    add_fused_lm_head(model)
-    question = make_question(model, args.generations, args.length)
-    slow, expected = measure(row_by_row.log_probs, model, question, args.repeats)
-    whole, _ = measure(shared_log_probs_of_whole_windows, model, question, args.repeats)
-    fast, found = measure(shared_log_probs, model, question, args.repeats)
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(
-        f"{size:.0f} M parameters, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, "
-        f"G = {args.generations}, {args.length} tokens"
-    )
-    print(f"row by row                     {slow:.3f} s")
-    for name, seconds in (("shared prompt, whole windows", whole), ("shared prompt, needed frames", fast)):
-        print(f"{name:<29}  {seconds:.3f} s, {slow / seconds:.1f} times as fast")
-    print(f"log-probs differ by at most {(found - expected).abs().max():.1e}")
+    record = measure(to_settings(args), args.repeats)
+    print("\n".join(to_lines(record)))
+    if args.json:
+        write_record(args.json, record)
 
 
 if __name__ == "__main__":

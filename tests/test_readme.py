@@ -292,7 +292,8 @@ def test_the_papers_results_are_the_papers():
 def test_pages_are_short_and_pictures_small():
     assert len(README.splitlines()) < 300 and len(TEXTS["CONTRIBUTING.md"].splitlines()) < 100
     pictures = [*(ROOT / "docs" / "img").iterdir()]
-    assert {path.name for path in pictures} == set(re.findall(r"\(docs/img/([\w.]+)\)", README))
+    linked = {page: re.findall(r"\((?:docs/)?img/([\w.]+)\)", text) for page, text in TEXTS.items()}
+    assert {path.name for path in pictures} == {name for names in linked.values() for name in names}
     assert all(path.stat().st_size < 150_000 for path in pictures)
 
 

@@ -2,6 +2,7 @@
 same work: python train_on_fixed_completions.py MODEL DATA OUTPUT CONFIG LOG [CHECKPOINT to go on from]. Not a test itself: test_train.py runs it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,8 +35,11 @@ def vowels(completions, **kwargs) -> list[float]:
 
 
 def main(model: str, data: str, output: str, config: str, log: str, start: str | None = None) -> None:
+    on_gpu = (
+        "FIXED_COMPLETIONS_ON_GPU" in os.environ
+    )  # of `benchmarks/correctness.py`; tests may have more processes than GPUs
     args = RecipeConfig(
-        output, use_cpu=True, deepspeed=config or None, max_steps=2, save_steps=1, keep_optimizer="all", questions_per_step=4,
+        output, use_cpu=not on_gpu, bf16=False, deepspeed=config or None, max_steps=2, save_steps=1, keep_optimizer="all", questions_per_step=4,
         num_generations=GENERATIONS, learning_rate=1e-2, lr_scheduler_type="constant", beta=0.1, report_to="none",
         shuffle_dataset=False,
     )  # fmt: skip

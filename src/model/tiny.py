@@ -62,12 +62,15 @@ def build_model(
     hidden_size: int = 128,
     layers: int = 2,
     heads: int = 4,
+    intermediate_size: int | None = None,
+    vocab_size: int | None = None,
     initializer_range: float = 0.1,
 ) -> Qwen2AudioForConditionalGeneration:
     """A Qwen2-Audio with random weights (float32, in training mode) for this processor.
 
-    Its encoder is `audio_size` wide, its language model `hidden_size`. Large models take an `initializer_range` of
-    0.02; at this width so small a value learned nothing in 60 steps in which 0.1 came to 80%.
+    Its encoder is `audio_size` wide, its language model `hidden_size`, and 3 times that within its layers unless
+    `intermediate_size` says otherwise; `vocab_size` may be larger than the processor's. Large models take an
+    `initializer_range` of 0.02; at this width so small a value learned nothing in 60 steps in which 0.1 came to 80%.
     """
     tokenizer, extractor = processor.tokenizer, processor.feature_extractor
     pad = {"bos_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -81,12 +84,12 @@ def build_model(
         initializer_range=initializer_range,
     )
     text = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size or len(tokenizer),
         hidden_size=hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        intermediate_size=3 * hidden_size,
+        intermediate_size=intermediate_size or 3 * hidden_size,
         initializer_range=initializer_range,
         eos_token_id=tokenizer.eos_token_id,
         **pad,

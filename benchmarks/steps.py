@@ -1,0 +1,404 @@
+"""The three that are compared, and how one optimizer step of theirs is taken, timed and counted: GRPO row by row, this
+project's GRPO, and supervised fine-tuning on the same questions.
+
+All are real trainers on one model, driven through their own methods as `Trainer.train` drives them; logging, callbacks
+and the schedule are left out. Row by row is TRL's trainer with what TRL, ms-swift and the original do: prompt and audio
+of a question G times, whole windows of 30 s, in rollout, reference and policy pass.
+
+Shapes: N questions, G generations, P prompt tokens, C completion tokens.
+"""
+
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import soundfile
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2AudioProcessor
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+import row_by_row
+from arguments import AudioModelConfig
+from dataset.audio import SAMPLE_RATE
+from dataset.encode import count_audio_tokens, count_text_tokens
+from dataset.prompt import build_solution
+from dataset.rows import write_whole
+from floor import ROW_BY_ROW, SHARED, SUPERVISED, Shape, now
+from model import generation
+from model.qwen2_audio import base_model, freeze_parts
+from model.tiny import build_model, build_processor
+from model.without_storage import PeakMemory
+from train import RecipeConfig
+from train_sft import SFTRecipeConfig
+from trainer import grpo_trainer
+from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.sft_trainer import AudioSFTTrainer
+from utils.rewards import accuracy_reward, format_reward
+
+# Widths, depths and vocabularies; `7b` is Qwen2-Audio-7B's.
+SIZES = {
+    "tiny": {"initializer_range": 0.02},
+    "small": dict(
+        audio_size=384, audio_layers=6, audio_heads=6, hidden_size=512, layers=8, heads=8, vocab_size=32_000,
+        initializer_range=0.02,
+    ),
+    "7b": dict(
+        audio_size=1280, audio_layers=32, audio_heads=20, hidden_size=4096, layers=32, heads=32, vocab_size=156_032,
+        intermediate_size=11_008, initializer_range=0.02,
+    ),
+}  # fmt: skip
+# How rollouts are made: settings of `RecipeConfig`. An engine beside the built-in one gets its line here, where its
+# package is installed: `--engine` and `correctness.py` go by it.
+ENGINES: dict[str, dict] = {"built-in": {}}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared."""
+
+    size: str = "small"  # one of SIZES
+    questions: int = 2  # N, per process and optimizer step
+    generations: int = 8  # G
+    seconds: float = 10  # of a clip
+    text: int = 60  # tokens of a prompt beside those of its audio
+    completion: int = 16  # C
+    lora: bool = False
+    checkpointing: bool = False
+    engine: str = "built-in"  # one of ENGINES
+    processes: int = 1  # that share the optimizer's work, as under ZeRO
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> Shape:
+        samples = round(self.seconds * SAMPLE_RATE)
+        prompt = count_audio_tokens(samples) + self.text
+        return Shape(self.questions, self.generations, -(-samples // 160), prompt, self.completion)
+
+
+def build_processor_of_30_seconds() -> Qwen2AudioProcessor:
+    processor = build_processor([], vocab_size=1000, mel_bins=128, seconds=30)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def build(settings: Settings, processor: Qwen2AudioProcessor):
+    """The model with random weights, made on its device, in its dtype; with adapters if these are what is trained."""
+    torch.manual_seed(0)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(settings.dtype)
+    try:
+        with settings.device:
+            model = build_model(processor, **SIZES[settings.size]).to(settings.dtype)
+    finally:
+        torch.set_default_dtype(usual)
+    if settings.lora:
+        model = get_peft_model(model, AudioModelConfig(use_peft=True).adapters()).to(settings.dtype)
+    if settings.checkpointing:
+        base_model(model).activation_checkpointing_enable({"use_reentrant": False})
+        if settings.lora:
+            model.enable_input_require_grads()
+    freeze_parts(model, ())
+    return model
+
+
+def make_questions(folder: Path, settings: Settings, processor: Qwen2AudioProcessor, steps: int) -> Dataset:
+    """N questions with clips of their own, again for each of `steps`. Prompts and answers have exactly the tokens asked
+    for: digits, each of which is a token of its own."""
+    rng = np.random.default_rng(0)
+    (least,) = count_text_tokens(processor, [""])
+    if settings.text < least:
+        raise ValueError(f"--text {settings.text}: the template of a prompt alone takes {least} tokens")
+    rows = []
+    for number in range(settings.questions):
+        path = folder / f"{number}.wav"
+        soundfile.write(path, rng.normal(scale=0.05, size=round(settings.seconds * SAMPLE_RATE)), SAMPLE_RATE)
+        prompt, answer = (
+            "".join(map(str, rng.integers(10, size=length)))
+            for length in (settings.text - least, settings.completion - 1)  # the answer's last token is its end
+        )
+        rows.append(
+            {
+                "prompt": prompt,
+                "solution": build_solution(answer),
+                "audio_path": str(path),
+                "style": "choice",
+                "row": number,
+            }
+        )
+    return Dataset.from_list(rows * (steps + 1))  # a batch is fetched ahead
+
+
+class RowByRow(AudioGRPOTrainer):
+    """This project's trainer, with rollouts and log-probs as they are elsewhere."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        kwargs = {"generation_kwargs": self.generation_kwargs}
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **kwargs) as model:
+            completions = row_by_row.generate(
+                model,
+                row_by_row.as_inputs(self._questions),
+                num_generations,
+                generation_config=self.generation_config,
+            )
+        return completions.tolist(), None  # all of the full length
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **wanted
+    ):
+        """TRL's own, whose calls of the model get the clips: each once for every completion."""
+        base = base_model(model)
+        prompts = {"input_ids": input_ids, "attention_mask": attention_mask, **self._clips}
+        window = row_by_row.whole_windows(base, prompts)
+        clips = {key: window[key].repeat_interleave(self.num_generations, dim=0) for key in row_by_row.AUDIO_INPUTS}
+        chunks = zip(*(clip.split(batch_size or len(input_ids)) for clip in clips.values()), strict=True)
+
+        def add_clips(backbone, args, kwargs):
+            return args, kwargs | dict(zip(clips, next(chunks), strict=True))
+
+        with base.model.register_forward_pre_hook(add_clips, with_kwargs=True):
+            return GRPOTrainer._get_per_token_logps_and_entropies(
+                self, model, input_ids, attention_mask, logits_to_keep, batch_size, **wanted
+            )
+
+
+class Phases:
+    """Seconds of each phase, less those of phases within it. Where one begins or ends, the device is waited for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @property
+    def current(self) -> str:
+        return self._open[-1]
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._account()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._account()
+            self._open.pop()
+
+    def _account(self) -> None:
+        moment = now(self.device)
+        if self._open:
+            self.seconds[self._open[-1]] += moment - self._since
+        self._since = moment
+
+    def timed(self, name: str | Callable[..., str], function: Callable) -> Callable:
+        """`function` as a phase of this name, or of that which `name` gives for its arguments."""
+
+        @wraps(function)
+        def wrapper(*args, **kwargs):
+            with self(name if isinstance(name, str) else name(*args, **kwargs)):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the operators after which the host waits for the device: a value is asked for (`.item()`), a shape follows
+    from values (`nonzero`, boolean indices), or a tensor is copied to the host. On a CPU copies cannot be told."""
+
+    _aten = torch.ops.aten
+    WAITING = {
+        _aten._local_scalar_dense.default,
+        _aten.nonzero.default,
+        _aten.masked_select.default,
+        _aten._unique2.default,
+        _aten.repeat_interleave.Tensor,
+        _aten.equal.default,
+    }
+    INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+    COPYING = {_aten._to_copy.default, _aten.copy_.default}
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.count = device, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type == self.device.type for tensor in given):
+            by_shape = func in self.INDEXING and any(getattr(index, "dtype", None) == torch.bool for index in args[1])
+            to_host = func in self.COPYING and output.device.type == "cpu" != self.device.type
+            self.count += func in self.WAITING or by_shape or to_host
+        return output
+
+
+class Contender:
+    """One of those that are compared: a trainer, its batches, and the optimizer that all of them step."""
+
+    def __init__(self, trainer, optimizer: torch.optim.Optimizer):
+        self.trainer, self.optimizer, self.model = trainer, optimizer, trainer.model
+        self.base = base_model(trainer.model)
+        self.forward = self.base.forward  # with the head that this trainer has given it
+        self.batches = iter(trainer.get_train_dataloader())
+
+    @property
+    def stepped(self) -> int:
+        """Parameters that the optimizer steps on."""
+        return sum(parameter.numel() for group in self.optimizer.param_groups for parameter in group["params"])
+
+    def step(self, phases: Phases) -> None:
+        """One optimizer step."""
+        trainer = self.trainer
+        self.base.forward = self.forward
+        with self._watched(phases), phases("other"):
+            with phases("data"):
+                accumulation = trainer.args.gradient_accumulation_steps
+                batches, items = trainer.get_batch_samples(self.batches, accumulation, trainer.args.device)
+            trainer.current_gradient_accumulation_steps = len(batches)
+            for batch in batches:
+                trainer.training_step(self.model, batch, items)
+            with phases("optimizer"):
+                trainer._get_grad_norm(self.model, grad_norm=trainer._clip_grad_norm(self.model))
+                self.optimizer.step()
+                self.model.zero_grad()
+
+    @contextmanager
+    def _watched(self, phases: Phases) -> Iterator[None]:
+        """Within this context, what the trainer does is attributed to phases."""
+        trainer, base = self.trainer, self.base
+
+        def policy_or_reference(*args, **kwargs) -> str:
+            return "policy forward" if torch.is_grad_enabled() else "reference"
+
+        def model_in_rollout(*args, **kwargs) -> str:
+            prompts = phases.current == "decoding" and kwargs["input_ids"].shape[1] > 1
+            return "prefill" if prompts else phases.current
+
+        def encoder_in_rollout(*args, **kwargs) -> str:
+            return "encoder" if phases.current == "prefill" else phases.current
+
+        parts: list[tuple] = [
+            (trainer, "compute_loss", "policy forward"),
+            (trainer.accelerator, "backward", "backward"),
+        ]
+        if isinstance(trainer, AudioGRPOTrainer):
+            parts += [
+                (trainer, "_load_clips", "data"),
+                (grpo_trainer, "encode", "data"),
+                (trainer, "_generate_single_turn", "decoding"),
+                (generation, "embed_prompts", "encoder"),
+                (grpo_trainer, "prefill", "prefill"),
+                (trainer, "_calculate_rewards", "rewards"),
+                (trainer, "_get_per_token_logps_and_entropies", policy_or_reference),
+            ]
+        if isinstance(trainer, RowByRow):  # whose rollouts are `generate` alone
+            parts += [(base, "forward", model_in_rollout), (base.model.audio_tower, "forward", encoder_in_rollout)]
+        with ExitStack() as stack:
+            for owner, name, phase in parts:
+                stack.enter_context(patch.object(owner, name, phases.timed(phase, getattr(owner, name))))
+            yield
+
+
+def build_contenders(settings: Settings, folder: Path, steps: int) -> dict[str, Contender]:
+    """Those of WAYS by their names, on one model, with data for so many steps; their files go to `folder`."""
+    processor = build_processor_of_30_seconds()
+    rows = make_questions(folder, settings, processor, steps)
+    model = build(settings, processor)
+    reference = None if settings.lora else deepcopy(model).eval()
+    optimizer = build_optimizer(model, settings.processes)
+    grpo = model, reference, rows, processor, folder
+    sft = SFTRecipeConfig(str(folder), **common(settings))
+    return {  # each is made before the next trainer gives the model another head
+        ROW_BY_ROW: Contender(build_grpo(RowByRow, replace(settings, engine="built-in"), *grpo), optimizer),
+        SHARED: Contender(build_grpo(AudioGRPOTrainer, settings, *grpo), optimizer),
+        SUPERVISED: Contender(AudioSFTTrainer(model, sft, rows, processor), optimizer),
+    }
+
+
+def build_grpo(
+    kind: type[AudioGRPOTrainer], settings: Settings, model, reference, rows, processor, folder: Path, **sampling
+):
+    """A GRPO trainer of this kind with the paper's recipe; completions have the full length."""
+    args = RecipeConfig(
+        str(folder),
+        num_generations=settings.generations,
+        max_completion_length=settings.completion,
+        generation_kwargs={"min_new_tokens": settings.completion, **sampling},
+        shuffle_dataset=False,
+        **common(settings),
+        **ENGINES[settings.engine],
+    )
+    # TRL would load the reference from where the model came from.
+    with patch("trl.trainer.grpo_trainer.create_model_from_path", lambda *args, **kwargs: reference):
+        trainer = kind(model, [accuracy_reward, format_reward], args, rows, processor)
+    if settings.lora:  # TRL's copy of adapters that come with a model; new ones' reference is the base
+        trainer.model.delete_adapter("ref")
+    return trainer
+
+
+def common(settings: Settings) -> dict:
+    """Arguments of all trainers."""
+    return {
+        "use_cpu": settings.device.type == "cpu",
+        "bf16": False,  # the weights are in what they are in, as under an engine
+        "activation_checkpointing": settings.checkpointing,
+        "questions_per_step": settings.questions,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def build_optimizer(model: torch.nn.Module, processes: int) -> torch.optim.Optimizer:
+    """AdamW on one process's share of the trained weights, as ZeRO has it: tensors are taken while they fit into it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    room = sum(parameter.numel() for parameter in trained) // processes
+    share = []
+    for parameter in trained:
+        if parameter.numel() <= room:
+            share.append(parameter)
+            room -= parameter.numel()
+    return torch.optim.AdamW(share, lr=1e-6, fused=True)
+
+
+def count_waits_and_memory(contender: Contender, device: torch.device) -> tuple[int, int]:
+    """(times that the host waits for the device, most bytes held at once) of a step, which is slower for being watched:
+    on a GPU the allocator says what is held, on a CPU every operator is followed."""
+    reference = getattr(contender.trainer, "ref_model", None)
+    models = [model for model in (contender.model, reference) if model is not None]
+    held = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    held += [leaf for leaf in tree_leaves(dict(contender.optimizer.state)) if isinstance(leaf, torch.Tensor)]
+    waits = Synchronisations(device)
+    if device.type == "cuda":
+        others = torch.cuda.memory_allocated(device) - sum(tensor.nbytes for tensor in held)  # of the other contenders
+        torch.cuda.reset_peak_memory_stats(device)
+        with waits:
+            contender.step(Phases(device))
+        return waits.count, torch.cuda.max_memory_allocated(device) - others
+    with PeakMemory(held) as memory, waits:
+        contender.step(Phases(device))
+    return waits.count, memory.peak
+
+
+def write_record(path: Path, record: dict) -> None:
+    """As JSON, whole or not at all."""
+    write_whole(path, json.dumps(record, indent=1) + "\n")
