@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from conftest import write_tone
-from dataset.audio import SAMPLE_RATE, count_samples, examine_clip, load_audio
+from dataset.audio import SAMPLE_RATE, count_samples, examine_clip, load_audio, resample
 
 FORMATS = {
     "plain.wav": dict(),
@@ -23,6 +23,15 @@ FORMATS = {
     "ogg": dict(format="OGG", subtype="VORBIS"),
     'it\'s "quoted" 狗.flac': dict(format="FLAC"),
 }
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_resampling_is_librosas_to_the_last_bit(rate):
+    """The paper's code resampled with librosa, which takes seconds to import."""
+    import librosa
+
+    mono = np.random.default_rng(rate).normal(scale=0.1, size=rate + 7).astype(np.float32)
+    np.testing.assert_array_equal(resample(mono, rate), librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE))
 
 
 @pytest.mark.parametrize("name", FORMATS)
