@@ -303,10 +303,9 @@ class Contender:
         ]
         if isinstance(trainer, AudioGRPOTrainer):
             parts += [
-                (trainer, "_load_clips", "data"),
-                (grpo_trainer, "encode", "data"),
                 (trainer, "_generate_single_turn", "decoding"),
-                (generation, "embed_prompts", "encoder"),
+                (generation, "encode_clips", "encoder"),
+                (grpo_trainer, "encode_clips", "encoder"),
                 (grpo_trainer, "prefill", "prefill"),
                 (trainer, "_calculate_rewards", "rewards"),
                 (trainer, "_get_per_token_logps_and_entropies", policy_or_reference),

@@ -66,12 +66,14 @@ def policy(model, batch: Batch) -> None:
 def reference(model, batch: Batch) -> None:
     """As the trainer takes it, a question at a time."""
     accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=nullcontext)
-    trainer = SimpleNamespace(accelerator=accelerator, _clips=batch.audio_inputs)
+    trainer = object.__new__(AudioGRPOTrainer)  # with what the method reads
+    vars(trainer).update(accelerator=accelerator, _clips=batch.audio_inputs, _idle=[], use_vllm=False)
+    trainer.ref_model = trainer._reference = None
     ids = batch.input_ids.repeat_interleave(S.generations, dim=0)
     ids = torch.cat([ids, ids.new_ones(len(ids), S.completion)], dim=1)
     with torch.no_grad():
-        logps, _, _ = AudioGRPOTrainer._get_per_token_logps_and_entropies(
-            trainer, model.eval(), ids, torch.ones_like(ids), S.completion, S.generations
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            model.eval(), ids, torch.ones_like(ids), S.completion, S.generations
         )
     assert logps.shape == (len(ids), S.completion) and logps.device == model.device
 

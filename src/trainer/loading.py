@@ -5,8 +5,10 @@ also what a batch is: TRL's loader hands out a question's row G times, and again
 Shapes: N questions, G generations.
 """
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from transformers import ProcessorMixin
 from trl.trainer.utils import RepeatSampler
 
 from dataset.encode import Batch, encode, load_or_replace
+
+DIES_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
 
 class LoadsAhead:
@@ -47,7 +51,10 @@ class LoadsAhead:
 
 def begin_worker(usual: Callable[[int], None] | None, worker: int) -> None:
     """What a loader's process does first. Signals are its parent's to answer, who finishes a step and saves: a group of
-    processes gets them all, and what a fork inherits would tell the parent of a second one. It ends with its parent."""
+    processes gets them all, and what a fork inherits would tell the parent of a second one. It ends with its parent:
+    else, if that is killed, it may wait for ever for it to read."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers warn of the fork
