@@ -180,7 +180,7 @@ class RunArguments:
         help="Before step 1, try the largest micro-batch that the data can give, and throw it away. Default: on a GPU.",
     )
     dataloader_num_workers: int = HfArg(
-        default=1, help="Processes that decode and encode the next clips while a step computes; 0: the step waits."
+        default=0, help="Processes that decode and encode the next clips while a step computes; 0: the step waits."
     )
     ddp_timeout: int = HfArg(
         default=1800, help="Seconds that a process waits for the others, before it takes one for dead and ends the run."

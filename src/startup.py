@@ -308,7 +308,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
         reason = str(error).rpartition("DataError: ")[2].strip()
         end_with(RunEnded(f"{reason}. {describe_newest(Path(args.output_dir))}"), trainer)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # a mistake in one is "in DataLoader worker process"
             raise
         reason = f"a process that decodes clips ahead is gone ({str(error).partition('. ')[0]}): out of memory?"
         remedy = f"{describe_newest(Path(args.output_dir))}. --dataloader_num_workers 0 does without such processes"

@@ -2,10 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
 
+import startup
+from conftest import ROOT
 from dataset.rows import DataError
 from test_grpo_trainer import length_reward, make_trainer
 from trainer import loading
@@ -84,3 +88,46 @@ def test_signals_are_the_trainers_to_answer(small_model, questions, tmp_path):
         os.kill(worker.pid, number)
     loaded = [row["questions"].rows for rows in batches if (row := rows[0]).get("questions")]
     assert loaded
+
+
+@pytest.mark.parametrize("what, error", [("mistake", RuntimeError), ("killed", SystemExit)])
+def test_a_process_that_is_gone_is_told_from_a_mistake_in_one(
+    small_model, questions, tmp_path, monkeypatch, what, error
+):
+    """The first, by the kernel for its memory, ends the run with a sentence; the second keeps its traceback."""
+
+    def load(*args):
+        if what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(loading, "load_or_replace", load)
+    trainer = make_trainer(small_model, questions, tmp_path, dataloader_num_workers=1, **STEPS)
+    trainer.args.probe_memory, trainer.args.overwrite_output_dir = False, False
+    expected = {"mistake": "a mistake", "killed": "a process that decodes clips ahead is gone.*out of memory"}
+    with pytest.raises(error, match=expected[what]):
+        startup.train(trainer, None)
+
+
+@pytest.mark.slow  # a process that imports TRL
+def test_an_error_that_nobody_foresaw_ends_the_process(tmp_path):
+    """Its traceback keeps the loader, whose processes ignore the signal that Python would end them by."""
+    (tmp_path / "run.py").write_text(
+        "from torch.utils.data import DataLoader\n"
+        "from trainer.loading import LoadsAhead\n"
+        "class Base:\n"
+        "    def _get_dataloader(self):\n"
+        "        loader = DataLoader(range(8), num_workers=1)\n"
+        "        loader.base_dataloader = loader\n"
+        "        return loader\n"
+        "class Trainer(LoadsAhead, Base):\n"
+        "    pass\n"
+        "batches = iter(Trainer()._get_dataloader())\n"
+        "next(batches)\n"
+        "raise RuntimeError('a kernel failed')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "run.py"], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 1 and ended.stderr.endswith("RuntimeError: a kernel failed\n")

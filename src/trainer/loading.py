@@ -5,7 +5,9 @@ also what a batch is: TRL's loader hands out a question's row G times, and again
 Shapes: N questions, G generations.
 """
 
+import atexit
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,6 +35,7 @@ class LoadsAhead:
         loader = super()._get_dataloader(*args, **kwargs)
         base = loader.base_dataloader  # below accelerate's
         base.worker_init_fn = partial(begin_worker, base.worker_init_fn)
+        atexit.register(end_workers)
         return loader
 
     def get_batch_samples(self, *args, **kwargs):
@@ -60,6 +63,15 @@ def begin_worker(usual: Callable[[int], None] | None, worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers warn of the fork
     if usual:
         usual(worker)
+
+
+def end_workers() -> None:
+    """What this process does at its end, if a traceback still keeps a loader: multiprocessing would end the loader's
+    processes by SIGTERM, which they ignore, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would complain of their end
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 @dataclass
