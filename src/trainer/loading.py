@@ -76,12 +76,23 @@ def end_workers() -> None:
 
 @dataclass
 class Questions:
-    """N questions of one generation batch."""
+    """N questions, those of GRPO's generation batch or of a supervised step."""
 
     rows: list[dict]
     clips: list[np.ndarray]  # float32 (samples,) at 16 kHz
     batch: Batch  # on the CPU
     replaced: int  # rows whose clip could not be used
+
+
+def load_questions(
+    rows: list[dict], audio_channels: str, processor: ProcessorMixin, others: Dataset | None = None
+) -> Questions:
+    """N rows of `load_train_dataset`, their clips decoded and encoded; with `others`, and raises, as
+    `load_or_replace`."""
+    loaded = [load_or_replace(row, audio_channels, processor, others) for row in rows]
+    usable, clips, replaced = map(list, zip(*loaded, strict=True))
+    batch = encode(processor, [row["prompt"] for row in usable], clips)
+    return Questions(usable, clips, batch, sum(replaced))
 
 
 @dataclass
@@ -94,11 +105,7 @@ class QuestionLoader:
     others: Dataset  # that stand in for rows whose clips cannot be used
 
     def load(self, rows: list[dict], replace: bool = True) -> Questions:
-        others = self.others if replace else None
-        loaded = [load_or_replace(row, self.audio_channels, self.processor, others) for row in rows]
-        usable, clips, replaced = map(list, zip(*loaded, strict=True))
-        batch = encode(self.processor, [row["prompt"] for row in usable], clips)
-        return Questions(usable, clips, batch, sum(replaced))
+        return load_questions(rows, self.audio_channels, self.processor, self.others if replace else None)
 
     def __call__(self, items: list) -> list[dict]:
         """The N * G rows of a batch of `MarkedRows`; the first has their `Questions` if rollouts are to be made. Rows

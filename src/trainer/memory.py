@@ -87,9 +87,7 @@ class Estimate:
     reference: int
     buffers: int  # of the engine's communication
     rollout: int  # its cache at full length, or its prefill's peak
-    asking: (
-        int  # a reference that waits on the CPU, and its pass (of one on the device it is smaller than the policy's)
-    )
+    asking: int  # a reference that waits on the CPU, and its pass (that of one that stays is under the policy's)
     activations: int  # of the policy's forward and backward pass
     step: int  # what the optimizer's step needs for itself
     host: int  # of the CPU's memory, per process

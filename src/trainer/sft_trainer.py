@@ -15,13 +15,12 @@ from datasets import Dataset
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
-from dataset.encode import encode, load_or_replace
 from dataset.prompt import STYLES, extract_answer
 from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
 
 from .accuracy import GreedyAccuracy
 from .finite import FiniteSteps
-from .loading import LoadsAhead
+from .loading import LoadsAhead, load_questions
 from .memory import longest_answers, longest_questions
 from .probe import MemoryProbe
 from .saving import SelfContainedCheckpoints
@@ -51,10 +50,9 @@ class AnswerCollator:
             `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T): prompts padded on the left, answers on the
             right; labels are -100 but for answer and end. `input_features` (N, M, F), `feature_attention_mask` (N, F).
         """
-        loaded = [load_or_replace(row, self.audio_channels, self.processor, self.others) for row in rows]
-        rows, clips, _ = zip(*loaded, strict=True)
-        batch = encode(self.processor, [row["prompt"] for row in rows], clips)
-        targets = [self.target(row) for row in rows]
+        questions = load_questions(rows, self.audio_channels, self.processor, self.others)
+        batch = questions.batch
+        targets = [self.target(row) for row in questions.rows]
         answers = self.processor.tokenizer(targets, padding=True, padding_side="right", return_tensors="pt")
         ids = torch.cat([batch.input_ids, answers["input_ids"]], dim=1)
         mask = torch.cat([batch.attention_mask, answers["attention_mask"]], dim=1)
