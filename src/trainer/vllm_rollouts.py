@@ -15,9 +15,8 @@ Shapes: N questions, G generations, B = N * G completions.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,8 +44,6 @@ FIXED = {
     "vllm_structured_outputs_regex": ((None,), "the trainer scores tokens as if all of them could have been drawn"),
     "generation_kwargs": ((None,), "they are those of transformers' `generate`"),
 }
-# As vLLM starts, it looks at the `__dict__` of all that any module holds; one thing in librosa's compiler has none.
-STUMBLED_OVER = "llvmlite.binding.ffi"
 UNCUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -103,7 +100,7 @@ class VLLMRollouts:
             detokenize=False,
         )
         # vLLM seeds the generators anew.
-        with unchanged_random_state(args.device), unseen(STUMBLED_OVER):
+        with unchanged_random_state(args.device):
             self.llm = start_engine(base_model(model), args, accelerator)
 
     def generate(
@@ -202,17 +199,6 @@ def start_engine(base: PreTrainedModel, args: GRPOConfig, accelerator: Accelerat
         llm.sleep(level=2)
     accelerator.wait_for_everyone()
     return llm
-
-
-@contextmanager
-def unseen(name: str) -> Iterator[None]:
-    """Within this context, a module is not among those that were imported; those that use it still do."""
-    module = sys.modules.pop(name, None)
-    try:
-        yield
-    finally:
-        if module:
-            sys.modules[name] = module
 
 
 def merged_tensors(
