@@ -37,6 +37,7 @@ from steps import (
 import row_by_row
 from dataset.audio import load_audio
 from dataset.encode import Batch, encode
+from model.branches import as_attention_mask
 from model.qwen2_audio import needed_frames_only
 from model.tiny import build_demo_model, build_processor
 from step_time import describe_machine, describe_settings
@@ -97,7 +98,7 @@ def check_head(model, batch: Batch, ids: torch.Tensor) -> Iterator[Check]:
     with needed_frames_only(model):
         logits = model(
             input_ids=packed.input_ids,
-            attention_mask=packed.attention_mask,
+            attention_mask=as_attention_mask(packed.sees, model.config),
             position_ids=packed.position_ids,
             **batch.audio_inputs,
         ).logits[:, -packed.labels.shape[1] :]

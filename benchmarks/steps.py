@@ -44,7 +44,7 @@ from dataset.encode import count_audio_tokens, count_text_tokens
 from dataset.prompt import build_solution
 from dataset.rows import write_whole
 from floor import ROW_BY_ROW, SHARED, SUPERVISED, Shape, now
-from model import generation
+from model import branches, generation
 from model.qwen2_audio import base_model, freeze_parts
 from model.tiny import build_model, build_processor
 from model.without_storage import PeakMemory
@@ -306,7 +306,7 @@ class Contender:
                 (trainer, "_generate_single_turn", "decoding"),
                 (generation, "encode_clips", "encoder"),
                 (grpo_trainer, "encode_clips", "encoder"),
-                (grpo_trainer, "prefill", "prefill"),
+                (branches, "prefill", "prefill"),
                 (trainer, "_calculate_rewards", "rewards"),
                 (trainer, "_get_per_token_logps_and_entropies", policy_or_reference),
             ]

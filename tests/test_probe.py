@@ -79,7 +79,7 @@ def test_the_run_is_bit_for_bit_the_one_without(small_model, questions, tmp_path
 
 
 def fail_in(trainer, at: int) -> None:
-    """From the `at`-th of the policy's passes on, the encoder finds no memory."""
+    """From the `at`-th of the policy's passes on, the language model finds no memory."""
     passes = []
 
     def count(*args):
@@ -88,7 +88,7 @@ def fail_in(trainer, at: int) -> None:
         if len(passes) >= at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nsecond line")
 
-    trainer.model.model.register_forward_hook(count)
+    trainer.model.model.language_model.register_forward_hook(count)
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def test_the_example_of_the_docstring():
     assert packed.position_ids.tolist() == [[0, 0, 1, 2, 3, 4, 2, 3]]
     assert packed.labels.tolist() == [[11, 12, 13, 21, 22]]
     drawn = ["x.......", ".x......", ".xx.....", ".xxx....", ".xxxx...", ".xxxxx..", ".xx...x.", ".xx...xx"]
-    seen = ["".join("x" if cell else "." for cell in row) for row in packed.attention_mask[0, 0].tolist()]
+    seen = ["".join("x" if cell else "." for cell in row) for row in packed.sees[0].tolist()]
     assert seen == drawn
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
     assert unpack(values, packed, generations=2, length=3).tolist() == [[1, 2, 3], [4, 5, 0]]

@@ -9,8 +9,9 @@ overridden methods are private ones, which the pinned version (trl 1.16.0) prote
                                          follows from seed and epoch, resumed or not
     _generate_and_score_completions      hands out whole groups, (N, G, ...)
     _tokenize_prompts                    the prompts were tokenized with their clips
-    _generate_single_turn                rollouts: one prefill per question, its cache repeated G times, or by vLLM; an
-                                         encoder that is not trained runs here alone
+    _generate_single_turn                rollouts: one prefill per question, from which its G completions branch off
+                                         (see model/branches.py), or by vLLM; an encoder that is not trained runs here
+                                         alone
     _calculate_rewards                   what a reward raises or returns wrongly ends the run in all processes
     _prepare_inputs                      micro-batches that cost no pass come first
     _compute_loss                        groups back to rows; groups without a gradient cost no pass (see no_pass.py)
@@ -39,11 +40,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from dataset.encode import Batch
-from model.generation import prefill
+from model.branches import check_generation, roll_out
 from model.qwen2_audio import (
     audio_token_forbidden,
     audio_token_id,
@@ -60,7 +62,7 @@ from .checked_rewards import checked, find_error, raise_together
 from .finite import FiniteSteps
 from .loading import LoadsAhead, MarkedRows, QuestionLoader, QuestionOrder, Questions
 from .memory import longest_questions
-from .no_pass import adds_nothing, fill_in, find_idle_groups, recorded_entropies, shortest_question
+from .no_pass import RolloutEntropies, adds_nothing, fill_in, find_idle_groups, shortest_question
 from .probe import MemoryProbe
 from .reference import WaitingReference, check_ref_offload
 from .resample import find_uniform_groups, replace_uniform_groups
@@ -155,6 +157,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
         suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base)}
         self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
+        check_generation(self.generation_config)
         if use_vllm:
             self.vllm = VLLMRollouts(self.model, args, self.accelerator, self.eos_token_ids)
 
@@ -238,15 +241,11 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         return [ids for ids in prompt_ids for _ in range(generations)], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Sample G completions of each question: lists of B token-id lists, and their log-probs if vLLM did it.
-
-        The encoder and the prompt run once per question; the cache of all but the prompt's last token is then repeated
-        for the G completions, which start from that token.
-        """
+        """Sample G completions of each question: lists of B token-id lists, and their log-probs if vLLM did it."""
         if self.use_vllm:
             prompts = prompt_ids[::num_generations]
             return self.vllm.generate(self.state.global_step, prompts, self._waves, num_generations)
-        input_ids, attention_mask = self._questions.input_ids, self._questions.attention_mask  # (N, P)
+        entropies = RolloutEntropies(self.temperature) if adds_nothing(self) else None
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -257,24 +256,23 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
             ) as model,
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            self.accelerator.autocast(),  # one dtype for the cache, whether its entries come from here or from generate
-            recorded_entropies(base_model(model), self.temperature, adds_nothing(self)) as entropies,
+            self.accelerator.autocast(),
         ):
-            _, cache = prefill(base_model(model), self._questions, self._encode_once(base_model(model)))
-            cache.crop(-1)
-            cache.batch_repeat_interleave(num_generations)
-            sequences = model.generate(
-                input_ids=input_ids.repeat_interleave(num_generations, dim=0),
-                attention_mask=attention_mask.repeat_interleave(num_generations, dim=0),
-                past_key_values=cache,
-                generation_config=self.generation_config,
+            model = base_model(model)
+            clips = self._encode_once(model)
+            completions = roll_out(
+                model, self._questions, num_generations, self.generation_config, clips, entropies, self._anyone
             )
-        completions = sequences[:, input_ids.shape[1] :]  # (B, C)
-        if entropies:  # under ZeRO-3, also of tokens that only other processes still decoded
-            self._entropies = torch.stack(entropies, dim=1)[:, : completions.shape[1]]
-        ended = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
-        after_end = (ended.cumsum(dim=1) - ended.long()) > 0  # the first end token belongs to the completion
-        return [ids[~after].tolist() for ids, after in zip(completions.cpu(), after_end.cpu(), strict=True)], None
+        if entropies is not None:
+            self._entropies = entropies.as_rows(len(completions))
+        return completions, None
+
+    def _anyone(self, goes_on: bool) -> bool:
+        """Whether any process goes on with its rollout, where a step of it needs them all: under ZeRO-3, whose weights
+        are gathered module by module then."""
+        if self.args.ds3_gather_for_generation or not is_deepspeed_zero3_enabled():
+            return goes_on
+        return any(gather_object([goes_on]))
 
     def _encode_once(self, base: PreTrainedModel) -> list[torch.Tensor] | None:
         """The questions' clips, encoded for this rollout and every pass over it, by an encoder that is not trained;

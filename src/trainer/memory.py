@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch, count_audio_tokens, needed_frames
+from model.branches import Branches
 from model.generation import prefill
 from model.qwen2_audio import (
     audio_token_id,
@@ -303,12 +304,12 @@ def longest_answers(batch: Batch, s: Settings) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def decode_last(model: nn.Module, batch: Batch, cache, s: Settings) -> None:
     """The last decoding step of N x G completions, from the cache of their N prompts."""
-    cache.crop(-1)
-    cache.batch_repeat_interleave(s.generations)
+    earlier = s.generations * (s.completion - 1)  # tokens of a question's completions
     for layer in cache.layers:
-        layer.keys = nn.functional.pad(layer.keys, (0, 0, 0, s.completion - 1))
-        layer.values = nn.functional.pad(layer.values, (0, 0, 0, s.completion - 1))
-    ids = batch.input_ids[:, -1:].repeat_interleave(s.generations, dim=0)
-    mask = ids.new_ones(len(ids), s.prompt + s.completion - 1)
-    logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-    logits[:, -1].float().softmax(dim=-1)  # (N * G, V)
+        layer.keys = nn.functional.pad(layer.keys, (0, 0, 0, earlier))
+        layer.values = nn.functional.pad(layer.values, (0, 0, 0, earlier))
+    base, questions = base_model(model), len(batch.input_ids)
+    branches = Branches(base, cache, nn.functional.pad(batch.attention_mask, (0, earlier), value=1))
+    rows = [(question, branch) for question in range(questions) for branch in range(s.generations)]
+    logits = base.get_output_embeddings()(branches.feed(batch.input_ids.new_ones(len(rows)), rows))
+    logits.float().softmax(dim=-1)  # (N * G, V)

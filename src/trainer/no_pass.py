@@ -12,9 +12,6 @@ of the rollout's draw.
 Shapes: N questions, G generations, B = N * G completions, P prompt, C completion, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from trl import GRPOTrainer
 
@@ -43,26 +40,29 @@ def find_idle_groups(advantages: torch.Tensor) -> torch.Tensor:
     return (advantages == 0).all(dim=1)
 
 
-@contextmanager
-def recorded_entropies(model, temperature: float, wanted: bool) -> Iterator[list[torch.Tensor]]:
-    """Within this context, the entropies (B,), in nats, of each step's next token while `model` generates, if `wanted`.
+class RolloutEntropies:
+    """Collects, in a rollout, the entropy in nats of each token's distribution.
 
     As TRL's fused head has them: of the logits as they are, over the temperature, without what sampling forbids.
     """
-    entropies: list[torch.Tensor] = []
 
-    def record(head, args, logits):
-        scaled = logits[:, -1].float() / temperature  # (B, V)
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self._steps: list[tuple[torch.Tensor, list[int]]] = []
+
+    def __call__(self, logits: torch.Tensor, rows: list[int]) -> None:
+        """One step's logits (R, V), of these of the B rows."""
+        scaled = logits / self.temperature
         scaled -= scaled.amax(dim=-1, keepdim=True)
         normalizer = scaled.logsumexp(dim=-1)
-        entropies.append(normalizer - scaled.softmax(dim=-1).mul_(scaled).sum(dim=-1))
+        self._steps.append((normalizer - scaled.softmax(dim=-1).mul_(scaled).sum(dim=-1), rows))
 
-    handle = model.get_output_embeddings().register_forward_hook(record) if wanted else None
-    try:
-        yield entropies
-    finally:
-        if handle is not None:
-            handle.remove()
+    def as_rows(self, count: int) -> torch.Tensor:
+        """(B, C), 0 behind a completion's end."""
+        values = self._steps[0][0].new_zeros(count, len(self._steps))
+        for step, (entropies, rows) in enumerate(self._steps):
+            values[rows, step] = entropies
+        return values
 
 
 def fill_in(values: torch.Tensor, found: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

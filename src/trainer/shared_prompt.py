@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.branches import as_attention_mask
 from model.qwen2_audio import needed_frames_only
 
 ATTENTION = ("sdpa", "eager")  # the implementations that take an arbitrary mask, which packed rows need
@@ -40,7 +41,7 @@ class PackedGroups:
 
     input_ids: torch.Tensor  # (N, T)
     position_ids: torch.Tensor  # (N, T)
-    attention_mask: torch.Tensor  # (N, 1, T, T), True where the query (dim 2) may attend to the key (dim 3)
+    sees: torch.Tensor  # (N, T, T), True where the query (dim 1) may attend to the key (dim 2)
     labels: torch.Tensor  # (N, K), the token that each of the last K = T - (P - 1) positions predicts, or IGNORE
     source: torch.Tensor  # (N, K), where that token stands among the group's G * C completion tokens
 
@@ -83,7 +84,7 @@ def pack(
     return PackedGroups(
         input_ids=torch.cat([prompt_ids[:, :-1], branch_ids.gather(1, source)], dim=1),
         position_ids=torch.cat([prompt_positions, prompt.sum(dim=1, keepdim=True) + offset], dim=1),
-        attention_mask=may_see[:, None],
+        sees=may_see,
         labels=labels.gather(1, source),
         source=source,
     )
@@ -100,9 +101,7 @@ def score(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
     Returns:
         The fused head's output: `log_probs`, and `entropy` where the head was asked for it, (N, K).
     """
-    mask, scored = packed.attention_mask, packed.labels.shape[1]
-    if base.config._attn_implementation == "eager":  # which adds its mask to the attention's scores
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    scored = packed.labels.shape[1]
 
     def keep_scored(backbone, args, output):  # on a CPU, the fused head scores every position that it gets
         output.last_hidden_state = output.last_hidden_state[:, -scored:]
@@ -111,7 +110,7 @@ def score(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
     with needed_frames_only(base), base.model.register_forward_hook(keep_scored):
         return model(
             input_ids=packed.input_ids,
-            attention_mask=mask,
+            attention_mask=as_attention_mask(packed.sees, base.config),
             position_ids=packed.position_ids,
             shift_labels=packed.labels,
             fused_lm_head=True,

@@ -1,0 +1,123 @@
+"""Rollouts as branches against every completion in a row of its own."""
+
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen2AudioForConditionalGeneration
+
+import row_by_row
+from dataset.encode import encode_question, join
+from model.branches import check_generation, draw, roll_out
+from model.qwen2_audio import end_ids, load_processor
+from test_generation import SAMPLES, TEXTS
+
+GENERATIONS, LONGEST = 4, 24
+
+
+@pytest.fixture(scope="module")
+def processor(small_model):
+    return load_processor(small_model)
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def model(small_model, processor, request):
+    """One whose completions end after any number of tokens."""
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model, attn_implementation=request.param).eval()
+    with torch.no_grad():
+        model.lm_head.weight[end_ids(processor)] *= 2
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch(processor):
+    noise = torch.Generator().manual_seed(0)
+    clips = [0.1 * torch.randn(samples, generator=noise).numpy() for samples in SAMPLES]
+    return join([encode_question(processor, *it) for it in zip(TEXTS, clips, strict=True)], pad_id=0)
+
+
+@pytest.fixture
+def config(processor):
+    return GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        repetition_penalty=1.1,  # knows its rows
+        max_new_tokens=LONGEST,
+        eos_token_id=end_ids(processor),
+        pad_token_id=0,
+    )
+
+
+def count_tokens(model) -> list[int]:
+    """Of each call of the language model, N * A."""
+    counted: list[int] = []
+
+    def count(module, args, kwargs):
+        counted.append(kwargs["inputs_embeds"][..., 0].numel())
+
+    model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
+    return counted
+
+
+def test_every_token_is_drawn_from_what_its_own_row_would_have_it_drawn_from(model, batch, config):
+    """Also after other branches, and whole questions, have left."""
+    steps = []
+    torch.manual_seed(5)
+    completions = roll_out(model, batch, GENERATIONS, config, watch=lambda *step: steps.append(step))
+    lengths = torch.tensor(list(map(len, completions))).view(-1, GENERATIONS)
+    assert lengths.amax(dim=1).unique().numel() > 2 and (lengths.amin(dim=1) < lengths.amax(dim=1)).sum() > 2
+    seen = [[logits[rows.index(row)] for logits, rows in steps if row in rows] for row in range(len(completions))]
+    rows = row_by_row.repeat_rows(row_by_row.whole_windows(model, row_by_row.as_inputs(batch)), GENERATIONS)
+    for row, completion in enumerate(completions):
+        one = {key: value[row : row + 1] for key, value in rows.items()}
+        tokens = torch.tensor([completion])
+        one["input_ids"] = torch.cat([one["input_ids"], tokens], dim=1)
+        one["attention_mask"] = torch.cat([one["attention_mask"], torch.ones_like(tokens)], dim=1)
+        with torch.no_grad():
+            expected = model(**one).logits[0, -len(completion) - 1 : -1]
+        torch.testing.assert_close(torch.stack(seen[row]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_has_ended_costs_nothing(model, batch, config):
+    counted = count_tokens(model)
+    torch.manual_seed(5)
+    lengths = torch.tensor(list(map(len, roll_out(model, batch, GENERATIONS, config)))).view(-1, GENERATIONS)
+    decoded = counted[-int(lengths.max()) + 1 :]
+    for step, tokens in enumerate(decoded, start=1):
+        going = (lengths > step).sum(dim=1)  # (N,), branches that a step feeds
+        assert tokens == (going > 0).sum() * going.max()
+
+
+def test_a_process_that_has_ended_takes_part_until_all_have(model, batch, config):
+    """As where a forward pass needs all of them: its own completions are none the longer."""
+    torch.manual_seed(5)
+    expected = roll_out(model, batch, GENERATIONS, config)
+    counted = count_tokens(model)
+    torch.manual_seed(5)
+    steps = max(map(len, expected)) + 7
+    votes = iter(range(steps))
+    assert roll_out(model, batch, GENERATIONS, config, anyone=lambda going: next(votes) < steps - 1) == expected
+    assert counted[-7:] == [1] * 7
+
+
+def test_what_ends_a_completion_is_up_to_the_settings(model, batch, config, processor):
+    config.max_new_tokens, config.min_new_tokens = 9, 9
+    assert set(map(len, roll_out(model, batch, 2, config))) == {9}
+
+
+def test_draws_follow_the_distribution():
+    torch.manual_seed(0)
+    shares = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = draw(shares.log().expand(40_000, -1))
+    found = drawn.bincount(minlength=6) / 40_000
+    assert (found[shares == 0] == 0).all()
+    assert ((found - shares).abs() <= 5 * (shares * (1 - shares) / 40_000).sqrt()).all()
+    with pytest.raises(RuntimeError, match="nan"):
+        draw(torch.tensor([[0.0, torch.nan]]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(num_beams=2), dict(num_return_sequences=2), dict(guidance_scale=1.5), dict(encoder_repetition_penalty=1.2)],
+)
+def test_other_ways_to_generate_are_refused(settings):
+    with pytest.raises(ValueError, match=r"--generation_kwargs asks for \w+.*leave it away"):
+        check_generation(GenerationConfig(do_sample=True, **settings))
