@@ -113,13 +113,15 @@ def check_rollouts(trainer: AudioGRPOTrainer, engine: str) -> Iterator[Check]:
     """Greedy ones; the trainer's model is in float32."""
     G = trainer.num_generations
     rows = [trainer.train_dataset[i] for i in range(trainer.args.questions_per_step) for _ in range(G)]
+    config = deepcopy(trainer.generation_config)  # another engine's sampling is not in it
+    config.do_sample, config.min_new_tokens = False, trainer.max_completion_length
     trainer.model.train()
     found = trainer._generate_and_score_completions(rows)["completion_ids"].flatten(0, 1)
     expected = row_by_row.generate(
         trainer.model,
         row_by_row.as_inputs(trainer._questions),
         G,
-        generation_config=trainer.generation_config,
+        generation_config=config,
     )
     different = float((found != expected).float().mean())
     yield f"rollouts, {engine}, greedy, float32: share of tokens that differ", different, 0.0
@@ -164,9 +166,10 @@ def check_all(settings: Settings, folder: Path) -> Iterator[Check]:
             rows,
             processor,
             folder,
-            do_sample=False,
+            greedy=True,
         )
         yield from check_rollouts(trainer, engine)
+        trainer.close()
     asked = rows[: settings.questions]
     batch = encode(processor, asked["prompt"], [load_audio(path) for path in asked["audio_path"]]).to(settings.device)
     shape = settings.questions, settings.generations, settings.completion

@@ -37,6 +37,7 @@ def measure(settings: Settings, repeats: int) -> dict:
                 contender.step(phases := Phases(device))
                 taken[way].append(dict(phases.seconds))
         one = contenders[SHARED]
+        one.trainer.close()
         config, stepped, parameters = (
             one.base.config,
             one.stepped,
@@ -45,6 +46,8 @@ def measure(settings: Settings, repeats: int) -> dict:
     ways = {}
     for way in WAYS:
         work = count(config, settings.shape, way, stepped, settings.dtype.itemsize, settings.lora)
+        if way == SHARED and settings.engine != "built-in":  # an engine's rollout is timed as a whole
+            work["decoding"] += work.pop("encoder") + work.pop("prefill")
         totals = [sum(step.values()) for step in taken[way]]
         ways[way] = {
             "step": statistics.median(totals),

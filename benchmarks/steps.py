@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -67,9 +68,10 @@ SIZES = {
         intermediate_size=11_008, initializer_range=0.02,
     ),
 }  # fmt: skip
-# How rollouts are made: settings of `RecipeConfig`. An engine beside the built-in one gets its line here, where its
-# package is installed: `--engine` and `correctness.py` go by it.
+# How rollouts are made: settings of `RecipeConfig`. `--engine` and `correctness.py` go by it.
 ENGINES: dict[str, dict] = {"built-in": {}}
+if find_spec("vllm"):
+    ENGINES["vllm"] = {"use_vllm": True, "vllm_mode": "colocate", "top_k": 0}
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,7 @@ class Contender:
                 trainer._get_grad_norm(self.model, grad_norm=trainer._clip_grad_norm(self.model))
                 self.optimizer.step()
                 self.model.zero_grad()
+            trainer.state.global_step += 1  # by which an engine beside the trainer knows that weights have changed
 
     @contextmanager
     def _watched(self, phases: Phases) -> Iterator[None]:
@@ -335,21 +338,34 @@ def build_contenders(settings: Settings, folder: Path, steps: int) -> dict[str, 
 
 
 def build_grpo(
-    kind: type[AudioGRPOTrainer], settings: Settings, model, reference, rows, processor, folder: Path, **sampling
+    kind: type[AudioGRPOTrainer], settings: Settings, model, reference, rows, processor, folder: Path, greedy=False
 ):
     """A GRPO trainer of this kind with the paper's recipe; completions have the full length."""
+    engine = ENGINES[settings.engine]
+    kwargs = {"min_new_tokens": settings.completion, "do_sample": not greedy}
     args = RecipeConfig(
         str(folder),
         num_generations=settings.generations,
         max_completion_length=settings.completion,
-        generation_kwargs={"min_new_tokens": settings.completion, **sampling},
+        generation_kwargs=None if engine else kwargs,
         shuffle_dataset=False,
         **common(settings),
-        **ENGINES[settings.engine],
+        **engine,
     )
+    if engine:  # which reads configuration and processor from where the model came from
+        base = base_model(model)
+        base.config.architectures = [type(base).__name__]
+        base.config.save_pretrained(folder)
+        base.generation_config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        base.config._name_or_path = base.name_or_path = str(folder)
     # TRL would load the reference from where the model came from.
     with patch("trl.trainer.grpo_trainer.create_model_from_path", lambda *args, **kwargs: reference):
         trainer = kind(model, [accuracy_reward, format_reward], args, rows, processor)
+    if engine:
+        trainer.vllm.sampling.min_tokens = settings.completion
+        if greedy:
+            trainer.vllm.sampling.top_k = 1
     if settings.lora:  # TRL's copy of adapters that come with a model; new ones' reference is the base
         trainer.model.delete_adapter("ref")
     return trainer

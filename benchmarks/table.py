@@ -24,7 +24,8 @@ def to_step(record: dict) -> list[str]:
         f"`step_time.py`, {s['size']}, {record['parameters']:,} parameters, "
         f"{'LoRA' if s['lora'] else 'all weights'}{', checkpointing' if s['checkpointing'] else ''}, "
         f"{s['dtype'].removeprefix('torch.')}: {s['questions']} questions x {s['generations']} completions of "
-        f"{s['completion']} tokens, prompts of {s['prompt']} tokens, 1/{s['processes']} of the optimizer; "
+        f"{s['completion']} tokens, prompts of {s['prompt']} tokens, rollouts: {s['engine']}, 1/{s['processes']} of "
+        "the optimizer; "
         f"{describe(record)}. Measured there: {record['rates']['operations'] / 1e12:.3g} Top/s, "
         f"{record['rates']['bytes'] / 1e9:.3g} GB/s. In brackets the share of the floor that was reached.",
         "",
@@ -63,7 +64,8 @@ def to_evaluation(record: dict) -> list[str]:
     return lines + to_table(["", "plain loop, s", "ours, s", "times as fast", "ours, questions/s"], rows)
 
 
-PARTS = {"correctness": to_checks, "full": to_step, "lora": to_step, "evaluation": to_evaluation}
+PARTS = {"correctness": to_checks, "full": to_step, "lora": to_step, "long-built-in": to_step, "long-vllm": to_step}
+PARTS |= {"evaluation": to_evaluation}
 
 
 def main() -> None:

@@ -277,3 +277,20 @@ def test_a_run_on_two_processes(model_30s, questions, tmp_path, engine):
     assert len(steps) == 3 and all(step["sampling/sampling_logp_difference/max"] < AGREED for step in steps), steps
     assert all(before["kl"] != after["kl"] for before, after in pairwise(steps)), "the model did not change"
     Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "run")
+
+
+@with_vllm
+def test_the_benchmark_takes_its_steps_with_this_engine(tmp_path, monkeypatch):
+    """Weights are pushed before every rollout: that is part of what it costs."""
+    from floor import SHARED
+    from steps import Phases, Settings, build_contenders
+
+    settings = Settings("tiny", questions=1, generations=2, seconds=1, completion=3, engine="vllm")
+    one = build_contenders(settings, tmp_path, steps=2)[SHARED]
+    pushed = []
+    push = one.trainer.vllm.push_weights
+    monkeypatch.setattr(one.trainer.vllm, "push_weights", lambda: pushed.append(1) or push())
+    for _ in range(2):
+        one.step(phases := Phases(settings.device))
+    assert len(pushed) == 2
+    assert phases.seconds["decoding"] > 0 and "prefill" not in phases.seconds
