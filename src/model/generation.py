@@ -10,8 +10,8 @@ logits of that row computed alone, without padding, cache or threads. The answer
 computation gives at every step, whatever the batch. (In bfloat16 rounding is too coarse for that: the same batches give
 the same answers, other batches may not.)
 
-Nothing of the model's `generation_config` is used. Rollouts share `prefill` only: they sample, with TRL's settings and
-transformers' `generate`, and an evaluation's answers must not change with those libraries. Not here: prompts' wording.
+Nothing of the model's `generation_config` is used. Rollouts share `prefill` only (see `branches.py`): they sample by
+settings of TRL and transformers, and an evaluation's answers must not change with those. Not here: prompts' wording.
 
 Shapes: N questions, R rows still being decoded, P prompt tokens (left-padded), T tokens, C completion tokens, H hidden
 size, D size of a head, V vocabulary.
@@ -92,7 +92,7 @@ def prefill(
     """The prompts through encoder and language model, in groups of like length: padding costs as much as tokens do.
 
     Evaluation and rollouts both start from it: evaluation decodes greedily, bit for bit whatever the batch; rollouts
-    sample G rows from each prompt's cache with transformers' `generate`. Within a group prompts are padded on the
+    sample G branches of each prompt. Within a group prompts are padded on the
     right, where no token of theirs looks: that needs no mask, with which kernels are slower. `clips` are the batch's
     clips where they are encoded already (`encode_clips`).
 
