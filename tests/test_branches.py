@@ -1,5 +1,7 @@
 """Rollouts as branches against every completion in a row of its own."""
 
+import json
+
 import pytest
 import torch
 from transformers import GenerationConfig, Qwen2AudioForConditionalGeneration
@@ -8,6 +10,7 @@ import row_by_row
 from dataset.encode import encode_question, join
 from model.branches import check_generation, draw, roll_out
 from model.qwen2_audio import end_ids, load_processor
+from running import free_port, run, skip_without_compiler
 from test_generation import SAMPLES, TEXTS
 
 GENERATIONS, LONGEST = 4, 24
@@ -121,3 +124,21 @@ def test_draws_follow_the_distribution():
 def test_other_ways_to_generate_are_refused(settings):
     with pytest.raises(ValueError, match=r"--generation_kwargs asks for \w+.*leave it away"):
         check_generation(GenerationConfig(do_sample=True, **settings))
+
+
+@pytest.mark.slow
+def test_processes_wait_for_each_other_where_weights_are_gathered_module_by_module(small_model, questions, tmp_path):
+    """Under ZeRO-3, whose every pass needs all processes: what they sample is what they sample from gathered weights."""
+    skip_without_compiler("ds_zero3")
+    sampled = []
+    for gathered in ("true", "false"):
+        run(
+            "sh", "run_grpo.sh", "--use_cpu", "true", "--max_steps", "2", "--questions_per_step", "4", "--num_generations", "2",
+            "--max_completion_length", "24", "--save_strategy", "no", "--dtype", "float32", "--bf16", "false",
+            "--ds3_gather_for_generation", gathered,
+            MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=tmp_path / gathered, MASTER_PORT=free_port(), GPU_NUM=2,
+            CONFIG="conf/ds_zero3.json", timeout=300,
+        )  # fmt: skip
+        lines = (tmp_path / gathered / "log.jsonl").read_text().splitlines()[:2]
+        sampled.append([[json.loads(line)[key] for key in ("num_tokens", "completions/mean_length")] for line in lines])
+    assert sampled[0] == sampled[1] and sampled[0][0] != sampled[0][1]
