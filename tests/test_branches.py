@@ -79,7 +79,7 @@ def test_every_token_is_drawn_from_what_its_own_row_would_have_it_drawn_from(mod
         torch.testing.assert_close(torch.stack(seen[row]), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_what_has_ended_costs_nothing(model, batch, config):
+def test_what_has_ended_is_fed_no_more(model, batch, config):
     counted = count_tokens(model)
     torch.manual_seed(5)
     lengths = torch.tensor(list(map(len, roll_out(model, batch, GENERATIONS, config)))).view(-1, GENERATIONS)
