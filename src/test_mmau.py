@@ -34,6 +34,8 @@ from dataset.questions import load_questions
 from evaluation.answers import AUDIO, default_workers
 from evaluation.results import MAX_NEW_TOKENS, Run
 from evaluation.sweep import DTYPES, Sweep, leave, make_jobs, processes, run_sweep, say
+from launch.packages import find_missing_packages
+from model.vllm_engine import GreedyEngine
 from quiet import silence_libraries
 
 
@@ -58,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 without")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--workers", type=at_least(0), help="processes that decode clips ahead, each; default: by the number of cores")
+    add("--engine", choices=("built-in", "vllm"), default="built-in", help="vllm: for long answers; not byte-exact")
     add("--allow_missing", action="store_true", help="count questions without a usable clip as wrong, do not stop")
     add("--force", action="store_true", help="evaluate again what is finished")
     args = parser.parse_args(argv)
@@ -65,12 +68,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.dtype = args.dtype or DTYPES[args.device]
     if args.workers is None:
         args.workers = default_workers(args.device)
+    args.vllm = GreedyEngine() if args.engine == "vllm" else None
     return args
 
 
 def run(args: Namespace) -> int:
     """The sweeps that the command line asks for, one for each question file; the exit status: 3 if some models were
     skipped, 1 if all. Raises likewise."""
+    if problems := find_missing_packages({"engine": args.engine}):
+        raise ValueError(problems[0])
+    if args.vllm and args.sample:
+        raise ValueError("--sample with --engine vllm: seeds stand for draws of the built-in engine; leave one away")
     if args.out_file and len(args.data_file) > 1:
         raise ValueError("--out_file holds the results on one file of questions; name a single --data_file")
     jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
@@ -87,12 +95,13 @@ def run(args: Namespace) -> int:
         sample_seed=args.seed if args.sample else None,
         allow_missing=args.allow_missing,
         batch_size=args.batch_size,
+        engine=args.engine,
     )
     evaluated = 0
     for benchmark in benchmarks:
         # Predictions go into the format that the questions came in, which the benchmark's own script reads.
         suffix = ".jsonl" if Path(named[benchmark.name]).suffix == ".jsonl" else ".json"
-        evaluated += run_sweep(Sweep(benchmark, asked, suffix, args.device, args.workers, args.force), jobs)
+        evaluated += run_sweep(Sweep(benchmark, asked, suffix, args.device, args.workers, args.force, args.vllm), jobs)
     if skipped := len(jobs) * len(benchmarks) - evaluated:
         what = "models" if len(benchmarks) == 1 else "evaluations"
         say(f"{skipped} of {len(jobs) * len(benchmarks)} {what} were skipped")
@@ -109,7 +118,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         say(f"test_mmau: {error}")
         status = 1
-    leave()
+    leave(args.vllm and args.vllm.close)
     return status
 
 

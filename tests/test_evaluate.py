@@ -426,6 +426,27 @@ def test_other_settings_live_side_by_side(few, checkpoint):
     assert table.splitlines()[2].split()[:5] == ["step", "prompt", "decoding", "dtype", "channels"]
 
 
+def test_a_run_by_vllm_has_a_name_and_settings_of_its_own():
+    names, described = {}, {}
+    for engine in ("built-in", "vllm"):
+        run = Run(benchmark="mmau_mini", style="answer", engine=engine, batch_size=8)
+        names[engine], described[engine] = run.name("answer", "float32"), run.describe()
+    assert names == {"built-in": "mmau_mini", "vllm": "mmau_mini_vllm"}
+    by_vllm = {"decoding": "greedy by vllm (not byte-exact)", "batch_size": 8}
+    assert described["vllm"] == described["built-in"] | by_vllm
+
+
+def test_vllm_is_refused_before_anything_is_read(monkeypatch):
+    """Where it is not installed, or draws are asked for."""
+    flags = ["--model_path", "nowhere", "--data_file", "nothing.json", "--engine", "vllm"]
+    monkeypatch.setattr("launch.packages.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--engine vllm: needs the package vllm, .*; sh setup_vllm.sh makes"):
+        sweep(*flags)
+    monkeypatch.setattr("launch.packages.find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="--sample with --engine vllm"):
+        sweep(*flags, "--sample")
+
+
 def test_other_weights_under_the_same_name_are_evaluated_anew(few, trained, checkpoint, capsys):
     flags = ["--model_path", checkpoint, "--data_file", few]
     sweep(*flags)

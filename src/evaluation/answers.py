@@ -35,6 +35,7 @@ from dataset.questions import Question
 from dataset.rows import DataError, hash_file
 from model.generation import Sampler, generate, single_thread
 from model.qwen2_audio import end_ids
+from model.vllm_engine import GreedyEngine
 
 from .mmau import string_match
 from .results import Completion, Run
@@ -126,13 +127,15 @@ class EncodedQuestions(Dataset):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> BatchFeature:
+        clip = self.clip(index)
+        with single_thread():
+            return encode_question(self.processor, self.text(index), clip)
+
+    def clip(self, index: int) -> np.ndarray:
         path = self.heard_path(index)
         clip = self.clips.decoded[path] if path in self.clips.decoded else load_audio(path, self.run.channels)
         clip = clip[: self.window]  # cut, as the original did
-        if self.run.audio == "silent":
-            clip = np.zeros_like(clip)
-        with single_thread():
-            return encode_question(self.processor, self.text(index), clip)
+        return np.zeros_like(clip) if self.run.audio == "silent" else clip
 
     def text(self, index: int) -> str:
         record, style = self.questions[index].record, self.run.style
@@ -180,7 +183,7 @@ class EncodedQuestions(Dataset):
 
 
 def answer_batches(
-    model: PreTrainedModel,
+    model: PreTrainedModel | GreedyEngine,
     questions: EncodedQuestions,
     batches: list[list[int]],
     workers: int,
@@ -195,12 +198,12 @@ def answer_batches(
         title: of the first process's progress bar, which shows questions/s and its accuracy so far (in %).
         quiet: show no bar.
     """
-    state, tokenizer = PartialState(), questions.processor.tokenizer
+    state, tokenizer, by_vllm = PartialState(), questions.processor.tokenizer, isinstance(model, GreedyEngine)
     batches = batches[state.process_index :: state.num_processes]
     loader = DataLoader(
         questions,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=0 if by_vllm else workers,  # forked beside the engine's threads they would wait for ever
         collate_fn=partial(join, pad_id=tokenizer.pad_token_id),
         pin_memory=model.device.type == "cuda",
         generator=torch.Generator(),  # a loader draws a seed for its workers: not from the random state of a training
@@ -218,7 +221,10 @@ def answer_batches(
             batch = batch.to(model.device)
             asked = [questions.questions[index] for index in indices]
             choose = None if seed is None else Sampler(model, batch, [question.id for question in asked], seed)
-            ids = generate(model, batch, ends, questions.run.max_new_tokens, choose)
+            if by_vllm:
+                ids = model.generate(batch, [*map(questions.clip, indices)], ends, questions.run.max_new_tokens)
+            else:
+                ids = generate(model, batch, ends, questions.run.max_new_tokens, choose)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             cut_off = [tokens[-1] not in ends for tokens in ids]
             write({question.id: Completion(*it) for question, *it in zip(asked, texts, cut_off, strict=True)})

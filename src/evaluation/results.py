@@ -57,13 +57,17 @@ class Run:
     sample_seed: int | None = None  # greedy if None
     allow_missing: bool = False  # whether questions that cannot be asked count as wrong
     batch_size: int = 1  # questions at once
+    engine: str = "built-in"  # or `vllm`, whose rounding depends on what it answers side by side
 
     def describe(self) -> dict:
-        """As it stands in the run file. In float32 the batch size changes nothing."""
-        described = {key: value for key, value in vars(self).items() if key != "batch_size" or self.dtype != "float32"}
+        """As it stands in the run file, the engine in `decoding`. The batch size changes nothing that is exact."""
+        left_out = {"engine"} | ({"batch_size"} if (self.engine, self.dtype) == ("built-in", "float32") else set())
+        described = {key: value for key, value in vars(self).items() if key not in left_out}
         prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], self.style or DEFAULT_STYLE)
         described |= {"prompt": prompt, "prompt_digest": digest(prompt.encode())[:8]}
-        return described | {"decoding": "greedy" if self.sample_seed is None else "sampled", "match": MATCH_RULE}
+        by = "" if self.engine == "built-in" else f" by {self.engine} (not byte-exact)"
+        decoding = ("greedy" if self.sample_seed is None else "sampled") + by
+        return described | {"decoding": decoding, "match": MATCH_RULE}
 
     def name(self, usual_style: str, usual_dtype: str) -> str:
         """Of the files: the benchmark, and whatever is not as usual."""
@@ -75,6 +79,7 @@ class Run:
             self.dtype: self.dtype != usual_dtype,
             f"channels-{self.channels}": self.channels != "first",
             "allow_missing": self.allow_missing,
+            self.engine: self.engine != "built-in",
         }
         return "_".join([self.benchmark, *(part for part, differs in other.items() if differs)])
 

@@ -26,6 +26,7 @@ from dataset.questions import Benchmark
 from dataset.rows import DataError, first_problems
 from model.checkpoints import check_whole, fingerprint, label_of, load_model, locate
 from model.qwen2_audio import load_processor
+from model.vllm_engine import GreedyEngine
 
 from .answers import Clips, EncodedQuestions, answer_batches, hash_clips, load_clips
 from .mmau import evaluate
@@ -56,6 +57,7 @@ class Sweep:
     device: str = "cpu"  # or cuda
     workers: int = 1  # that decode and encode clips ahead, for each process
     force: bool = False  # evaluate again what is finished
+    vllm: GreedyEngine | None = None  # answers in the models' place
 
 
 def processes() -> PartialState:
@@ -222,7 +224,7 @@ def _evaluate_model(
 
 def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, run: Run, files: ResultFiles) -> None:
     """Have the model answer what is not answered yet; the answers stay in the partial files."""
-    done, state = together(lambda: files.resume(run, sweep.force), main=True), processes()
+    done, state, vllm = together(lambda: files.resume(run, sweep.force), main=True), processes(), sweep.vllm
     if done:
         say(f"{run.label}: {len(done)} answers are there already")
     # A batch is done as a whole or again, so that batches keep their shape.
@@ -230,8 +232,10 @@ def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, run: Run, f
     open_batches = [batch for batch in questions.batches() if not all(names[index] in done for index in batch)]
     if not open_batches:
         return
-    place = torch.device("cuda", state.local_process_index) if sweep.device == "cuda" else torch.device(sweep.device)
+    place = torch.device("cpu" if vllm or sweep.device == "cpu" else f"cuda:{state.local_process_index}")
     model = together(lambda: load_model(folder, getattr(torch, run.dtype), place))
+    if vllm:
+        model = together(lambda: vllm.take(model, sweep.device == "cpu", run.batch_size))
 
     def answer() -> None:
         with files.open_partial(run, state.process_index) as write:

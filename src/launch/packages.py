@@ -43,6 +43,7 @@ NEEDED = {
     "load_in_4bit": {"true": BITSANDBYTES},
     "load_in_8bit": {"true": BITSANDBYTES},
     "use_vllm": {"true": ("vllm", "vllm")},
+    "engine": {"vllm": ("vllm", "vllm")},  # of evaluation
 }
 # module -> what installs it, where that is not pip alone
 INSTALLERS = {"vllm": "sh setup_vllm.sh makes an environment with it, . .venv-vllm/bin/activate enters that"}

@@ -14,10 +14,8 @@ Every process has an engine of its own, for its own questions. Leaves out server
 Shapes: N questions, G generations, B = N * G completions.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,15 +24,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 from trl.distributed import DistributedBackend
-from trl.trainer.utils import ensure_master_addr_port
 
-from dataset.audio import SAMPLE_RATE
-from model.qwen2_audio import FORBIDDEN, audio_token_id, base_model, checkpoint_name, let_vllm_take_any_window
+from model.qwen2_audio import FORBIDDEN, audio_token_id, base_model, checkpoint_name
+from model.vllm_engine import ask, push_weights, start_engine
 
 from .probe import unchanged_random_state
-
-if TYPE_CHECKING:  # not among the requirements, and 15 s of imports
-    from vllm import LLM
 
 # flag -> what it may be, and why nothing else
 FIXED = {
@@ -101,7 +95,21 @@ class VLLMRollouts:
         )
         # vLLM seeds the generators anew.
         with unchanged_random_state(args.device):
-            self.llm = start_engine(base_model(model), args, accelerator)
+            self.llm = start_engine(
+                base := base_model(model),
+                accelerator,
+                on_cpu=args.device.type == "cpu",
+                revision=(args.model_init_kwargs or {}).get("revision"),
+                dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype,  # as autocast's
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                enable_sleep_mode=args.vllm_enable_sleep_mode,
+                max_model_len=args.vllm_max_model_length,
+                max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+                logprobs_mode="processed_logprobs",  # of what was drawn from
+            )
+            if args.vllm_enable_sleep_mode:
+                self.llm.sleep(level=2)
+            accelerator.wait_for_everyone()
 
     def generate(
         self, step: int, prompt_ids: list[list[int]], clips: list[np.ndarray], generations: int
@@ -124,13 +132,7 @@ class VLLMRollouts:
             self.llm.wake_up(tags=["kv_cache"])
         sampling = self.sampling.clone()
         sampling.n = generations
-        requests = [
-            {"prompt_token_ids": self._unexpanded(ids), "multi_modal_data": {"audio": [(clip, SAMPLE_RATE)]}}
-            for ids, clip in zip(prompt_ids, clips, strict=True)
-        ]
-        outputs = self.llm.generate(requests, sampling, use_tqdm=False)
-        for ids, output in zip(prompt_ids, outputs, strict=True):
-            assert output.prompt_token_ids == ids, "vLLM has expanded the audio token otherwise than the processor"
+        outputs = ask(self.llm, prompt_ids, clips, self.placeholder, sampling)
         if self.args.vllm_enable_sleep_mode:
             self._sleep()
         completions = [completion for output in outputs for completion in output.outputs]
@@ -139,21 +141,12 @@ class VLLMRollouts:
             return completion_ids, None
         return completion_ids, [[next(iter(drawn.values())).logprob for drawn in one.logprobs] for one in completions]
 
-    def _unexpanded(self, ids: list[int]) -> list[int]:
-        """A prompt with one audio token in the place of its run of them."""
-        first, count = ids.index(self.placeholder), ids.count(self.placeholder)
-        return ids[: first + 1] + ids[first + count :]
-
     def push_weights(self) -> None:
-        """Give the engine the model's weights; to be called in all processes. What it has computed with others goes:
-        a clip's embeddings and a prompt's keys and values are kept by what was heard and asked, not by the model."""
+        """Give the engine the model's weights; to be called in all processes."""
         if self.args.vllm_enable_sleep_mode:
             torch.cuda.empty_cache()  # what the trainer's passes have left: the engine takes memory of its own
             self.llm.wake_up(tags=["weights"])
-        tensors = merged_tensors(self.model, self.gather)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
-        self.llm.reset_prefix_cache()
-        self.llm.llm_engine.reset_encoder_cache()
+        push_weights(self.llm, merged_tensors(self.model, self.gather))
 
     def _sleep(self) -> None:
         """Free the engine's memory until the next rollout, weights included: they must be pushed again."""
@@ -164,41 +157,6 @@ class VLLMRollouts:
         """End the engine, and with it the processes' group; that one which has left it first would fail as Python ends.
         To be called when no process needs the others any more."""
         self.llm.llm_engine.engine_core.shutdown()
-
-
-def start_engine(base: PreTrainedModel, args: GRPOConfig, accelerator: Accelerator) -> "LLM":
-    """vLLM's engine for a model of this configuration, with weights that are still to come."""
-    from vllm import LLM
-
-    let_vllm_take_any_window(base)
-    os.environ["RANK"] = str(accelerator.process_index)
-    os.environ["LOCAL_RANK"] = str(accelerator.local_process_index)
-    os.environ["WORLD_SIZE"] = str(accelerator.num_processes)
-    ensure_master_addr_port()
-    on_cpu = args.device.type == "cpu"
-    if on_cpu:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # its threads are the trainer's, too
-    llm = LLM(
-        base.name_or_path,
-        revision=(args.model_init_kwargs or {}).get("revision"),
-        load_format="dummy",
-        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype,  # as autocast or engine
-        distributed_executor_backend="external_launcher",  # within this process
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-        enable_sleep_mode=args.vllm_enable_sleep_mode,
-        model_impl="vllm",
-        max_model_len=args.vllm_max_model_length,
-        max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
-        max_num_batched_tokens=4096,
-        limit_mm_per_prompt={"audio": 1},
-        logprobs_mode="processed_logprobs",  # of what was drawn from
-        enforce_eager=on_cpu,
-    )
-    if args.vllm_enable_sleep_mode:
-        llm.sleep(level=2)
-    accelerator.wait_for_everyone()
-    return llm
 
 
 def merged_tensors(
