@@ -37,8 +37,7 @@ from steps import (
 import row_by_row
 from dataset.audio import load_audio
 from dataset.encode import Batch, encode
-from model.branches import as_attention_mask
-from model.qwen2_audio import needed_frames_only
+from model.qwen2_audio import as_attention_mask, needed_frames_only
 from model.tiny import build_demo_model, build_processor
 from step_time import describe_machine, describe_settings
 from trainer.grpo_trainer import AudioGRPOTrainer
@@ -52,7 +51,7 @@ Check = tuple[str, float, float]  # what, the difference found, the largest that
 
 def shared_prompt(model, batch: Batch, ids: torch.Tensor) -> torch.Tensor:
     """(N, G, C) log-probs as the trainer computes them."""
-    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids))
+    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids), [ids[0].numel()] * len(ids))
     return unpack(score(model, model, packed, batch.audio_inputs).log_probs, packed, *ids.shape[1:]).view(ids.shape)
 
 
@@ -93,7 +92,7 @@ def check_passes(model, batch: Batch, ids: torch.Tensor) -> Iterator[Check]:
 @torch.no_grad()
 def check_head(model, batch: Batch, ids: torch.Tensor) -> Iterator[Check]:
     """TRL's fused head, a Triton kernel on GPUs, on a packed row."""
-    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids))
+    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids), [ids[0].numel()] * len(ids))
     fused = score(model, model, packed, batch.audio_inputs)
     with needed_frames_only(model):
         logits = model(

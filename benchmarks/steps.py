@@ -170,7 +170,8 @@ class RowByRow(AudioGRPOTrainer):
     ):
         """TRL's own, whose calls of the model get the clips: each once for every completion."""
         base = base_model(model)
-        prompts = {"input_ids": input_ids, "attention_mask": attention_mask, **self._clips}
+        clips = row_by_row.with_mask(**self._clips)
+        prompts = {"input_ids": input_ids, "attention_mask": attention_mask, **clips}
         window = row_by_row.whole_windows(base, prompts)
         clips = {key: window[key].repeat_interleave(self.num_generations, dim=0) for key in row_by_row.AUDIO_INPUTS}
         chunks = zip(*(clip.split(batch_size or len(input_ids)) for clip in clips.values()), strict=True)
@@ -226,13 +227,15 @@ class Phases:
 
 class Synchronisations(TorchDispatchMode):
     """Counts the operators after which the host waits for the device: a value is asked for (`.item()`), a shape follows
-    from values (`nonzero`, boolean indices), or a tensor is copied to the host. On a CPU copies cannot be told."""
+    from values (`nonzero`, boolean indices), or a tensor is copied to the host, or from it unless that is said not to
+    block (an index, too). On a CPU copies cannot be told; on a GPU, those within `torch.tensor` cannot."""
 
     _aten = torch.ops.aten
     WAITING = {
         _aten._local_scalar_dense.default,
         _aten.nonzero.default,
         _aten.masked_select.default,
+        _aten.masked_scatter_backward.default,
         _aten._unique2.default,
         _aten.repeat_interleave.Tensor,
         _aten.equal.default,
@@ -248,9 +251,14 @@ class Synchronisations(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         if any(tensor.device.type == self.device.type for tensor in given):
-            by_shape = func in self.INDEXING and any(getattr(index, "dtype", None) == torch.bool for index in args[1])
-            to_host = func in self.COPYING and output.device.type == "cpu" != self.device.type
-            self.count += func in self.WAITING or by_shape or to_host
+            self.count += func in self.WAITING
+        if func in self.INDEXING and args[0].device.type == self.device.type:
+            indices = [index for index in args[1] if index is not None]
+            self.count += any(index.dtype == torch.bool or index.device != args[0].device for index in indices)
+        if func in self.COPYING:
+            target, non_blocking = output.device.type, (kwargs or {}).get("non_blocking") or True in args[2:]
+            between_devices = target != given[-1].device.type and self.device.type in (target, given[-1].device.type)
+            self.count += between_devices and (target == "cpu" or not non_blocking)
         return output
 
 

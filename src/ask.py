@@ -31,7 +31,7 @@ from evaluation.mmau import string_match
 from evaluation.results import MAX_NEW_TOKENS
 from model.checkpoints import check_whole, load_model, locate
 from model.generation import generate, score
-from model.qwen2_audio import end_ids, load_processor
+from model.qwen2_audio import check_audio_token, end_ids, load_processor
 from quiet import silence_libraries
 
 
@@ -60,6 +60,7 @@ def cut_clip(clip, start: float, window: int):
 
 def ask(model, processor, clip, question: str, choices: list[str], style: str, max_new_tokens: int = MAX_NEW_TOKENS):
     """The completion about one clip, float32 of shape (samples,) at 16 kHz, and each choice's probability (sum 1)."""
+    check_audio_token(model, processor)
     batch = encode(processor, [build_question(question, choices, style)], [clip]).to(model.device)
     ids = generate(model, batch, end_ids(processor), max_new_tokens)[0]
     tokenizer = processor.tokenizer

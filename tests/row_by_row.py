@@ -25,9 +25,16 @@ def whole_windows(model, prompts: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return {key: prompts[key] for key in ("input_ids", "attention_mask")} | audio
 
 
+def with_mask(input_features: torch.Tensor, frames: list[int]) -> dict[str, torch.Tensor]:
+    """Clips as the model's own forward takes them: a mask (N, F) says which frames hold audio."""
+    places = torch.arange(input_features.shape[2], device=input_features.device)
+    mask = places < torch.tensor(frames, device=places.device)[:, None]
+    return dict(zip(AUDIO_INPUTS, (input_features, mask.long()), strict=True))
+
+
 def as_inputs(batch) -> dict[str, torch.Tensor]:
     """A `dataset.encode.Batch` as the model's keyword arguments."""
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.audio_inputs}
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **with_mask(**batch.audio_inputs)}
 
 
 def repeat_rows(prompts: dict[str, torch.Tensor], generations: int) -> dict[str, torch.Tensor]:

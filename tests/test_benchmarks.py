@@ -15,6 +15,7 @@ import scaling
 import step_time
 import steps
 from floor import ROW_BY_ROW, SHARED, SUPERVISED, Shape, count
+from model.without_storage import without_storage
 from running import run, skip_without_compiler
 from steps import Phases, Settings, Synchronisations
 
@@ -127,6 +128,22 @@ def test_a_device_is_waited_for_where_a_value_or_a_shape_is_asked_for():
         values[values > 2]
         values.nonzero()
         values.masked_select(values > 2)
+    assert waits.count == 4
+
+
+def test_a_device_is_waited_for_where_tensors_are_copied():
+    device = torch.device("lazy:0")
+    with without_storage():
+        values, there = torch.arange(6), torch.zeros(6, device=device)
+        with Synchronisations(device) as waits:
+            values.to(device, non_blocking=True)
+            there.copy_(values, non_blocking=True)
+            there[there.long()]
+            assert waits.count == 0
+            there.cpu()
+            values.to(device)
+            there.copy_(values)
+            there[values]
     assert waits.count == 4
 
 

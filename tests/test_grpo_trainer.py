@@ -1,22 +1,26 @@
 """The trainer on a small real model: rollouts, steps, what runs how often, checkpoints, and what is refused."""
 
 import json
+from shutil import copytree
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, TrainingArguments
 from trl import GRPOConfig
 
 import row_by_row
+from ask import ask
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
 from dataset.rows import DataError
 from model.branches import draw
-from model.qwen2_audio import PARTS, freeze_parts
+from model.qwen2_audio import PARTS, freeze_parts, load_processor
 from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.sft_trainer import AudioSFTTrainer
 from utils.rewards import accuracy_reward, format_reward
 
 
@@ -222,7 +226,7 @@ def test_groups_stay_whole_through_trls_shuffle(small_model, questions, tmp_path
     compute_loss = trainer._compute_loss
 
     def watch(model, inputs):
-        seen.append({key: value.clone() for key, value in inputs.items()})
+        seen.append(dict(inputs))
         return compute_loss(model, inputs)
 
     trainer._compute_loss = watch
@@ -236,8 +240,9 @@ def test_groups_stay_whole_through_trls_shuffle(small_model, questions, tmp_path
     assert len(features.flatten(1).unique(dim=0)) == 4, "four different clips, none shown twice"
     for batch in seen:  # each prompt beside its own clip: as many audio tokens as the clip has
         tokens = (batch["prompt_ids"][0, 0] == trainer.model.config.audio_token_id).sum()
-        frames = batch["feature_attention_mask"].sum()
+        (frames,) = batch["frames"]
         assert tokens == ((frames - 1) // 2 + 1 - 2) // 2 + 1
+        assert batch["tokens"] == [batch["completion_mask"].sum()]
 
 
 def test_rollouts_never_sample_an_audio_token(small_model, questions, tmp_path):
@@ -328,6 +333,19 @@ def test_attention_without_arbitrary_masks_is_refused(small_model, questions, tm
     args = GRPOConfig(str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, beta=0.0)
     with pytest.raises(ValueError, match="cannot take the mask of a shared prompt; use one of sdpa, eager"):
         AudioGRPOTrainer(model, [format_reward], args, load_train_dataset(questions))
+
+
+def test_a_model_that_hears_another_token_than_its_processor_writes_is_refused(small_model, questions, tmp_path):
+    folder = copytree(small_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"audio_token_index": 9}))
+    with pytest.raises(ValueError, match="takes token 9 for sound .*, its processor writes 3"):
+        make_trainer(folder, questions, tmp_path)
+    model, processor = Qwen2AudioForConditionalGeneration.from_pretrained(folder), load_processor(folder)
+    with pytest.raises(ValueError, match="takes token 9"):
+        ask(model, processor, np.zeros(16_000, np.float32), "What?", ["a", "b"], "choice")
+    with pytest.raises(ValueError, match="takes token 9"):
+        AudioSFTTrainer(model, TrainingArguments(str(tmp_path)), load_train_dataset(questions), processor)
 
 
 def test_a_question_with_a_special_token_is_refused_on_this_path_too(small_model, tmp_path):

@@ -72,10 +72,8 @@ def test_loss_and_gradients_equal_the_originals(recorded, tmp_path, name):
     completion_mask = (torch.arange(completion_ids.shape[1]) < lengths[:, None]).long()
     prompt_ids = torch.from_numpy(arrays["prompt_ids"]).repeat_interleave(generations, 0)
     prompt_mask = torch.from_numpy(arrays["prompt_attention_mask"]).repeat_interleave(generations, 0)
-    clips = {
-        "input_features": restore_features(arrays),
-        "feature_attention_mask": torch.from_numpy(arrays["feature_attention_mask"]),
-    }
+    frames = arrays["feature_attention_mask"].sum(axis=1).tolist()
+    clips = {"input_features": restore_features(arrays), "frames": frames}
     trainer._clips = clips
     rows = (torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1))
     with torch.no_grad():
@@ -95,7 +93,8 @@ def test_loss_and_gradients_equal_the_originals(recorded, tmp_path, name):
     }
     grouped = {key: value.unflatten(0, (questions, generations)) for key, value in batch.items()}
     trainer.current_gradient_accumulation_steps = 1
-    loss = trainer._compute_loss(trainer.model, grouped | clips)
+    tokens = lengths.view(questions, generations).sum(dim=1).tolist()
+    loss = trainer._compute_loss(trainer.model, grouped | clips | {"tokens": tokens})
     assert loss.item() == pytest.approx(case["loss"], abs=1e-6)
     loss.backward()
 

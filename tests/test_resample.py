@@ -24,6 +24,7 @@ def test_replaced_groups_keep_their_padding_sides():
             "completion_ids": torch.full((2, 3, completion), value),
             "completion_mask": torch.ones(2, 3, completion, dtype=torch.long),
             "advantages": torch.full((2, 3), float(value)) + torch.arange(3) * (torch.arange(2) != uniform)[:, None],
+            "frames": [value, value],
             "num_items_in_batch": torch.tensor(value),
         }
 
@@ -32,7 +33,7 @@ def test_replaced_groups_keep_their_padding_sides():
     assert merged["prompt_mask"][:, 0].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert merged["completion_ids"][:, 0].tolist() == [[1, 1, 9, 9, 9], [2, 2, 2, 2, 2]]
     assert merged["completion_mask"][:, 0].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
-    assert merged["advantages"][:, 0].tolist() == [1.0, 2.0]
+    assert merged["advantages"][:, 0].tolist() == [1.0, 2.0] and merged["frames"] == [1, 2]
 
 
 def only_some(useful: set[str]):
@@ -60,7 +61,7 @@ def test_no_uniform_group_is_left_while_fresh_questions_remain(small_model, ques
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
     assert len(batch["input_features"].flatten(1).unique(dim=0)) == 2, "the same question was drawn twice"
     # Each group still belongs to its clip: the audio tokens of its prompt are as many as its clip makes.
-    for prompt, frames in zip(batch["prompt_ids"][:, 0], batch["feature_attention_mask"].sum(1), strict=True):
+    for prompt, frames in zip(batch["prompt_ids"][:, 0], batch["frames"], strict=True):
         assert (prompt == trainer.model.config.audio_token_id).sum() == ((frames - 1) // 2 + 1 - 2) // 2 + 1
     trainer.current_gradient_accumulation_steps = 1
     assert torch.isfinite(trainer._compute_loss(trainer.model, batch))

@@ -87,6 +87,7 @@ def test_the_loss_is_the_answers_cross_entropy(small_model, questions, tmp_path)
     batch = trainer.data_collator(list(trainer.train_dataset.select(range(3))))
     loss = trainer.compute_loss(trainer.model, dict(batch))
     labels = batch.pop("labels")
+    batch |= row_by_row.with_mask(batch["input_features"], batch.pop("frames"))
     model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
     logits = model(**batch | row_by_row.whole_windows(model, batch)).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 from dataset.encode import count_audio_tokens
-from model.qwen2_audio import group_by_length
 from row_by_row import log_probs as log_probs_row_by_row
-from trainer.grpo_trainer import AUDIO_INPUTS
 from trainer.shared_prompt import IGNORE, pack, score, unpack
 
 AUDIO, PAD, VOCABULARY = 290, 0, 300
@@ -64,9 +61,15 @@ def make_batch(questions: int, generations: int, length: int, seed: int) -> tupl
     return prompts, ids, mask
 
 
+def count_tokens(mask: torch.Tensor) -> list[int]:
+    """Completion tokens (N, G, C) of each group."""
+    return mask.sum(dim=(1, 2)).tolist()
+
+
 def log_probs_shared(model, prompts: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
-    outputs = score(model, model, packed, {key: prompts[key] for key in AUDIO_INPUTS})
+    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask, count_tokens(mask))
+    frames = prompts["feature_attention_mask"].sum(dim=1).tolist()
+    outputs = score(model, model, packed, {"input_features": prompts["input_features"], "frames": frames})
     return unpack(outputs.log_probs, packed, ids.shape[1], ids.shape[2]).view(ids.shape)
 
 
@@ -120,33 +123,23 @@ def test_a_completion_depends_on_no_other_completion(model):
     assert (before[:, 1] - after[:, 1]).abs().max() > 1e-2, "the model is too uniform for these tests to mean anything"
 
 
-class CountReads(TorchDispatchMode):
-    """Values that Python reads from tensors: on a GPU, each waits for all that was queued before."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names = ("_local_scalar_dense", "nonzero", "masked_select")
-        self.reads += func.overloadpacket.__name__ in names
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_pass_reads_few_values_back(model):
-    """However many lengths the clips have: two for invariants (a prompt's padding, the number of audio tokens), one for
-    the size of the packed row. On GPUs there are TRL's fused head and the backward pass of `masked_scatter` beside."""
-    if model.config._attn_implementation == "eager":
-        pytest.skip("transformers reads its mask for each group of clips")
-    prompts, ids, mask = make_batch(6, 2, 4, seed=1)
-    assert len(group_by_length(prompts["feature_attention_mask"].sum(1).tolist())) > 1
-    with CountReads() as counted:
+def test_the_device_checks_what_the_host_is_told(model):
+    """Nothing is read from it for that."""
+    prompts, ids, mask = make_batch(2, 2, 4, seed=1)
+    tokens = prompts["input_ids"], prompts["attention_mask"], ids, mask
+    with pytest.raises(RuntimeError, match="left-padded"):
+        pack(*tokens, [count - 1 for count in count_tokens(mask)])
+    with pytest.raises(RuntimeError, match="left-padded"):
+        pack(*(rows.flip(-1) for rows in tokens), count_tokens(mask))
+    prompts["input_ids"][0, -1] = AUDIO
+    with pytest.raises(RuntimeError, match="not as many"):
         log_probs_shared(model, prompts, ids, mask)
-    assert counted.reads == 3
 
 
 def test_the_example_of_the_docstring():
     prompt = torch.tensor([[PAD, 1, 2, 3]])
     ids = torch.tensor([[[11, 12, 13], [21, 22, PAD]]])
-    packed = pack(prompt, (prompt != PAD).long(), ids, (ids != PAD).long())
+    packed = pack(prompt, (prompt != PAD).long(), ids, (ids != PAD).long(), [5])
     assert packed.input_ids.tolist() == [[PAD, 1, 2, 3, 11, 12, 3, 21]]
     assert packed.position_ids.tolist() == [[0, 0, 1, 2, 3, 4, 2, 3]]
     assert packed.labels.tolist() == [[11, 12, 13, 21, 22]]
@@ -161,7 +154,7 @@ def test_masked_completions_cost_nothing_and_give_zero(model):
     prompts, ids, mask = make_batch(2, 3, 6, seed=9)
     mask[0, 1] = 0  # as mask_truncated_completions does
     mask[1] = 0  # a whole group
-    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
+    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask, count_tokens(mask))
     assert packed.source.shape[1] == mask[0].sum()
     assert (packed.labels[1] == IGNORE).all()
     shared = log_probs_shared(model, prompts, ids, mask)

@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 import model.generation
+import row_by_row
 import trainer.grpo_trainer
 from dataset.encode import Batch, join
 from model.generation import Greedy, embed_tokens, generate, prefill, score
-from model.qwen2_audio import base_model
+from model.qwen2_audio import base_model, encode_clips, group_by_length, pad_clips
 from model.without_storage import place, without_storage
+from steps import Synchronisations
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.memory import Settings, build, decode_last, longest_questions, policy_pass
 from trainer.shared_prompt import unpack
@@ -57,25 +59,37 @@ def full_size(shared, layers: int) -> tuple[nn.Module, dict[str, int]]:
     return build(config.to_json_string(), S)
 
 
+def questions_of(model, *seconds: float) -> Batch:
+    """A question for each length of a clip, as the loader joins them."""
+    questions = []
+    for length in seconds:
+        settings = replace(S, questions=1, seconds=length, prompt=round(40 * length))
+        questions.append(row_by_row.as_inputs(longest_questions(model, settings, torch.device("cpu"))))
+    return join(questions, pad_id=1).to(model.device)
+
+
 def policy(model, batch: Batch) -> None:
     policy_pass(model, batch, S).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert {(gradient.device, gradient.dtype) for gradient in gradients} == {(model.device, torch.bfloat16)}
 
 
-def reference(model, batch: Batch) -> None:
-    """As the trainer takes it, a question at a time."""
+def log_probs(model, batch: Batch, batch_size: int | None = None, **state) -> torch.Tensor:
+    """As the trainer takes them, with attributes of another `state` than a rollout's."""
     accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=nullcontext)
     trainer = object.__new__(AudioGRPOTrainer)  # with what the method reads
-    vars(trainer).update(accelerator=accelerator, _clips=batch.audio_inputs, _idle=[], use_vllm=False)
-    trainer.ref_model = trainer._reference = None
+    vars(trainer).update(accelerator=accelerator, ref_model=None, _reference=None, use_vllm=False)
+    vars(trainer).update({"_clips": batch.audio_inputs, "_tokens": [], "_idle": []} | state)
     ids = batch.input_ids.repeat_interleave(S.generations, dim=0)
     ids = torch.cat([ids, ids.new_ones(len(ids), S.completion)], dim=1)
+    return trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), S.completion, batch_size)[0]
+
+
+def reference(model, batch: Batch) -> None:
+    """A question at a time."""
     with torch.no_grad():
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(
-            model.eval(), ids, torch.ones_like(ids), S.completion, S.generations
-        )
-    assert logps.shape == (len(ids), S.completion) and logps.device == model.device
+        logps = log_probs(model.eval(), batch, batch_size=S.generations)
+    assert logps.shape == (len(batch) * S.generations, S.completion) and logps.device == model.device
 
 
 def rollout(model, batch: Batch) -> None:
@@ -87,12 +101,8 @@ def rollout(model, batch: Batch) -> None:
 
 
 def evaluation(model, batch: Batch) -> None:
-    """A long and a short question, as the loader joins them; the long one's answer ends first, so its row leaves."""
-    questions = []
-    for settings in (S, replace(S, prompt=200, seconds=4)):
-        one = longest_questions(model, replace(settings, questions=1), torch.device("cpu"))
-        questions.append(one.audio_inputs | {"input_ids": one.input_ids})
-    batch = join(questions, pad_id=1).to(model.device)
+    """The long question's answer ends first, so its row leaves."""
+    batch = questions_of(model, 10, 4)
     greedy = Greedy(model, batch)
 
     def choose(logits, rows, completions) -> torch.Tensor:
@@ -143,6 +153,31 @@ def test_a_mixture_of_dtypes_is_found(shared, elsewhere):
         layer.weight = nn.Parameter(layer.weight.detach().float())
         with pytest.raises(RuntimeError, match="dtype"):
             policy(model, longest_questions(model, S, model.device))
+
+
+@pytest.mark.parametrize("way", ["plain", "eager", "frozen encoder", "a group left out", "supervised"])
+def test_a_policy_pass_never_waits_for_the_device(shared, elsewhere, way):
+    """Forward and backward, with clips of several lengths. Left out, since they do it on real tensors of a GPU alone:
+    TRL's fused head picks the positions with a label, and in supervised training transformers looks for padding."""
+    model, _ = full_size(shared, layers=2)
+    model.set_attn_implementation("eager" if way == "eager" else "sdpa")
+    with without_storage():
+        place(model, elsewhere)
+        batch = questions_of(model, 10, 9.5, 4)
+        assert len(group_by_length(batch.frames)) == 2 and len(set(batch.frames)) == 3
+        state = {"_tokens": [S.generations * S.completion] * len(batch)}
+        if way == "frozen encoder":
+            encoded = encode_clips(model.model, batch.input_features, batch.frames)
+            state["_clips"] = {"encoded_clips": pad_clips(encoded), "frames": batch.frames}
+        if way == "a group left out":
+            entropies = torch.zeros(len(batch), S.generations, S.completion, device=elsewhere)
+            state |= {"_idle": [False, True, False], "_rollout_entropies": entropies}
+        with Synchronisations(elsewhere) as waits:
+            if way == "supervised":
+                policy_pass(model, batch, replace(S, supervised=True)).backward()
+            else:
+                log_probs(model, batch, **state).sum().backward()
+    assert waits.count == 0
 
 
 def ids_left_behind(model, ids):

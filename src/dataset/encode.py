@@ -10,9 +10,10 @@ Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames (as
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
@@ -42,7 +43,11 @@ def count_audio_tokens(samples: int, hop_length: int = 160) -> int:
     >>> count_audio_tokens(160_000)
     250
     """
-    frames = -(-samples // hop_length)
+    return count_tokens_of_frames(-(-samples // hop_length))
+
+
+def count_tokens_of_frames(frames: int) -> int:
+    """The number of `<|AUDIO|>` tokens that so many mel frames become."""
     after_convolution = (frames - 1) // 2 + 1
     return (after_convolution - 2) // 2 + 1
 
@@ -118,31 +123,33 @@ class Batch:
     input_ids: torch.Tensor  # (N, P), left-padded
     attention_mask: torch.Tensor  # (N, P)
     input_features: torch.Tensor  # (N, M, F)
-    frames: torch.Tensor  # (N,), frames that hold audio
+    frames: list[int]  # N, frames that hold audio; a tensor's values, which sizes follow from, would be waited for
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
-    def audio_inputs(self) -> dict[str, torch.Tensor]:
-        """What the model takes beside the tokens: `input_features`, and `feature_attention_mask` (N, F)."""
-        import torch
-
-        mask = torch.arange(self.input_features.shape[2], device=self.frames.device) < self.frames[:, None]
-        return {"input_features": self.input_features, "feature_attention_mask": mask.long()}
+    def audio_inputs(self) -> dict[str, Any]:
+        """What the model takes beside the tokens, within `needed_frames_only`."""
+        return {"input_features": self.input_features, "frames": self.frames}
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        ids, mask, features = map(change, (self.input_ids, self.attention_mask, self.input_features))
+        return Batch(ids, mask, features, self.frames)
 
     def take(self, rows: list[int]) -> Batch:
         """Some of the questions, with no more padding than they need among themselves."""
         longest = int(self.attention_mask[rows].sum(dim=1).max())
-        frames = needed_frames(int(self.frames[rows].max()), self.input_features.shape[2])
+        frames = [self.frames[row] for row in rows]
+        needed = needed_frames(max(frames), self.input_features.shape[2])
         ids, mask = self.input_ids[rows, -longest:], self.attention_mask[rows, -longest:]
-        return Batch(ids, mask, self.input_features[rows, :, :frames], self.frames[rows])
+        return Batch(ids, mask, self.input_features[rows, :, :needed], frames)
 
 
 def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndarray]) -> Batch:
@@ -156,7 +163,8 @@ def encode_question(processor: Qwen2AudioProcessor, text: str, clip: np.ndarray)
     """One question as the processor encodes it, but with the frames that its clip needs, not a whole window.
 
     A frame sees 25 ms of sound: with a little silence behind the clip, its frames are those of the padded window, to
-    the last bit, and a 10 s clip takes a third of the time. Raises as `encode`.
+    the last bit, and a 10 s clip takes a third of the time. Raises as `encode`, and the processor a `ValueError` where
+    the ids hold another number of its audio tokens than the clip makes: passes do not look again.
     """
     check_no_special_token(text, processor)
     check_clip_length(len(clip), processor)
@@ -187,7 +195,7 @@ def join(questions: list[BatchFeature], pad_id: int) -> Batch:
         pad_left([torch.ones_like(row) for row in ids]),
         # The feature extractor fills its window with what it makes of silence, and so what is missing of it here.
         torch.cat([pad(each, (0, longest - each.shape[2]), mode="replicate") for each in features]),
-        torch.cat([question["feature_attention_mask"].sum(1) for question in questions]),
+        torch.cat([question["feature_attention_mask"].sum(1) for question in questions]).tolist(),
     )
 
 

@@ -34,7 +34,7 @@ from dataset.prompt import build_question, extract_answer
 from dataset.questions import Question
 from dataset.rows import DataError, hash_file
 from model.generation import Sampler, generate, single_thread
-from model.qwen2_audio import end_ids
+from model.qwen2_audio import check_audio_token, end_ids
 from model.vllm_engine import GreedyEngine
 
 from .mmau import string_match
@@ -199,6 +199,8 @@ def answer_batches(
         quiet: show no bar.
     """
     state, tokenizer, by_vllm = PartialState(), questions.processor.tokenizer, isinstance(model, GreedyEngine)
+    if not by_vllm:
+        check_audio_token(model, questions.processor)
     batches = batches[state.process_index :: state.num_processes]
     loader = DataLoader(
         questions,

@@ -18,12 +18,13 @@ question's branches that go on, P prompt, T tokens so far, K keys in the cache, 
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedConfig, Qwen2AudioForConditionalGeneration
+from transformers import Cache, GenerationConfig, Qwen2AudioForConditionalGeneration
 from transformers.generation import GenerationMode
 
 from dataset.encode import Batch
 
 from .generation import prefill
+from .qwen2_audio import as_attention_mask
 
 # What a place in the cache belongs to, where it is no branch: all see the prompt, nobody sees padding.
 PROMPT, PADDING, NOBODY = -1, -2, -3
@@ -136,13 +137,6 @@ class Branches:
         self.slots = torch.tensor([taken + [NOBODY] * (width - len(taken)) for taken in slots], device=device)
         self.places = torch.tensor(places, dtype=torch.long, device=device)
         self.fed = branches
-
-
-def as_attention_mask(sees: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
-    """Who sees whom, (N, T, K), as the model's attention takes it: (N, 1, T, K)."""
-    if config._attn_implementation == "eager":  # which adds its mask to the attention's scores
-        return torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
-    return sees[:, None]
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:

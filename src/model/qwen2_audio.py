@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoProcessor,
+    PreTrainedConfig,
     ProcessorMixin,
     Qwen2AudioEncoder,
     Qwen2AudioForConditionalGeneration,
@@ -24,9 +25,8 @@ from transformers import (
     Qwen2AudioProcessor,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.masking_utils import create_bidirectional_mask
 
-from dataset.encode import build_chat, needed_frames
+from dataset.encode import build_chat, count_tokens_of_frames, needed_frames
 
 HEAD = "lm_head"  # its weights are multiplied with hidden states directly, so it takes no adapter
 # part -> the modules it is made of, by their names in transformers
@@ -70,6 +70,16 @@ def audio_token_id(model) -> int:
     return model.config.audio_token_id
 
 
+def check_audio_token(model, processor: Qwen2AudioProcessor) -> None:
+    """Raise a `ValueError` where the processor writes another token for sound than the model hears."""
+    written, heard = processor.audio_token_id, audio_token_id(model)
+    if written != heard:
+        raise ValueError(
+            f"the model takes token {heard} for sound (audio_token_index in its config.json), its processor writes "
+            f"{written}: the files do not belong together; get them again"
+        )
+
+
 def base_model(model):
     """The Qwen2-Audio itself, below adapters if there are any."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -109,8 +119,9 @@ def encoder_is_frozen(backbone: Qwen2AudioModel) -> bool:
 
 @contextmanager
 def needed_frames_only(model: Qwen2AudioForConditionalGeneration) -> Iterator[None]:
-    """Within this context, forward passes of a Qwen2-Audio take mel frames of any number that `encode` makes; or, in
-    the place of features and their mask, `encoded_clips` as `pad_clips` makes them.
+    """Within this context, forward passes of a Qwen2-Audio take mel features (`input_features`) of any length that
+    `encode` makes, with the list of how many `frames` hold audio in the place of a mask; or, in the place of features,
+    `encoded_clips` as `pad_clips` makes them.
 
     Its own forward insists on the whole window of 30 s. Here the backbone gets the embeddings instead, inside the
     forward pass, so that engines (DDP, ZeRO), adapters and gradient checkpointing see nothing unusual; `model` is the
@@ -118,16 +129,13 @@ def needed_frames_only(model: Qwen2AudioForConditionalGeneration) -> Iterator[No
     """
 
     def embed(backbone, args, kwargs):
-        padded = kwargs.pop("encoded_clips", None)
-        if padded is None and kwargs.get("input_features") is None:
+        if (frames := kwargs.pop("frames", None)) is None:
             return None
-        input_ids = kwargs.pop("input_ids")
+        input_ids, padded = kwargs.pop("input_ids"), kwargs.pop("encoded_clips", None)
         if padded is None:
-            frames = kwargs.pop("feature_attention_mask").sum(dim=1)
             clips = encode_clips(backbone, kwargs.pop("input_features"), frames)
         else:
-            counts = (input_ids == audio_token_id(backbone)).sum(dim=1).tolist()
-            clips = [clip[:, :count].T for clip, count in zip(padded, counts, strict=True)]
+            clips = [clip[:, : count_tokens_of_frames(kept)].T for clip, kept in zip(padded, frames, strict=True)]
         kwargs["inputs_embeds"] = embed_prompts(backbone, input_ids, clips)
         return args, kwargs
 
@@ -167,15 +175,16 @@ def let_vllm_take_any_window(model: Qwen2AudioForConditionalGeneration) -> None:
 def embed_prompts(backbone: Qwen2AudioModel, input_ids: torch.Tensor, clips: Sequence[torch.Tensor]) -> torch.Tensor:
     """Embeddings (N, T, H) of `input_ids` (N, T), the clips' in the places of their `<|AUDIO|>` tokens.
 
-    `clips` are those of `encode_clips`, which go through the projector here. A `ValueError` says that clips and tokens
-    differ in number.
+    `clips` are those of `encode_clips`, which go through the projector here. That tokens and clips agree is seen to
+    where questions are encoded, and by `check_audio_token`; here the device checks it without being waited for. (For
+    the gradient of `masked_scatter`, a shorter way to put the clips in their places, it would be.)
     """
     embeddings = backbone.get_input_embeddings()(input_ids)
     audio = backbone.multi_modal_projector(torch.cat(list(clips))).to(embeddings.dtype)
-    places = input_ids == audio_token_id(backbone)
-    if (tokens := int(places.sum())) != len(audio):
-        raise ValueError(f"the prompts hold {tokens} audio tokens, their clips make {len(audio)}")
-    return embeddings.masked_scatter(places[..., None], audio)
+    is_audio = (input_ids == audio_token_id(backbone)).flatten()
+    torch._assert_async(is_audio.sum() == len(audio), "the prompts' audio tokens are not as many as their clips make")
+    places = torch.nonzero_static(is_audio, size=len(audio))[:, 0]
+    return embeddings.flatten(0, 1).index_copy(0, places, audio).view_as(embeddings)
 
 
 def pad_clips(clips: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -183,20 +192,19 @@ def pad_clips(clips: Sequence[torch.Tensor]) -> torch.Tensor:
     return pad_sequence(list(clips), batch_first=True).transpose(1, 2)
 
 
-def encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: torch.Tensor) -> list[torch.Tensor]:
+def encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: list[int]) -> list[torch.Tensor]:
     """The N clips as the encoder makes them, before the projector: each (its audio tokens, W).
 
-    The encoder sees groups of like length. Of the `features` (N, M, F), `frames` (N,) hold audio, F are
-    `needed_frames` or more.
+    The encoder sees groups of like length. Of the `features` (N, M, F), N `frames` hold audio, F are `needed_frames` or
+    more.
     """
-    lengths = frames.tolist()
     encoded: dict[int, torch.Tensor] = {}
-    for group in group_by_length(lengths):
-        kept = [lengths[clip] for clip in group]
+    for group in group_by_length(frames):
+        kept = [frames[clip] for clip in group]
         longest = needed_frames(max(kept), features.shape[2])
-        part = _encode_group(backbone.audio_tower, features[group, :, :longest], kept)
-        encoded |= zip(group, part, strict=True)
-    return [encoded[clip] for clip in range(len(lengths))]
+        part = torch.stack([features[clip, :, :longest] for clip in group])  # a list as an index would be copied there
+        encoded |= zip(group, _encode_group(backbone.audio_tower, part, kept), strict=True)
+    return [encoded[clip] for clip in range(len(frames))]
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
@@ -220,20 +228,27 @@ def _encode_group(encoder: Qwen2AudioEncoder, features: torch.Tensor, frames: li
     The steps of `Qwen2AudioEncoder.forward`, without LayerDrop, which no Qwen2-Audio has. All sizes are counted on the
     CPU: nothing here waits for the device.
     """
-    counts = [encoder._get_feat_extract_output_lengths(clip) for clip in frames]
-    positions, tokens = map(list, zip(*counts, strict=True))
+    positions = [(clip - 1) // 2 + 1 for clip in frames]
     hidden = nn.functional.gelu(encoder.conv1(features.to(encoder.conv1.weight.dtype)))
     hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)[:, : max(positions)]
     places = torch.arange(hidden.shape[1], device=hidden.device)
-    heard = places < torch.tensor(positions, device=hidden.device)[:, None]  # (N, positions)
-    if encoder.config._attn_implementation == "sdpa":  # not spread to (N, 1, T, T): a cost on CPUs
-        mask = None if min(positions) == max(positions) else heard[:, None, None]
-    else:
-        mask = create_bidirectional_mask(encoder.config, hidden, heard.long())
+    mask = None
+    if min(positions) < max(positions):
+        kept = torch.tensor(positions).to(hidden.device, non_blocking=True)
+        heard = (places < kept[:, None])[:, None]  # (N, 1, positions); spread to all queries, it would cost CPUs time
+        mask = as_attention_mask(heard, encoder.config, hidden.dtype)
     # Called, not read: under ZeRO-3 a weight is there while its module runs.
     hidden = hidden + encoder.embed_positions(places)
     hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=encoder.training)
     for layer in encoder.layers:
         hidden = layer(hidden, mask)
     hidden = encoder.layer_norm(encoder.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # (N, A, W)
-    return [clip[:kept] for clip, kept in zip(hidden, tokens, strict=True)]
+    return [clip[: count_tokens_of_frames(kept)] for clip, kept in zip(hidden, frames, strict=True)]
+
+
+def as_attention_mask(sees: torch.Tensor, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Who sees whom, (N, T, K) or alike for all queries (N, 1, K), as attention takes it: (N, 1, T, K). `dtype` is that
+    of a mask for `eager`."""
+    if config._attn_implementation == "eager":  # which adds its mask to the attention's scores
+        return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    return sees[:, None]

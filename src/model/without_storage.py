@@ -70,7 +70,7 @@ class PeakMemory(TorchDispatchMode):
 class KnownIntegers(TorchDispatchMode):
     """Computes integers and booleans that follow from known ones, so that fake tensors can answer for their values.
 
-    Code asks for lengths (`int(mask.sum())`, `frames.tolist()`); what depends on weights or features has no value, and
+    Code asks for lengths (`int(mask.sum())`, `lengths.tolist()`); what depends on weights or features has no value, and
     asking for one raises a KeyError.
     """
 

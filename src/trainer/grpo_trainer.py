@@ -33,6 +33,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ from model.qwen2_audio import (
     audio_token_forbidden,
     audio_token_id,
     base_model,
+    check_audio_token,
     encode_clips,
     encoder_is_frozen,
     freeze_parts,
@@ -70,8 +72,8 @@ from .saving import SelfContainedCheckpoints
 from .shared_prompt import ATTENTION, pack, score, unpack
 from .vllm_rollouts import VLLMRollouts, check_vllm
 
-AUDIO_INPUTS = ("input_features", "feature_attention_mask")
-CLIPS = (*AUDIO_INPUTS, "encoded_clips")  # how a batch may have them: the last is for an encoder that is not trained
+# How a batch has its clips: the features, or what an encoder that is not trained makes of them; and their lengths.
+CLIPS = ("input_features", "encoded_clips", "frames")
 
 
 class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, SelfContainedCheckpoints, GRPOTrainer):
@@ -133,7 +135,8 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         if ref_offload:
             check_ref_offload(args, adapters=isinstance(self.model, PeftModel))
             self._reference = WaitingReference(self.ref_model, self.accelerator.device)
-        self._clips: dict[str, torch.Tensor] = {}  # of the batch whose log-probs are being computed: CLIPS
+        self._clips: dict[str, Any] = {}  # of the batch whose log-probs are being computed: CLIPS
+        self._tokens: list[int] = []  # of a micro-batch: N, the completion tokens of each group
         self._entropies: torch.Tensor | None = None  # (B, C) of the last rollout's tokens, where they are wanted
         # Of a micro-batch whose idle groups are left out: which are (N), and its entropies, (N, G, C).
         self._idle: list[bool] = []
@@ -141,6 +144,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         self._skipped = 0  # the first micro-batches of the rollouts, which have idle groups only on all processes
 
         base = base_model(self.model)
+        check_audio_token(base, processor)
         if base.config._attn_implementation not in ATTENTION:
             raise ValueError(
                 f"attn_implementation {base.config._attn_implementation!r} cannot take the mask of a shared prompt; "
@@ -163,11 +167,12 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
 
     # Rollouts
 
-    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
         """Roll out and score B rows, which repeat each of N questions G times.
 
         Returns:
-            TRL's tensors as (N, G, ...) instead of (B, ...), and the CLIPS, (N, ...).
+            TRL's tensors as (N, G, ...) instead of (B, ...), and the CLIPS, (N, ...). What the sizes in a policy pass
+            follow from are lists of N, which TRL shuffles and cuts alike: a pass asks the device for nothing.
         """
         generations = self.num_generations if self.model.training else self.num_generations_eval
         loaded = inputs[0].pop("questions", None)  # not there, where a run went on in the middle of a batch
@@ -177,13 +182,14 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         batch = self._roll_out(questions, generations)
         if self.max_resample_rounds and self.model.training:
             batch = self._resample_uniform_groups(batch, questions.rows)
+        batch["tokens"] = batch["completion_mask"].sum(dim=(1, 2)).tolist()
         if "entropies" in batch:
             idle = find_idle_groups(batch["advantages"])
-            batch["idle"] = idle.cpu()
+            batch["idle"] = idle.tolist()
             self._metrics["train"]["groups/no_pass_share"].append(self.accelerator.gather(idle.float()).mean().item())
         return batch
 
-    def _roll_out(self, questions: Questions, generations: int) -> dict[str, torch.Tensor]:
+    def _roll_out(self, questions: Questions, generations: int) -> dict[str, Any]:
         """One round of `_generate_and_score_completions`: N questions, each with G fresh completions, scored.
 
         The metric `clips/replaced` counts questions whose clip could not be used, over all processes.
@@ -205,7 +211,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         shape = len(questions.rows), generations
         return {key: value.unflatten(0, shape) if value.ndim else value for key, value in output.items()} | self._clips
 
-    def _resample_uniform_groups(self, batch: dict, questions: list[dict]) -> dict[str, torch.Tensor]:
+    def _resample_uniform_groups(self, batch: dict, questions: list[dict]) -> dict[str, Any]:
         """Replace groups whose rewards are all equal by groups of fresh questions, in `max_resample_rounds` at most.
 
         All processes take the same number of rounds with the same number of questions, to stay in step: as many
@@ -280,7 +286,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         if not self.encodes_once:
             return None
         clips = encode_clips(base.model, self._questions.input_features, self._questions.frames)
-        self._clips = {"encoded_clips": pad_clips(clips)}
+        self._clips = {"encoded_clips": pad_clips(clips), "frames": self._questions.frames}
         return clips
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -346,23 +352,24 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before or "idle" not in inputs:
             return inputs
-        self._buffered_inputs.sort(key=lambda batch: int((~batch["idle"]).sum()))
-        self._skipped = min(gather_object([sum(bool(batch["idle"].all()) for batch in self._buffered_inputs)]))
+        self._buffered_inputs.sort(key=lambda batch: batch["idle"].count(False))
+        self._skipped = min(gather_object([sum(all(batch["idle"]) for batch in self._buffered_inputs)]))
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _compute_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss on a micro-batch of whole groups."""
         self._clips = {key: inputs[key] for key in CLIPS if key in inputs}
         self.describe_batch = partial(describe_pass, inputs["prompt_mask"], inputs["completion_mask"])
-        beside = *CLIPS, "entropies", "idle"
+        beside = *CLIPS, "tokens", "entropies", "idle"
         rows = {key: value for key, value in inputs.items() if key not in beside}
         rows = {key: value.flatten(0, 1) if value.ndim > 1 else value for key, value in rows.items()}
+        self._tokens = inputs["tokens"]
         if "idle" in inputs:
-            self._idle, self._rollout_entropies = inputs["idle"].tolist(), inputs["entropies"]
+            self._idle, self._rollout_entropies = inputs["idle"], inputs["entropies"]
         try:
             return super()._compute_loss(model, rows)
         finally:
-            self._idle, self._rollout_entropies = [], None
+            self._tokens, self._idle, self._rollout_entropies = [], [], None
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         """TRL's name for `_log_probs`. A reference that waits on the CPU is fetched for all of a call's passes."""
@@ -383,14 +390,21 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         """Log-probs (B, C), and entropies (B, C) or None, of the completions; no auxiliary loss."""
         questions = len(next(iter(self._clips.values())))
         ids, mask = (rows.unflatten(0, (questions, -1)) for rows in (input_ids, attention_mask))  # (N, G, P + C)
+        # The passes over a rollout count once for all of it.
+        tokens = self._tokens or mask[:, :, -logits_to_keep:].sum(dim=(1, 2)).tolist()
+        groups = ids, mask, tokens, self._clips
         if not any(self._idle):
-            return *self._score(model, ids, mask, self._clips, logits_to_keep, batch_size, compute_entropy), None
+            return *self._score(model, *groups, logits_to_keep, batch_size, compute_entropy), None
         kept = [question for question, idle in enumerate(self._idle) if not idle]
         places = torch.tensor(kept, dtype=torch.long).to(ids.device, non_blocking=True)
         assert self._rollout_entropies is not None
         logps = torch.zeros_like(self._rollout_entropies)
         if kept:
-            groups = ids[places], mask[places], {key: value[places] for key, value in self._clips.items()}
+
+            def take(values):
+                return [values[question] for question in kept] if isinstance(values, list) else values[places]
+
+            groups = take(ids), take(mask), take(tokens), {key: take(value) for key, value in self._clips.items()}
             found = self._score(model, *groups, logits_to_keep, batch_size, compute_entropy)
             filled = zip((logps, self._rollout_entropies), found, strict=True)
             return *(values if rows is None else fill_in(values, rows, places) for values, rows in filled), None
@@ -409,7 +423,8 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         model,
         ids: torch.Tensor,  # (N, G, P + C)
         mask: torch.Tensor,  # (N, G, P + C)
-        clips: dict[str, torch.Tensor],  # CLIPS of N questions
+        tokens: list[int],  # N, completion tokens of each group
+        clips: dict[str, Any],  # CLIPS of N questions
         length: int,  # C
         batch_size: int | None,  # completions per forward pass
         compute_entropy: bool,
@@ -426,6 +441,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
                 prompt_mask=mask[chunk, 0, :-length],
                 completion_ids=ids[chunk, :, -length:],
                 completion_mask=mask[chunk, :, -length:],
+                tokens=tokens[chunk],
             )
             with self.accelerator.autocast(), audio_token_forbidden(base) if self.use_vllm else nullcontext():
                 outputs = score(model, base, packed, {key: value[chunk] for key, value in clips.items()})
@@ -447,7 +463,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         super().probe_memory()
         self._metrics, self._entropy_window_stats = metrics, entropies
 
-    def _largest_batch(self) -> dict[str, torch.Tensor]:
+    def _largest_batch(self) -> dict[str, Any]:
         """By a rollout of as many questions as ever, completions of the full length, and a pass as the reference's."""
         s, args, G = self.memory_settings, self.args, self.num_generations
         assert s is not None
@@ -481,6 +497,7 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         batch |= self._clips
         batch["ref_per_token_logps"] = log_probs.unflatten(0, (-1, G))
         batch["advantages"] = torch.zeros_like(batch["completion_ids"][..., 0], dtype=torch.float32)  # (N, G)
+        batch["tokens"] = [G * s.completion] * len(questions)
         first = {key: value[: s.questions] for key, value in batch.items()}
         return first | {"num_items_in_batch": batch["completion_mask"].sum()}
 

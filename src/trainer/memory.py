@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -258,7 +259,7 @@ def longest_questions(model: PreTrainedModel, s: Settings, device: torch.device)
     ids[:, : count_audio_tokens(samples)] = audio_token_id(base_model(model))
     width = needed_frames(frames, 2 * audio.max_source_positions)
     features = torch.zeros(s.questions, audio.num_mel_bins, width, device=device)
-    return Batch(ids, torch.ones_like(ids), features, torch.full((s.questions,), frames, device=device))
+    return Batch(ids, torch.ones_like(ids), features, [frames] * s.questions)
 
 
 def autocast(s: Settings):
@@ -266,18 +267,17 @@ def autocast(s: Settings):
     return torch.autocast("cpu", torch.bfloat16) if s.autocast else nullcontext()
 
 
-def _as_passes_have_them(batch: Batch, model: nn.Module, s: Settings) -> dict[str, torch.Tensor]:
+def _as_passes_have_them(batch: Batch, model: nn.Module, s: Settings) -> dict[str, Any]:
     """A batch's clips, encoded by the rollout where nothing of the encoder is trained."""
     backbone = base_model(model).model
     if s.supervised or not encoder_is_frozen(backbone):
         return batch.audio_inputs
     with torch.no_grad(), autocast(s):
-        return {"encoded_clips": pad_clips(encode_clips(backbone, batch.input_features, batch.frames))}
+        clips = encode_clips(backbone, batch.input_features, batch.frames)
+    return {"encoded_clips": pad_clips(clips), "frames": batch.frames}
 
 
-def policy_pass(
-    model: nn.Module, batch: Batch, s: Settings, clips: dict[str, torch.Tensor] | None = None
-) -> torch.Tensor:
+def policy_pass(model: nn.Module, batch: Batch, s: Settings, clips: dict[str, Any] | None = None) -> torch.Tensor:
     """A loss of N x G completions of the full length, or of N answers to learn. `clips` are as `score` takes them, by
     default the batch's."""
     if s.supervised:
@@ -285,13 +285,14 @@ def policy_pass(
         with autocast(s), needed_frames_only(base_model(model)):
             return model(**inputs, fused_lm_head=True).loss
     ids = batch.input_ids.new_ones(len(batch), s.generations, s.completion)
-    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids))
+    tokens = [s.generations * s.completion] * len(batch)
+    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids), tokens)
     with autocast(s):
         output = score(model, base_model(model), packed, clips or batch.audio_inputs)
     return unpack(output.log_probs, packed, s.generations, s.completion).sum()
 
 
-def longest_answers(batch: Batch, s: Settings) -> dict[str, torch.Tensor]:
+def longest_answers(batch: Batch, s: Settings) -> dict[str, Any]:
     """What supervised fine-tuning's collator makes of the longest questions with the longest answers, (N, P + C)."""
     ids = torch.cat([batch.input_ids, batch.input_ids.new_ones(len(batch), s.completion)], dim=1)
     labels = ids.clone()

@@ -12,6 +12,8 @@ of the rollout's draw.
 Shapes: N questions, G generations, B = N * G completions, P prompt, C completion, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from trl import GRPOTrainer
 
@@ -72,8 +74,8 @@ def fill_in(values: torch.Tensor, found: torch.Tensor, places: torch.Tensor) -> 
 
 
 def shortest_question(
-    ids: torch.Tensor, clips: dict[str, torch.Tensor], audio_token: int
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    ids: torch.Tensor, clips: dict[str, Any], audio_token: int
+) -> tuple[torch.Tensor, torch.Tensor, list[int], dict[str, Any]]:
     """The cheapest pass in which every weight takes part: an audio token, a text token and a completion of one.
 
     Args:
@@ -81,13 +83,10 @@ def shortest_question(
         clips: of N questions, features or encoded; the first frames of the first are taken.
 
     Returns:
-        Token ids and mask (1, 1, 3), and the clip's inputs (1, ...).
+        Token ids and mask (1, 1, 3), how many completion tokens there are, and the clip's inputs (1, ...).
     """
     last = ids[:1, :1, -1:]
     tokens = torch.cat([torch.full_like(last, audio_token), last, last], dim=2)
-    if "encoded_clips" in clips:
-        return tokens, torch.ones_like(tokens), {"encoded_clips": clips["encoded_clips"][:1, :, :1]}
-    features = clips["input_features"]
-    features = features[:1, :, : needed_frames(FRAMES, features.shape[2])]
-    heard = torch.arange(features.shape[2], device=features.device)[None] < FRAMES
-    return tokens, torch.ones_like(tokens), {"input_features": features, "feature_attention_mask": heard.long()}
+    (name, values), *_ = clips.items()
+    kept = 1 if name == "encoded_clips" else needed_frames(FRAMES, values.shape[2])
+    return tokens, torch.ones_like(tokens), [1], {name: values[:1, :, :kept], "frames": [FRAMES]}

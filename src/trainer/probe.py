@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class MemoryProbe:
     probing = False
     describe_batch: Callable[[], str] = staticmethod(lambda: "no pass had begun")  # what is being computed
 
-    def _largest_batch(self) -> dict[str, torch.Tensor]:
+    def _largest_batch(self) -> dict[str, Any]:
         """A micro-batch of the longest prompts, clips and completions, by the passes that precede the policy's."""
         raise NotImplementedError
 

@@ -4,8 +4,10 @@ their place. Which questions are tried, and when, is the trainer's business.
 Dynamic sampling, as in DAPO (arXiv 2503.14476, section 3.2), on batches of whole groups.
 
 Shapes: N questions, G generations; a batch has tensors (N, G) and (N, G, tokens), and clips (N, ..., frames or
-audio tokens).
+audio tokens) with a list of their N lengths.
 """
+
+from typing import Any
 
 import torch
 
@@ -15,9 +17,7 @@ def find_uniform_groups(advantages: torch.Tensor) -> torch.Tensor:
     return advantages.amax(dim=1) == advantages.amin(dim=1)
 
 
-def replace_uniform_groups(
-    batch: dict[str, torch.Tensor], fresh: dict[str, torch.Tensor], pad_id: int
-) -> dict[str, torch.Tensor]:
+def replace_uniform_groups(batch: dict[str, Any], fresh: dict[str, Any], pad_id: int) -> dict[str, Any]:
     """`batch` with its uniform groups replaced by those of `fresh` that are not, as far as these go.
 
     Args:
@@ -31,8 +31,11 @@ def replace_uniform_groups(
     slots = find_uniform_groups(batch["advantages"]).nonzero().flatten()
     picks = (~find_uniform_groups(fresh["advantages"])).nonzero().flatten()[: len(slots)]
     merged = dict(batch)
+    taken = dict(zip(slots.tolist(), picks.tolist(), strict=False))
     for key, value in batch.items():
-        if value.ndim:
+        if isinstance(value, list):
+            merged[key] = [fresh[key][taken[row]] if row in taken else own for row, own in enumerate(value)]
+        elif value.ndim:
             length = max(value.shape[-1], fresh[key].shape[-1])
             value, other = (_pad(tensor, length, key, pad_id) for tensor in (value, fresh[key]))
             merged[key] = value.index_copy(0, slots[: len(picks)], other[picks])

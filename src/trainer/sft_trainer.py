@@ -9,6 +9,7 @@ Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,7 +17,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from dataset.prompt import STYLES, extract_answer
-from model.qwen2_audio import base_model, freeze_parts, needed_frames_only
+from model.qwen2_audio import base_model, check_audio_token, freeze_parts, needed_frames_only
 
 from .accuracy import GreedyAccuracy
 from .finite import FiniteSteps
@@ -43,12 +44,12 @@ class AnswerCollator:
         """
         return STYLES[row["style"]].target(extract_answer(row["solution"])) + self.processor.tokenizer.eos_token
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
         """Decode, tokenize and label N rows.
 
         Returns:
             `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T): prompts padded on the left, answers on the
-            right; labels are -100 but for answer and end. `input_features` (N, M, F), `feature_attention_mask` (N, F).
+            right; labels are -100 but for answer and end. `input_features` (N, M, F), and N `frames` that hold audio.
         """
         questions = load_questions(rows, self.audio_channels, self.processor, self.others)
         batch = questions.batch
@@ -109,6 +110,7 @@ class AudioSFTTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Self
         args.remove_unused_columns = False  # the collator needs the rows' paths and texts
         collator = AnswerCollator(processor, audio_channels, train_dataset)
         collator.target(train_dataset[0])  # a style that cannot be learned is refused here, not in the first step
+        check_audio_token(base_model(model), processor)
         # The mean log-prob of the answers' tokens, over the whole step, without ever making the prompts' logits.
         add_fused_lm_head(base_model(model))
         freeze_parts(model, freeze)
@@ -121,7 +123,7 @@ class AudioSFTTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Self
         with needed_frames_only(base_model(self.accelerator.unwrap_model(model))):
             return super().compute_loss(model, inputs | {"fused_lm_head": True}, return_outputs, num_items_in_batch)
 
-    def _largest_batch(self) -> dict[str, torch.Tensor]:
+    def _largest_batch(self) -> dict[str, Any]:
         s = self.memory_settings
         assert s is not None
         return longest_answers(longest_questions(base_model(self.model), s, self.args.device), s)

@@ -25,11 +25,11 @@ Shapes: N questions, G generations, P prompt, C completion, K branch tokens, T =
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from model.branches import as_attention_mask
-from model.qwen2_audio import needed_frames_only
+from model.qwen2_audio import as_attention_mask, needed_frames_only
 
 ATTENTION = ("sdpa", "eager")  # the implementations that take an arbitrary mask, which packed rows need
 IGNORE = -100  # a label that is not scored
@@ -47,20 +47,25 @@ class PackedGroups:
 
 
 def pack(
-    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ids: torch.Tensor, completion_mask: torch.Tensor
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    tokens: list[int],
 ) -> PackedGroups:
     """Pack each question's prompt and completions into one row, without the completions' padding.
 
     Args:
         prompt_ids, prompt_mask: (N, P), left-padded; every prompt has at least one token.
         completion_ids, completion_mask: (N, G, C), right-padded; a completion may be masked as a whole.
+        tokens: N, how many completion tokens each group has, from which the rows' size follows. Counted here, the host
+            would wait for the device.
 
     Returns:
-        `PackedGroups` with K = the largest number of completion tokens that a group has.
+        `PackedGroups` with K = the largest of `tokens`, or 1.
     """
     questions, generations, length = completion_ids.shape
     assert prompt_ids.shape == prompt_mask.shape and len(prompt_ids) == questions
-    assert bool(prompt_mask[:, -1].all()), "prompts must be left-padded"
     # The branches with their padding: each is the completion shifted right by one, behind the prompt's last token.
     last = prompt_ids[:, -1:, None].expand(-1, generations, 1)
     branch_ids = torch.cat([last, completion_ids[:, :, :-1]], dim=2).flatten(1)  # (N, G * C)
@@ -68,9 +73,11 @@ def pack(
     labels = completion_ids.flatten(1).masked_fill(~token, IGNORE)  # (N, G * C)
 
     # Drop the padding: tokens to the front in their order, then cut to the longest group of the batch.
-    kept = max(int(token.sum(dim=1).max()), 1)
+    kept = max(*tokens, 1)
     source = (~token).long().argsort(dim=1, stable=True)[:, :kept]  # (N, K)
     branch, offset = source // length, source % length  # (N, K), of which branch, and where in it
+    as_assumed = prompt_mask[:, -1].bool().all() & (token.sum(dim=1) <= kept).all()
+    torch._assert_async(as_assumed, "prompts must be left-padded, and `tokens` those of the mask")
 
     prompt = prompt_mask[:, :-1].bool()  # (N, P - 1)
     prompt_positions = (prompt.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -90,13 +97,13 @@ def pack(
     )
 
 
-def score(model, base, packed: PackedGroups, clips: dict[str, torch.Tensor]):
+def score(model, base, packed: PackedGroups, clips: dict[str, Any]):
     """Forward pass of packed rows.
 
     Args:
         model: with TRL's fused head, wrapped by an engine or not.
         base: the model itself, below engines and adapters.
-        clips: AUDIO_INPUTS of the N questions, with the frames that hold audio or more; or their `encoded_clips`.
+        clips: of the N questions, `input_features` or `encoded_clips`, and `frames`, see `needed_frames_only`.
 
     Returns:
         The fused head's output: `log_probs`, and `entropy` where the head was asked for it, (N, K).
