@@ -6,10 +6,10 @@ sampled, step by step. Each step brings one token of every branch that goes on, 
     cache          p1 p2 p3 | a1 b1 c1 | a2 c2 | a3 ...        branch b ended with its second token, which nobody sees
     a3 attends to   x  x  x |  x       |  x    |  x
 
-So a prompt's keys and values are stored once, and read once for all its branches. A branch that has ended is fed no more,
-and a question whose branches all have leaves with its keys. Whatever limits sampling (temperature, penalties, lengths) is
-what transformers' `generate` makes of the settings. Not here: greedy decoding that is exact whatever the batch, see
-`generation.py`.
+So a prompt's keys and values are stored once, and read once for all its branches. A branch that has ended is fed no
+more, and a question whose branches all have leaves with its keys. Whatever limits sampling (temperature, penalties,
+lengths) is what transformers' `generate` makes of the settings. Not here: greedy decoding that is exact whatever the
+batch, see `generation.py`.
 
 Shapes: N questions, G generations, B = N * G rows of question and branch, R rows that still go on, A slots of a
 question's branches that go on, P prompt, T tokens so far, K keys in the cache, H hidden size, V vocabulary.
