@@ -679,6 +679,14 @@ def test_what_cannot_be_written_is_named(few, checkpoint, tmp_path, capsys):
     assert sweep(*flags, "--out_file", tmp_path / "y.json") == 0
 
 
+def test_a_mistake_is_all_that_the_script_says(preloaded, trained, tmp_path):
+    command = ["python", SCRIPT[1], "--model_path", trained / "checkpoint-100", "--data_file", tmp_path / "gone.json"]
+    env = environment(PRELOADED=preloaded)
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    (line,) = (run.stdout + run.stderr).splitlines()
+    assert run.returncode == 1 and line.startswith("test_mmau: ") and str(tmp_path / "gone.json") in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["imports", "answers"])
 def test_ctrl_c_is_answered_by_one_sentence(trained, questions, tmp_path, moment):
