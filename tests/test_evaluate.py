@@ -751,7 +751,6 @@ def test_shuffled_clips_are_paired_the_same_way_by_every_interpreter():
     assert said.stdout == f"{sorted(_swap_clips(paths).items())}\n" and said.stdout.count("wav") == 54, said.stderr
 
 
-@pytest.mark.slow
 def test_the_launcher_prints_the_table_of_those_that_could_be_evaluated(preloaded, few, trained, tmp_path):
     """From another folder, a relative OUT_DIR that looks like a flag, a step given twice, and one that is not whole."""
     out = tmp_path / "-rel"

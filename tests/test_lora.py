@@ -97,7 +97,6 @@ def test_the_checkpoint_is_the_adapter_and_merges_into_what_was_trained(trainer,
         torch.testing.assert_close(row_by_row.log_probs(merged, prompts, ids, mask), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_what_cannot_be_merged_is_said(preloaded, small_model, tmp_path):
     with pytest.raises(ValueError, match="no adapter checkpoint"):
         load_merged(small_model)
