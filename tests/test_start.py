@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from running import environment, free_port
 
+pytestmark = pytest.mark.measured
 ELSEWHERE = "a process on another node failed, see there; those on this node were stopped"
 START = [sys.executable, ROOT / "src" / "launch" / "start.py", "--standalone", "--nproc_per_node"]
 SCRIPT = (
