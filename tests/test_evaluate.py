@@ -679,12 +679,12 @@ def test_what_cannot_be_written_is_named(few, checkpoint, tmp_path, capsys):
     assert sweep(*flags, "--out_file", tmp_path / "y.json") == 0
 
 
-def test_a_mistake_is_all_that_the_script_says(preloaded, trained, tmp_path):
-    command = ["python", SCRIPT[1], "--model_path", trained / "checkpoint-100", "--data_file", tmp_path / "gone.json"]
-    env = environment(PRELOADED=preloaded)
-    run = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
-    (line,) = (run.stdout + run.stderr).splitlines()
-    assert run.returncode == 1 and line.startswith("test_mmau: ") and str(tmp_path / "gone.json") in line
+def test_a_mistake_is_all_that_the_script_says(trained, tmp_path, monkeypatch, capsys):
+    command = ["test_mmau.py", "--model_path", trained / "checkpoint-100", "--data_file", tmp_path / "gone.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    assert test_mmau.main() == 1
+    (line,) = "".join(capsys.readouterr()).splitlines()
+    assert line.startswith("test_mmau: ") and str(tmp_path / "gone.json") in line
 
 
 @pytest.mark.slow
@@ -751,6 +751,7 @@ def test_shuffled_clips_are_paired_the_same_way_by_every_interpreter():
     assert said.stdout == f"{sorted(_swap_clips(paths).items())}\n" and said.stdout.count("wav") == 54, said.stderr
 
 
+@pytest.mark.slow
 def test_the_launcher_prints_the_table_of_those_that_could_be_evaluated(preloaded, few, trained, tmp_path):
     """From another folder, a relative OUT_DIR that looks like a flag, a step given twice, and one that is not whole."""
     out = tmp_path / "-rel"

@@ -56,6 +56,8 @@ for own in (False, True):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.measured
 def test_nodes_hold_their_files_against_one_another(preloaded, tmp_path):
     (tmp_path / "node.py").write_text(NODE)
     torchrun = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=1, GROUP_WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1")

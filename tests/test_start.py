@@ -212,16 +212,19 @@ def start_nodes(preloaded, tmp_path, what: str, nodes=(0, 1), port: int | None =
     return [(run.returncode, lines[-1]) for run, lines in zip(runs, said, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_node_whose_process_is_well_says_that_another_nodes_failed(preloaded, tmp_path):
     ended = start_nodes(preloaded, tmp_path, "mistake")
     assert ended == [(1, ELSEWHERE), (1, "script: there is no folder x")]
 
 
+@pytest.mark.slow
 def test_a_node_is_told_by_the_loss_of_the_first_one_too(preloaded, tmp_path):
     first, second = start_nodes(preloaded, tmp_path, "launcher killed")  # and with it what the nodes agree by
     assert first[0] == -signal.SIGKILL and second == (1, ELSEWHERE)
 
 
+@pytest.mark.slow
 def test_nodes_that_cannot_meet_say_where_they_tried(preloaded, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
