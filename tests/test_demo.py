@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids
 
+import demo
 import row_by_row
 from conftest import ROOT
 from dataset.audio import SAMPLE_RATE, count_samples, load_audio
@@ -304,15 +306,17 @@ def test_the_seed_decides_the_warm_start(data, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_what_an_earlier_demo_left_goes_and_nothing_else(data, tmp_path):
+def test_what_an_earlier_demo_left_goes_and_nothing_else(data, tmp_path, monkeypatch):
     out = tmp_path / "exp"
+    flags = ["--data", data, "--out", out, "--max_steps", 1]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, flags)])
     for folder in ("checkpoint-7", "test_7", "precious"):
         (out / folder).mkdir(parents=True)
-    with pytest.raises(ValueError, match="not the demo's"):
-        prepare(data, out, seed=1, max_steps=1, target_loss=0.0)
+    with pytest.raises(SystemExit, match=f"demo: {out}: .* not the demo's"):
+        demo.main()
     assert (out / "checkpoint-7").is_dir()
     (out / UNTRAINED).mkdir()
-    prepare(data, out, seed=1, max_steps=1, target_loss=0.0)
+    demo.main()
     assert sorted(path.name for path in out.iterdir()) == ["precious", UNTRAINED, WARM_START]
 
 

@@ -700,6 +700,14 @@ def test_what_cannot_be_written_is_named(few, checkpoint, tmp_path, capsys):
     assert sweep(*flags, "--out_file", tmp_path / "y.json") == 0
 
 
+def test_a_mistake_is_all_that_the_script_says(trained, tmp_path, monkeypatch, capsys):
+    command = ["test_mmau.py", "--model_path", trained / "checkpoint-100", "--data_file", tmp_path / "gone.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    assert test_mmau.main() == 1
+    (line,) = "".join(capsys.readouterr()).splitlines()
+    assert line.startswith("test_mmau: ") and str(tmp_path / "gone.json") in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["imports", "answers"])
 def test_ctrl_c_is_answered_by_one_sentence(trained, questions, tmp_path, moment):

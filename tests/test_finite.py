@@ -129,6 +129,23 @@ def test_before_the_first_checkpoint_there_is_none_to_name(small_model, question
         make_trainer("sft", small_model, questions, tmp_path, max_skipped=0)
 
 
+@pytest.mark.parametrize(("scale", "counted"), [(8.0, []), (2.0, [3, 4])])
+def test_skipping_finds_float16s_loss_scale_and_ends_no_run_before(
+    small_model, questions, tmp_path, capsys, spoil, scale, counted
+):
+    trainer = make_trainer("sft", small_model, questions, tmp_path, max_steps=5, max_skipped=2)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # which halves it after such a step
+    spoil(trainer, {2, 3, 4}, "inf")
+    if counted:
+        with pytest.raises(RunEnded, match="2 steps in a row"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert trainer.skipped_steps == 3 and all(weight.isfinite().all() for weight in trainer.model.parameters())
+    said = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    assert said == [f"step {step}" for step in counted]
+
+
 SPOILED = """
 import os, sys
 sys.path.insert(0, "src")

@@ -6,11 +6,14 @@ import shutil
 import subprocess
 
 import pytest
+from transformers.integrations import deepspeed
 
 from conftest import ROOT
 from model.checkpoints import check_whole
 from running import environment, free_port
 from test_resume import arguments, copied, finished, settings_of  # noqa: F401, fixtures
+from train import make_parser
+from trainer.nodes import use_own_disk
 from trainer.resume import PARTIAL, checkpoints_in, choose_start, resumable_steps, step_of
 
 # One of two nodes of one process: prints what each check says.
@@ -54,6 +57,7 @@ for own in (False, True):
 
 
 @pytest.mark.slow
+@pytest.mark.measured
 def test_nodes_hold_their_files_against_one_another(preloaded, tmp_path):
     (tmp_path / "node.py").write_text(NODE)
     torchrun = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=1, GROUP_WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1")
@@ -84,6 +88,22 @@ def test_a_step_that_another_node_has_not_is_passed_over(copied, capsys):  # noq
     start = choose_start(arguments(copied), settings_of(copied), everywhere={1, 3})
     assert step_of(start) == 1
     assert "checkpoint-2: another node has none of this step" in capsys.readouterr().out
+
+
+def test_on_disks_of_their_own_zero3_is_refused_and_zero2_saves_on_each(tmp_path):
+    names = pytest.importorskip("deepspeed.runtime.constants")  # by which DeepSpeed reads its settings
+    flags = ["--use_cpu", "true", "--output_dir", str(tmp_path), "--deepspeed"]
+    try:
+        *_, args, _ = make_parser().parse_args_and_config([*flags, str(ROOT / "conf/ds_zero3.json")])
+        with pytest.raises(ValueError, match=f"{tmp_path}: the nodes do not share its disk, and ZeRO-3 .*ds_zero2"):
+            use_own_disk(args)
+        *_, args, _ = make_parser().parse_args_and_config([*flags, str(ROOT / "conf/ds_zero2.json")])
+        use_own_disk(args)
+        assert args.save_on_each_node
+        settings = args.hf_deepspeed_config.config[names.CHECKPOINT]
+        assert settings == {names.USE_NODE_LOCAL_STORAGE_CHECKPOINT: True}
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
 
 
 FLAGS = (

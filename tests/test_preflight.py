@@ -1,6 +1,7 @@
 """launch/preflight.py: the whole command line is parsed before processes are started, as for all of them; and the
 launchers hand on what they are given as it is, whatever its characters."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -88,6 +89,26 @@ def test_an_engine_file_that_is_no_json(start, tmp_path):
     (tmp_path / "engine.json").write_text("{")
     with pytest.raises(SystemExit, match=r"engine: .*engine\.json, line 1: not JSON"):
         start("--deepspeed", str(tmp_path / "engine.json"))
+
+
+def test_an_engine_that_is_not_there(start, monkeypatch):
+    with pytest.raises(SystemExit, match=r"engine: there is no file conf/ds_zero9\.json; CONFIG names one of conf/"):
+        start("--deepspeed", "conf/ds_zero9.json")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="engine: DeepSpeed is not installed .*; an empty CONFIG trains without it"):
+        start("--deepspeed", "conf/ds_zero2.json")
+
+
+def test_all_that_is_missing_is_said_at_once(start, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as ended:
+        start("--use_cpu", "false", "--model_name_or_path", "./gone", "--data_file", "gone.jsonl")
+    title, *said, demo = str(ended.value).split("\n  ")
+    assert title == "This run cannot start:" and demo == preflight.DEMO
+    assert [line.partition(":")[0] for line in said] == ["model", "data", "GPU"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(SystemExit, match="train.py: 16 questions per step cannot be split evenly over 3 processes"):
+        start("--use_cpu", "false", "--questions_per_step", "16")
 
 
 STUB = r"""#!/bin/sh

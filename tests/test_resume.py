@@ -20,6 +20,7 @@ from test_grpo_trainer import length_reward
 from train import RecipeConfig, make_parser
 from trainer.grpo_trainer import AudioGRPOTrainer, QuestionOrder
 from trainer.resume import (
+    PARTIAL,
     RECORD,
     check_resumable,
     check_settings,
@@ -34,6 +35,8 @@ from trainer.resume import (
     strange_checkpoints,
 )
 from trainer.saving import SelfContainedCheckpoints
+from trainer.stopping import RunEnded
+from trainer.universal import load_other_parts
 
 
 def make_trainer(model, data, out, **settings) -> AudioGRPOTrainer:
@@ -127,6 +130,21 @@ def test_state_in_other_parts_is_refused_with_what_works(copied):
     assert choose_start(arguments(copied), fewer) == copied / "checkpoint-3"
     with pytest.raises(ValueError, match="where all nodes share the disk"):
         choose_start(arguments(copied, save_on_each_node=True), fewer)
+
+
+def test_state_in_other_parts_without_room_to_be_converted_is_left_as_it_is(copied, monkeypatch):
+    checkpoint = copied / "checkpoint-2"
+    (checkpoint / "global_step2").mkdir()
+    (checkpoint / "latest").write_text("global_step2\n")
+    for rank in range(2):
+        (checkpoint / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(bytes(5_000_000))
+    files = set(filter(Path.is_file, copied.rglob("*")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=12_000_000))
+    trainer = SimpleNamespace(model_wrapped=None, args=SimpleNamespace(output_dir=str(copied)))
+    with pytest.raises(RunEnded, match="it needs 0.02 GB and 0.01 GB are free in .*checkpoint-3: --resume") as ended:
+        load_other_parts(trainer, checkpoint)
+    assert ended.value.everywhere and set(filter(Path.is_file, copied.rglob("*"))) == files
+    assert not any((copied / PARTIAL).iterdir())
 
 
 def test_a_folder_with_checkpoints_of_another_run_is_refused(copied):

@@ -3,10 +3,13 @@
 import json
 import re
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from conftest import ROOT
 from launch.check_requirements import compare_versions, read_pins
@@ -115,6 +118,45 @@ def test_a_model_on_the_hub_without_a_network(monkeypatch, tmp_path):
     assert "no config.json" in find_model_problem(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert find_model_problem(str(tmp_path)) is None
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Knows one model."""
+
+    def do_GET(self):  # noqa: N802, http.server's name
+        known = self.path == "/api/models/some/model"
+        body = b'{"id": "some/model"}' if known else b"{}"
+        self.send_response(200 if known else 404)
+        if not known:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_model_on_the_hub_with_a_network(monkeypatch, tmp_path):
+    """A hub on this machine that knows one model; what is in the cache needs none."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        assert find_model_problem("some/model") is None
+        assert "gone/model is not in the cache and the hub gives RepositoryNotFoundError" in find_model_problem(
+            "gone/model"
+        )
+        hub.shutdown()
+    cached = tmp_path / "models--gone--model"
+    (cached / "snapshots" / "1").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    (cached / "snapshots" / "1" / "config.json").write_text("{}")
+    assert find_model_problem("gone/model") is None
 
 
 def test_the_last_flag_counts():

@@ -1,6 +1,7 @@
 """launch/start.py and paths.sh: what a launcher's user sees of a failure, and whose paths are meant."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from running import free_port
+from running import environment, free_port
 
+pytestmark = pytest.mark.measured
+ELSEWHERE = "a process on another node failed, see there; those on this node were stopped"
 START = [sys.executable, ROOT / "src" / "launch" / "start.py", "--standalone", "--nproc_per_node"]
 SCRIPT = (
     f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})"
@@ -68,6 +71,10 @@ elif what == "orphan":
 elif what == "signal in a restart":
     rank == "0" and tried == "0" and os.kill(os.getpid(), signal.SIGKILL)
     tried == "1" and os.write(1, b"ready\\n")
+elif what == "launcher killed":
+    rank == "1" and note("started")
+    wait_for("started")
+    rank == "0" and (os.kill(os.getppid(), signal.SIGKILL), os._exit(0))
 elif what == "status":
     sys.exit(3)
 elif what == "signal":
@@ -187,6 +194,42 @@ def test_a_node_that_waits_for_the_others_can_be_stopped(tmp_path):
         run.send_signal(signal.SIGTERM)
         run.communicate(timeout=20)
     assert run.returncode == 128 + signal.SIGTERM
+
+
+def start_nodes(preloaded, tmp_path, what: str, nodes=(0, 1), port: int | None = None) -> list[tuple[int, str]]:
+    """Nodes of one process each: exit status and last line of each."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    place = ["--master_addr", "127.0.0.1", "--master_port", str(port or free_port())]
+    runs = [
+        subprocess.Popen(
+            ["python", START[1], "--nproc_per_node", "1", "--nnodes", "2", "--node_rank", str(node), *place,
+             tmp_path / "script.py", what],
+            env=environment(PRELOADED=preloaded), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in nodes
+    ]  # fmt: skip
+    said = [run.communicate(timeout=60)[0].splitlines() for run in runs]
+    return [(run.returncode, lines[-1]) for run, lines in zip(runs, said, strict=True)]
+
+
+@pytest.mark.slow
+def test_a_node_whose_process_is_well_says_that_another_nodes_failed(preloaded, tmp_path):
+    ended = start_nodes(preloaded, tmp_path, "mistake")
+    assert ended == [(1, ELSEWHERE), (1, "script: there is no folder x")]
+
+
+@pytest.mark.slow
+def test_a_node_is_told_by_the_loss_of_the_first_one_too(preloaded, tmp_path):
+    first, second = start_nodes(preloaded, tmp_path, "launcher killed")  # and with it what the nodes agree by
+    assert first[0] == -signal.SIGKILL and second == (1, ELSEWHERE)
+
+
+@pytest.mark.slow
+def test_nodes_that_cannot_meet_say_where_they_tried(preloaded, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ((status, line),) = start_nodes(preloaded, tmp_path, "status", nodes=[0], port=port)
+    assert status == 1 and line.startswith(f"the nodes did not meet at 127.0.0.1:{port}; MASTER_ADDR and MASTER_PORT ")
 
 
 @pytest.mark.slow

@@ -172,6 +172,7 @@ def test_two_processes_take_the_steps_of_one_under_every_engine(
 
 
 @pytest.mark.slow
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("engine", "before", "after"), [("", 1, 2), ("", 2, 1), ("ds_zero2", 1, 2), ("ds_zero3", 2, 1)]
 )

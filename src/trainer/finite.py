@@ -7,7 +7,8 @@ moves by its momentum, too. DeepSpeed skips by itself and says so. The schedule 
 from its number, whatever was skipped before, and the last one's is what the schedule ends with.
 
 Leaves out float16, whose loss scale is found by skipping: those steps are counted, but end no run while the scale can
-fall, and the schedule waits for them, as PyTorch and DeepSpeed have it.
+fall. Whether the schedule waits for them is left to DeepSpeed, which has it wait, and to accelerate, which does not see
+what a fused optimizer skips.
 """
 
 import math
