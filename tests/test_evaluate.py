@@ -260,6 +260,24 @@ def test_parts_are_even_and_no_larger_than_a_batch(questions, processes, largest
 
 
 @pytest.mark.slow
+def test_forks_end_with_a_parent_that_is_killed(trained, questions, tmp_path):
+    """In the middle of answers that take minutes: else they would hold the lock of a run that is started again."""
+    command = [*SCRIPT, "--model_path", trained / "checkpoint-100", "--data_file", questions, "--out_dir", tmp_path]
+    own = environment(OMP_NUM_THREADS="2")
+    process = subprocess.Popen([*command, "--max_new_tokens", "9999"], cwd=ROOT, env=own, stderr=subprocess.DEVNULL)
+    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 120
+    while len(forks := children.read_text().split()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    states = [Path(f"/proc/{fork}/stat") for fork in forks]
+    assert not any(state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" for state in states)
+
+
+@pytest.mark.slow
 def test_two_processes_through_the_launcher_write_the_same_bytes(swept, trained, questions, tmp_path):
     """In another order of the questions too; and the table is printed."""
     out = tmp_path / "out"
