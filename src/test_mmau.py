@@ -59,7 +59,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--max_new_tokens", type=at_least(1), default=MAX_NEW_TOKENS, help="longest completion")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 without")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    add("--workers", type=at_least(0), help="processes that decode clips ahead, each; default: by the number of cores")
+    add("--workers", type=at_least(0), help="processes that decode clips ahead, each; default: by the number of cores; "
+        "with 0 a single one does everything")  # fmt: skip
     add("--engine", choices=("built-in", "vllm"), default="built-in", help="vllm: for long answers; not byte-exact")
     add("--allow_missing", action="store_true", help="count questions without a usable clip as wrong, do not stop")
     add("--force", action="store_true", help="evaluate again what is finished")

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from safetensors.torch import load_file, save_file
 
 import test_mmau
 from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_questions
+from dataset.rows import DataError
+from evaluation import answers
 from evaluation.answers import _swap_clips, answer_batches
 from evaluation.collect import read_results
 from evaluation.mmau import evaluate
@@ -170,6 +173,108 @@ def test_the_files_in_full(swept, trained, questions, few, checkpoint):
     sweep("--model_path", checkpoint, "--data_file", few, "--dtype", "bfloat16", "--batch_size", 3)
     run = json.loads((checkpoint.parent / "test_100" / f"run_{MINI}_bfloat16.json").read_text())
     assert run["batch_size"] == 3
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def sweep_side_by_side(monkeypatch, checkpoint, questions, out, when_answering) -> int:
+    """A sweep in whose forks `when_answering` is called before each batch is answered."""
+    parent, generate = os.getpid(), answers.generate
+
+    def answer(*arguments):
+        if os.getpid() != parent:
+            when_answering()
+        return generate(*arguments)
+
+    monkeypatch.setattr(answers, "generate", answer)
+    flags = ["--model_path", checkpoint, "--data_file", questions, "--out_dir", out, "--batch_size", 8, *TOKENS]
+    return test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, "--workers", 1]]))
+
+
+def test_a_small_model_answers_in_processes_side_by_side(
+    two_threads, swept, checkpoint, questions, tmp_path, monkeypatch
+):
+    """And they write what one process without any beside it writes."""
+    pids = tmp_path / "pids"
+
+    def note() -> None:
+        with open(pids, "a") as file:
+            file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
+
+    assert sweep_side_by_side(monkeypatch, checkpoint, questions, tmp_path / "forks", note) == 0
+    noted = pids.read_text().splitlines()
+    assert len(noted) == 6 and len(set(noted)) == 2 and all(line.endswith(" 1") for line in noted)
+    flags = ["--model_path", checkpoint, "--data_file", questions, "--out_dir", tmp_path / "inline"]
+    assert sweep(*flags, "--batch_size", 8) == 0 and len(pids.read_text().splitlines()) == 6
+    assert results(tmp_path / "forks" / "test_100") == results(tmp_path / "inline" / "test_100")
+
+
+def test_a_fork_that_is_killed_is_named_and_the_run_goes_on(
+    two_threads, swept, checkpoint, questions, tmp_path, monkeypatch, capsys
+):
+    die = tmp_path / "die"
+    die.touch()
+
+    def once() -> None:
+        if die.exists() and (tmp_path / "out" / "test_100" / f"res_{MINI}.json.partial-0").read_text().count("\n") > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert sweep_side_by_side(monkeypatch, checkpoint, questions, tmp_path / "out", once) == 1
+    said = capsys.readouterr().err
+    assert "100: skipped. a process beside this one is gone (DataLoader worker (pid" in said
+    assert "The same command goes on" in said
+    monkeypatch.undo()
+    assert sweep("--model_path", checkpoint, "--data_file", questions, "--out_dir", tmp_path / "out") == 0
+    assert "answers are there already" in capsys.readouterr().err
+    assert results(tmp_path / "out" / "test_100") == results(swept / "test_100")
+
+
+def test_a_clip_that_breaks_in_a_fork_is_said_in_a_sentence(two_threads, checkpoint, few, tmp_path, monkeypatch):
+    def fail() -> None:
+        raise DataError("a.wav: is not there any more")
+
+    with pytest.raises(DataError) as caught:
+        sweep_side_by_side(monkeypatch, checkpoint, few, tmp_path / "out", fail)
+    assert str(caught.value) == "a.wav: is not there any more"
+
+
+@pytest.mark.parametrize(
+    "questions, processes, largest, sizes",
+    [
+        (96, 2, 32, [24] * 4),
+        (10, 4, 32, [3, 3, 3, 1]),
+        (3, 8, 1, [1] * 3),
+        (65, 2, 32, [17, 17, 17, 14]),
+        (0, 2, 8, []),
+    ],
+)
+def test_parts_are_even_and_no_larger_than_a_batch(questions, processes, largest, sizes):
+    parts = answers._cut_evenly(list(range(questions)), processes, largest)
+    assert [len(part) for part in parts] == sizes and sum(parts, []) == list(range(questions))
+
+
+@pytest.mark.slow
+def test_forks_end_with_a_parent_that_is_killed(trained, questions, tmp_path):
+    """In the middle of answers that take minutes: else they would hold the lock of a run that is started again."""
+    command = [*SCRIPT, "--model_path", trained / "checkpoint-100", "--data_file", questions, "--out_dir", tmp_path]
+    own = environment(OMP_NUM_THREADS="2")
+    process = subprocess.Popen([*command, "--max_new_tokens", "9999"], cwd=ROOT, env=own, stderr=subprocess.DEVNULL)
+    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 120
+    while len(forks := children.read_text().split()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    states = [Path(f"/proc/{fork}/stat") for fork in forks]
+    assert not any(state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" for state in states)
 
 
 @pytest.mark.slow

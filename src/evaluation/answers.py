@@ -1,13 +1,18 @@
-"""Questions -> batches -> completions: clips decoded and checked, questions encoded ahead by worker processes.
+"""Questions -> batches -> completions: clips decoded and checked, questions encoded ahead by worker processes, which on
+a CPU answer them, too, if the model is small.
 
 Every process makes the same batches and answers its share of them. Leaves out which models are asked (`sweep.py`),
 files (`results.py`), wording (`dataset/prompt.py`) and the decoding of tokens (`model/generation.py`).
 """
 
+import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Container
+import signal
+import sys
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,8 +46,12 @@ from .mmau import string_match
 from .results import Completion, Run
 
 T = TypeVar("T")
+Completed = tuple[list[int], list[list[int]]]  # indices of questions, and for each the ids of its completion
 KEPT_SAMPLES = 300_000_000  # decoded audio held in memory by a process, 1.2 GB: all of test-mini's 10 s clips, and more
+SMALL = 30_000_000  # parameters; measured up to there (docs/LOG.md). A larger model keeps all threads of a process busy
+SIDE_BY_SIDE = 8  # processes at most, each with a batch in memory
 AUDIO = ("real", "silent", "shuffled")
+DIES_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
 
 def default_workers(device: str) -> int:
@@ -194,23 +203,25 @@ def answer_batches(
     """Ask this process's share of `batches`; hand each batch's {id: completion} to `write` as soon as it is there.
 
     Args:
-        workers: processes that encode questions ahead; 0 encodes in line.
+        workers: processes that encode questions ahead; 0 encodes in line. A small model on a CPU answers in processes
+            of its own instead, unless that is 0: what they hand over comes in any order.
         title: of the first process's progress bar, which shows questions/s and its accuracy so far (in %).
         quiet: show no bar.
+
+    Raises:
+        DataError: a clip cannot be decoded any more.
+        ValueError: a process that encodes or answers is gone.
     """
-    state, tokenizer, by_vllm = PartialState(), questions.processor.tokenizer, isinstance(model, GreedyEngine)
-    if not by_vllm:
-        check_audio_token(model, questions.processor)
+    state, tokenizer, ends = PartialState(), questions.processor.tokenizer, end_ids(questions.processor)
     batches = batches[state.process_index :: state.num_processes]
-    loader = DataLoader(
-        questions,
-        batch_sampler=batches,
-        num_workers=0 if by_vllm else workers,  # forked beside the engine's threads they would wait for ever
-        collate_fn=partial(join, pad_id=tokenizer.pad_token_id),
-        pin_memory=model.device.type == "cuda",
-        generator=torch.Generator(),  # a loader draws a seed for its workers: not from the random state of a training
-    )
-    ends, seed = end_ids(questions.processor), questions.run.sample_seed
+    if isinstance(model, GreedyEngine):
+        completed = _complete(model, questions, batches, 0)  # forked beside its threads, workers would wait for ever
+    else:
+        check_audio_token(model, questions.processor)
+        if workers and (processes := _count_side_by_side(model, questions.run)) > 1:
+            completed = _complete_side_by_side(model, questions, batches, processes)
+        else:
+            completed = _complete(model, questions, batches, workers)
     right = answered = 0
     bar = progress(
         total=sum(map(len, batches)),
@@ -218,15 +229,9 @@ def answer_batches(
         unit=" questions",
         disable=quiet or not state.is_main_process,
     )
-    with bar:
-        for indices, batch in zip(batches, loader, strict=True):
-            batch = batch.to(model.device)
+    with bar, _explain_loader():
+        for indices, ids in completed:
             asked = [questions.questions[index] for index in indices]
-            choose = None if seed is None else Sampler(model, batch, [question.id for question in asked], seed)
-            if by_vllm:
-                ids = model.generate(batch, [*map(questions.clip, indices)], ends, questions.run.max_new_tokens)
-            else:
-                ids = generate(model, batch, ends, questions.run.max_new_tokens, choose)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             cut_off = [tokens[-1] not in ends for tokens in ids]
             write({question.id: Completion(*it) for question, *it in zip(asked, texts, cut_off, strict=True)})
@@ -237,3 +242,98 @@ def answer_batches(
             if answered:
                 bar.set_postfix_str(f"accuracy {100 * right / answered:.1f}%", refresh=False)
             bar.update(len(indices))
+
+
+def _complete(
+    model: PreTrainedModel | GreedyEngine, questions: EncodedQuestions, batches: list[list[int]], workers: int
+) -> Iterator[Completed]:
+    """Batch after batch, `workers` processes encoding ahead."""
+    ends, run = end_ids(questions.processor), questions.run
+    loader = DataLoader(
+        questions,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=partial(join, pad_id=questions.processor.tokenizer.pad_token_id),
+        pin_memory=model.device.type == "cuda",
+        worker_init_fn=end_with_parent,
+        generator=torch.Generator(),  # a loader draws a seed for its workers: not from the random state of a training
+    )
+    for indices, batch in zip(batches, loader, strict=True):
+        if isinstance(model, GreedyEngine):
+            yield indices, model.generate(batch, list(map(questions.clip, indices)), ends, run.max_new_tokens)
+            continue
+        batch, choose = batch.to(model.device), None
+        if run.sample_seed is not None:
+            choose = Sampler(model, batch, [questions.questions[index].id for index in indices], run.sample_seed)
+        yield indices, generate(model, batch, ends, run.max_new_tokens, choose)
+
+
+def _count_side_by_side(model: PreTrainedModel, run: Run) -> int:
+    """In how many processes the model answers, with a thread each: as many as it has threads, where that is faster (a
+    small model on a CPU, whose threads wait for one another), safe (no group of processes) and changes no answer."""
+    exact = model.dtype == torch.float32 and run.sample_seed is None
+    small = model.device.type == "cpu" and model.num_parameters() <= SMALL
+    alone = sys.platform == "linux" and PartialState().num_processes == 1
+    return min(torch.get_num_threads(), SIDE_BY_SIDE) if exact and small and alone else 1
+
+
+def _complete_side_by_side(
+    model: PreTrainedModel, questions: EncodedQuestions, batches: list[list[int]], processes: int
+) -> Iterator[Completed]:
+    """The questions of `batches` in other ones, as they are done by forks of this process, which share the model.
+
+    A loader's processes have one thread each: torch's threads do not survive a fork.
+    """
+    run, ends, pad_id = questions.run, end_ids(questions.processor), questions.processor.tokenizer.pad_token_id
+
+    def answer(part: list[int]) -> Completed:
+        batch = join([questions[index] for index in part], pad_id)
+        return part, generate(model, batch, ends, run.max_new_tokens)
+
+    loader: DataLoader[Completed] = DataLoader(
+        _cut_evenly(sum(batches, []), processes, run.batch_size),  # type: ignore[arg-type]  # a list will do
+        batch_size=None,
+        collate_fn=answer,
+        num_workers=processes,
+        prefetch_factor=1,
+        in_order=False,  # a part to each that is free
+        multiprocessing_context="fork",
+        worker_init_fn=end_with_parent,
+        generator=torch.Generator(),
+    )
+    yield from loader
+
+
+@contextmanager
+def _explain_loader() -> Iterator[None]:
+    """Within this context, what befalls a loader's process is said in a sentence.
+
+    Raises:
+        DataError: as the process raised it.
+        ValueError: a process is gone.
+    """
+    try:
+        yield
+    except DataError as error:
+        if "in DataLoader worker process" not in str(error):
+            raise
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error  # the traceback stands before
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):  # a mistake in one is "in DataLoader worker process"
+            raise
+        reason = f"a process beside this one is gone ({str(error).partition('. ')[0]}): out of memory?"
+        raise ValueError(f"{reason} The same command goes on; --workers 0 does without such processes") from error
+
+
+def _cut_evenly(order: list[int], processes: int, largest: int) -> list[list[int]]:
+    """Neighbours together, as many parts for each process as it takes for none to be over `largest`."""
+    rounds = -(-len(order) // (processes * largest))
+    size = -(-len(order) // (processes * max(1, rounds))) or 1
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def end_with_parent(worker: int) -> None:
+    """What a loader's process does first: else, if its parent is killed, it holds the parent's locks, and may wait for
+    ever for it to read."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)

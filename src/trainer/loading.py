@@ -6,11 +6,9 @@ Shapes: N questions, G generations.
 """
 
 import atexit
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,8 +20,7 @@ from transformers import ProcessorMixin
 from trl.trainer.utils import RepeatSampler
 
 from dataset.encode import Batch, encode, load_or_replace
-
-DIES_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
+from evaluation.answers import end_with_parent
 
 
 class LoadsAhead:
@@ -54,10 +51,8 @@ class LoadsAhead:
 
 def begin_worker(usual: Callable[[int], None] | None, worker: int) -> None:
     """What a loader's process does first. Signals are its parent's to answer, who finishes a step and saves: a group of
-    processes gets them all, and what a fork inherits would tell the parent of a second one. It ends with its parent:
-    else, if that is killed, it may wait for ever for it to read."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    processes gets them all, and what a fork inherits would tell the parent of a second one. It ends with its parent."""
+    end_with_parent(worker)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers warn of the fork
