@@ -158,14 +158,17 @@ class AudioGRPOTrainer(GreedyAccuracy, LoadsAhead, FiniteSteps, MemoryProbe, Sel
         self.freeze = freeze
         freeze_parts(self.model, freeze)
         self.encodes_once = encoder_is_frozen(base.model)  # which is then the reference's, too
-        # A sampled <|AUDIO|> would be counted as audio in the log-prob passes, and stop the run there.
-        suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base)}
-        self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
-        check_generation(self.generation_config)
-        if use_vllm:
-            self.vllm = VLLMRollouts(self.model, args, self.accelerator, self.eos_token_ids)
+        self._prepare_rollouts()
 
     # Rollouts
+
+    def _prepare_rollouts(self) -> None:
+        """Let nobody sample `<|AUDIO|>`, which would be counted as audio in the log-prob passes; start an engine."""
+        suppressed = {*(self.generation_kwargs.get("suppress_tokens") or []), audio_token_id(base_model(self.model))}
+        self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = sorted(suppressed)
+        check_generation(self.generation_config)
+        if self.use_vllm:
+            self.vllm = VLLMRollouts(self.model, self.args, self.accelerator, self.eos_token_ids)
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
         """Roll out and score B rows, which repeat each of N questions G times.
