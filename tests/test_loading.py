@@ -1,5 +1,6 @@
 """Clips that the loader's processes decode ahead: the same run as without them, each decoded once."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -73,8 +74,10 @@ def test_a_mistake_in_a_loaders_process_is_said_as_elsewhere(small_model, questi
     trainer.data_collator.others = trainer.train_dataset = trainer.train_dataset.map(
         lambda row: row | {"audio_path": "gone"}
     )
+    before = set(multiprocessing.active_children())
     with pytest.raises(DataError, match="DataError: 11 clips in a row"):
         trainer.train()
+    assert not set(multiprocessing.active_children()) - before, "the traceback keeps the loader, but not its process"
 
 
 def test_signals_are_the_trainers_to_answer(small_model, questions, tmp_path):

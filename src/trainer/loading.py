@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -27,11 +28,28 @@ class LoadsAhead:
     """Mixin, to stand before the trainer class. Logs `data_time`, the seconds a step waited for its batch."""
 
     _waited, _batches = 0.0, 0  # since the last log
+    _iterator: Any = None  # of torch's loader, the last
+
+    def train(self, *args, **kwargs):
+        """As usual; then ends the loader's processes. Left to the garbage collector, which takes the queues apart
+        before the iterator, they are never told."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if hasattr(self._iterator, "_shutdown_workers"):  # one without processes has none
+                self._iterator._shutdown_workers()
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         base = loader.base_dataloader  # below accelerate's
         base.worker_init_fn = partial(begin_worker, base.worker_init_fn)
+        make = base._get_iterator
+
+        def keep():
+            self._iterator = make()
+            return self._iterator
+
+        base._get_iterator = keep
         atexit.register(end_workers)
         return loader
 
