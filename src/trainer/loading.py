@@ -28,7 +28,7 @@ class LoadsAhead:
     """Mixin, to stand before the trainer class. Logs `data_time`, the seconds a step waited for its batch."""
 
     _waited, _batches = 0.0, 0  # since the last log
-    _iterator: Any = None  # of torch's loader, the last
+    _iterators: dict[int, Any] = {}  # the newest of each of torch's loaders
 
     def train(self, *args, **kwargs):
         """As usual; then ends the loader's processes. Left to the garbage collector, which takes the queues apart
@@ -36,18 +36,20 @@ class LoadsAhead:
         try:
             return super().train(*args, **kwargs)
         finally:
-            if hasattr(self._iterator, "_shutdown_workers"):  # one without processes has none
-                self._iterator._shutdown_workers()
+            for iterator in self._iterators.values():
+                if hasattr(iterator, "_shutdown_workers"):  # one without processes has none
+                    iterator._shutdown_workers()
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         base = loader.base_dataloader  # below accelerate's
         base.worker_init_fn = partial(begin_worker, base.worker_init_fn)
-        make = base._get_iterator
+        make, number = base._get_iterator, len(self._iterators)
+        self._iterators = self._iterators | {number: None}
 
         def keep():
-            self._iterator = make()
-            return self._iterator
+            self._iterators[number] = iterator = make()
+            return iterator
 
         base._get_iterator = keep
         atexit.register(end_workers)
