@@ -7,6 +7,7 @@ rewards themselves (`utils/rewards.py`).
 
 import asyncio
 import inspect
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -208,11 +209,13 @@ def find_error(rewards: Sequence, names: Sequence[str], values: torch.Tensor, gi
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise this process's error, or else a `RewardError` with that of another one; to be called by all."""
+    """Raise this process's error, or else, a second later, a `RewardError` with that of another one; to be called by
+    all. The launcher says the error that was written down first: that should be the one with the traceback."""
     told = error and (str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}")
     others = gather_object([told])
     if error:
         raise error
     for process, text in enumerate(others):
         if text:
+            time.sleep(1)
             raise RewardError(f"process {process}: {text}")
