@@ -47,7 +47,7 @@ RESERVED = 0.08  # share of a device that is left for what cannot be calculated;
 # DeepSpeed's defaults, in elements: what it reduces at once (twice, with overlap_comm), and what ZeRO-3 keeps gathered.
 REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 BYTES_OF_4_BIT = 0.5 + 4 / 64  # NF4 with a float32 scale per block of 64 (QLoRA, arXiv 2305.14314)
-FEW = 2  # layers: what a third adds, any further one does
+FEW = 4  # layers: what a fifth adds, any further one does (with fewer, a rollout may have its peak elsewhere)
 
 
 @dataclass(frozen=True)
