@@ -114,10 +114,7 @@ def test_a_deep_model_follows_from_shallow_ones(small_model, monkeypatch, change
     settings = replace(SMALL, prompt=120, **change)
     found = estimate(config, settings)
     monkeypatch.setattr(memory, "FEW", 6)
-    whole = estimate(config, settings)
-    assert replace(whole, rollout=found.rollout) == found
-    # A small model's rollout has its peak elsewhere while layers are few: where the clips are put among the tokens.
-    assert whole.rollout == pytest.approx(found.rollout, rel=0.05)
+    assert estimate(config, settings) == found
 
 
 def sizes(**changes) -> Estimate:

@@ -92,9 +92,9 @@ def prefill(
     """The prompts through encoder and language model, in groups of like length: padding costs as much as tokens do.
 
     Evaluation and rollouts both start from it: evaluation decodes greedily, bit for bit whatever the batch; rollouts
-    sample G branches of each prompt. Within a group prompts are padded on the
-    right, where no token of theirs looks: that needs no mask, with which kernels are slower. `clips` are the batch's
-    clips where they are encoded already (`encode_clips`).
+    sample G branches of each prompt. Within a group prompts are padded on the right, where no token of theirs looks:
+    that needs no mask, with which kernels are slower. `clips` are the batch's clips where they are encoded already
+    (`encode_clips`).
 
     Returns:
         Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P.
@@ -112,13 +112,16 @@ def prefill(
         hidden.append(output.last_hidden_state[rows, kept - 1][:, 0])
         # Padding back to the left, up to the length of the whole batch: (R, P, heads, D).
         source = (places - len(places) + kept).clamp(min=0)  # (R, P)
-        layers = output.past_key_values.layers
-        caches.append([(layer.keys[rows, :, source], layer.values[rows, :, source]) for layer in layers])
+        layers, cache = output.past_key_values.layers, []
+        while layers:  # freed once padded, as below: all of it twice would not fit
+            layer = layers.pop(0)
+            cache.append((layer.keys[rows, :, source], layer.values[rows, :, source]))
+        caches.append(cache)
     # Back to the order of the batch.
     order = torch.tensor([row for group in groups for row in group], device=lengths.device).argsort()
     merged = Cache(layer_class_to_replicate=RoomyLayer)
     for index in range(len(caches[0])):
-        layer = [cache.pop(0) for cache in caches]  # freed once merged: all of it twice would not fit
+        layer = [cache.pop(0) for cache in caches]
         keys, values = (torch.cat(states)[order].transpose(1, 2) for states in zip(*layer, strict=True))
         merged.update(keys, values, index)
     return torch.cat(hidden)[order], merged

@@ -47,7 +47,7 @@ RESERVED = 0.08  # share of a device that is left for what cannot be calculated;
 # DeepSpeed's defaults, in elements: what it reduces at once (twice, with overlap_comm), and what ZeRO-3 keeps gathered.
 REDUCE_BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 BYTES_OF_4_BIT = 0.5 + 4 / 64  # NF4 with a float32 scale per block of 64 (QLoRA, arXiv 2305.14314)
-FEW = 4  # layers: what a fifth adds, any further one does (with fewer, a rollout may have its peak elsewhere)
+FEW = 2  # layers: what a third adds, any further one does
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,13 @@ def _measure_rollout(config: str, s: Settings) -> dict[str, int]:
         place(model, "cpu")
         batch = longest_questions(model, s, model.device)
         memory.peak = held = memory.live
-        _, cache = prefill(base_model(model), batch)
+        clips = encode_clips(base_model(model).model, batch.input_features, batch.frames)
+        encoded, memory.peak = memory.peak, memory.live
+        _, cache = prefill(base_model(model), batch, clips)
+        del clips
         prefilled, memory.peak = memory.peak, memory.live
         decode_last(model, batch, cache, s)
-    return {"prefill": prefilled - held, "decoding": memory.peak - held}
+    return {"encoder": encoded - held, "prefill": prefilled - held, "decoding": memory.peak - held}
 
 
 def build(config: str, s: Settings) -> tuple[PreTrainedModel, dict[str, int]]:
