@@ -5,16 +5,17 @@ many questions per step and steps as GRPO's.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
-from datasets import Dataset
 from peft import get_peft_model
-from transformers import ProcessorMixin, TrainingArguments
+from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from trl.trainer.utils import create_model_from_path
 
-from arguments import AudioModelConfig, DataArguments, RecipeParser, RunArguments
-from dataset.questions import Benchmark
-from startup import run_training
+from run import attach
+from run.arguments import AudioModelConfig, DataArguments, RunArguments, parse
+from run.startup import Prepared, run
 from trainer.sft_trainer import AudioSFTTrainer
 
 
@@ -22,10 +23,9 @@ from trainer.sft_trainer import AudioSFTTrainer
 class ChoiceDataArguments(DataArguments):
     """`DataArguments` with the paper's prompt for supervised fine-tuning."""
 
-    prompt_style: str = HfArg(
+    prompt_style: Literal["choice", "answer"] = HfArg(
         default="choice",
         help="choice (the paper's Prompt <1>: the bare answer is learned) or answer (Prompt <2>).",
-        metadata={"choices": ["choice", "answer"]},
     )
 
 
@@ -38,32 +38,23 @@ class SFTRecipeConfig(RunArguments, TrainingArguments):
     learning_rate: float | None = HfArg(default=None, help="Peak, of AdamW. Default: 1e-5, with adapters 1e-4. Ours.")
 
 
-def build_trainer(
-    dataset: Dataset,
-    processor: ProcessorMixin,
-    eval_questions: Benchmark | None,
-    data: ChoiceDataArguments,
-    args: SFTRecipeConfig,
-    config: AudioModelConfig,
-) -> AudioSFTTrainer:
-    """The trainer, its model loaded; the data set has been examined."""
+def build(run: Prepared, data: ChoiceDataArguments, args: SFTRecipeConfig, config: AudioModelConfig) -> AudioSFTTrainer:
+    """The trainer, its model loaded, with all attachments."""
     kwargs = config.init_kwargs(args)
     if quantisation := config.quantisation(args):
         kwargs["quantization_config"] = quantisation
-    model = create_model_from_path(config.model_name_or_path, device_map=None, **kwargs)
+    model = create_model_from_path(run.model, device_map=None, **kwargs)
     if peft_config := config.adapters():
         model = get_peft_model(model, peft_config)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if peft_config else 1e-5
-    return AudioSFTTrainer(
-        model, args, dataset, processor, data.audio_channels, data.freeze, eval_questions=eval_questions
-    )
-
-
-def make_parser() -> RecipeParser:
-    """Every flag: ours, `TrainingArguments`' and `ModelConfig`'s; `--config FILE.yaml` reads them from a file."""
-    return RecipeParser((ChoiceDataArguments, SFTRecipeConfig, AudioModelConfig))
+    trainer = AudioSFTTrainer(
+        model, args, run.dataset, run.processor, data.audio_channels, data.freeze,
+        eval_dataset=run.eval_questions and run.eval_questions.questions,
+    )  # fmt: skip
+    attach(trainer, run.settings, run.eval_questions)
+    return trainer
 
 
 if __name__ == "__main__":
-    run_training(make_parser(), build_trainer)
+    run(partial(parse, (ChoiceDataArguments, SFTRecipeConfig, AudioModelConfig)), build)

@@ -9,12 +9,10 @@ Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames (as
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import numpy as np
 
@@ -24,16 +22,12 @@ from .rows import DataError
 
 if TYPE_CHECKING:  # only named here: importing them takes seconds, which `check.py` without a model need not wait
     import torch
-    from datasets import Dataset
     from transformers import BatchFeature, Qwen2AudioProcessor
-
-logger = logging.getLogger(__name__)
 
 # Two audio tokens. A prompt with a single one is taken by transformers 5 for one in old processors' unexpanded format.
 MIN_SECONDS = 0.1
 WINDOW_SECONDS = 30  # what Qwen2-Audio hears
 MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
-MAX_REPLACEMENTS = 10  # unusable clips in a row, after which the disk is to blame and the run stops
 PROBE = " \n a text \n "  # stands for any text, where only its place is wanted
 
 
@@ -67,43 +61,6 @@ def check_clip_length(samples: int, processor: Qwen2AudioProcessor | None) -> No
         raise DataError(message, "clip too short")
 
 
-def load_or_replace(
-    row: dict, channels: str, processor: Qwen2AudioProcessor, others: Dataset | None = None
-) -> tuple[dict, np.ndarray, int]:
-    """A row of `load_train_dataset` with its clip decoded; where that cannot be used, one of `others` drawn at random,
-    but the same one whoever draws it: in whatever process a clip is decoded, a run's questions are the same.
-
-    Before training only headers are read, and a disk can fail in hour five.
-
-    Returns:
-        The row, its clip, and how many rows were replaced to get there.
-
-    Raises:
-        ValueError, OSError: the clip cannot be used, and there are no `others`.
-        DataError: it cannot be, and MAX_REPLACEMENTS others were no better.
-    """
-    import torch
-
-    for replaced in range(MAX_REPLACEMENTS + 1):
-        try:
-            clip = load_audio(row["audio_path"], channels)
-            check_clip_length(len(clip), processor)
-            return row, clip, replaced
-        except (ValueError, OSError) as error:
-            if others is None:
-                raise
-            if replaced == MAX_REPLACEMENTS:
-                message = (
-                    f"{MAX_REPLACEMENTS + 1} clips in a row, picked at random, cannot be used any more, the last since "
-                    f"{error}. Was the data's folder moved or removed, or is its disk gone? Mend that first"
-                )
-                raise DataError(message, "no usable clip") from error
-            logger.warning(f"{error} (this question is replaced by another)")
-            chance = torch.Generator().manual_seed(crc32(f"{row['audio_path']} {replaced}".encode()))
-            row = others[int(torch.randint(len(others), (), generator=chance))]
-    raise AssertionError("the last attempt returns or raises")
-
-
 def build_chat(processor: Qwen2AudioProcessor, text: str) -> str:
     """The whole prompt as text: system turn, user turn with the audio's placeholder and `text`, assistant header."""
     return processor.apply_chat_template(build_messages(text), add_generation_prompt=True, tokenize=False)
@@ -122,34 +79,52 @@ class Batch:
 
     input_ids: torch.Tensor  # (N, P), left-padded
     attention_mask: torch.Tensor  # (N, P)
-    input_features: torch.Tensor  # (N, M, F)
-    frames: list[int]  # N, frames that hold audio; a tensor's values, which sizes follow from, would be waited for
+    input_features: torch.Tensor  # (N, M, F); if `encoded`, (N, W, A): what the encoder made of them
+    frames: list[int]  # N, mel frames that hold audio; a tensor's values would have to be waited for
+    encoded: bool = False
+    waves: list[np.ndarray] = field(default_factory=list)  # N clips, float32 (samples,) at 16 kHz, for other engines
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
     def audio_inputs(self) -> dict[str, Any]:
-        """What the model takes beside the tokens, within `needed_frames_only`."""
-        return {"input_features": self.input_features, "frames": self.frames}
+        """The model's arguments beside the tokens, within `needed_frames_only`."""
+        name = "encoded_clips" if self.encoded else "input_features"
+        return {name: self.input_features, "frames": self.frames}
 
     def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        tensors = (self.input_ids, self.attention_mask, self.input_features)
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(*moved, self.frames, self.encoded, self.waves)
 
-    def pin_memory(self) -> Batch:
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        ids, mask, features = map(change, (self.input_ids, self.attention_mask, self.input_features))
-        return Batch(ids, mask, features, self.frames)
+    def encoded_as(self, clips: torch.Tensor) -> Batch:
+        """The same questions, with their clips (N, W, A) as the encoder made them."""
+        return Batch(self.input_ids, self.attention_mask, clips, self.frames, encoded=True, waves=self.waves)
 
     def take(self, rows: list[int]) -> Batch:
-        """Some of the questions, with no more padding than they need among themselves."""
+        """Some of the questions, without padding that only the others need."""
         longest = int(self.attention_mask[rows].sum(dim=1).max())
         frames = [self.frames[row] for row in rows]
-        needed = needed_frames(max(frames), self.input_features.shape[2])
+        if self.encoded:
+            needed = count_tokens_of_frames(max(frames))
+        else:
+            needed = needed_frames(max(frames), self.input_features.shape[2])
         ids, mask = self.input_ids[rows, -longest:], self.attention_mask[rows, -longest:]
-        return Batch(ids, mask, self.input_features[rows, :, :needed], frames)
+        waves = [self.waves[row] for row in rows] if self.waves else []
+        return Batch(ids, mask, self.input_features[rows, :, :needed], frames, self.encoded, waves)
+
+
+def load_and_encode(processor: Qwen2AudioProcessor, rows: list[dict], channels: str) -> Batch:
+    """N rows of `load_train_dataset`: their clips, decoded by threads, with their prompts; raises as `load_audio` and
+    `encode`."""
+    with ThreadPoolExecutor() as pool:
+        clips = list(pool.map(partial(load_audio, channels=channels), [row["audio_path"] for row in rows]))
+    return replace(encode(processor, [row["prompt"] for row in rows], clips), waves=clips)
 
 
 def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndarray]) -> Batch:

@@ -37,7 +37,6 @@ def roll_out(
     generations: int,
     config: GenerationConfig,
     clips: Sequence[torch.Tensor] | None = None,
-    watch: Callable[[torch.Tensor, list[int]], None] | None = None,
     anyone: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """G completions of each question.
@@ -46,7 +45,6 @@ def roll_out(
         model: on the questions' device.
         config: how to sample, and what ends a completion; a mode of `check_generation`.
         clips: the questions' clips where they are encoded already (`encode_clips`).
-        watch: gets each step's logits (R, V), before sampling changes them, and the numbers of their rows.
         anyone: whether any process goes on, from whether this one does; where a forward pass needs all of them.
 
     Returns:
@@ -61,8 +59,6 @@ def roll_out(
         hidden = first.repeat_interleave(generations, dim=0)  # (R, H)
         while True:  # a process that has no row left, but others to go on with, has tensors of R = 0
             logits = model.lm_head(hidden).float()  # (R, V)
-            if watch is not None:
-                watch(logits, rows)
             scores = logits_processor(ids, logits)
             tokens = draw(scores) if generation_config.do_sample else scores.argmax(dim=1)  # (R,)
             ids = torch.cat([ids, tokens[:, None]], dim=1)

@@ -38,7 +38,6 @@ PARTS = {
 # What stays as it is in a model of 4 or 8 bits: the head, and the ears, a thirteenth of the weights.
 NOT_QUANTISED = (HEAD, "model.audio_tower", "model.multi_modal_projector")
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-FORBIDDEN = -100.0  # on a token's logit; no lower one is taken by vLLM, which must forbid by the same
 
 
 def load_processor(model: str | Path, processor: ProcessorMixin | None = None) -> Qwen2AudioProcessor:
@@ -85,13 +84,6 @@ def base_model(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def checkpoint_name(name: str) -> str:
-    """A tensor's name in transformers 5 -> its name in Qwen2-Audio's checkpoint, by which vLLM knows it."""
-    if name.startswith(HEAD):
-        return f"language_model.{name}"
-    return name.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
-
-
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
     """Exclude `parts` (keys of `PARTS`) of a Qwen2-Audio, adapters on them included, from training; a `ValueError` for
     an unknown part, or where nothing is left to train."""
@@ -104,11 +96,6 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"--freeze {' '.join(parts)} leaves nothing to train")
-
-
-def quantised_layers(model: Qwen2AudioForConditionalGeneration) -> list[nn.Linear]:
-    """The layers of a Qwen2-Audio that `NOT_QUANTISED` leaves to be stored in fewer bits."""
-    return [layer for layer in model.model.language_model.modules() if isinstance(layer, nn.Linear)]
 
 
 def encoder_is_frozen(backbone: Qwen2AudioModel) -> bool:
@@ -141,35 +128,6 @@ def needed_frames_only(model: Qwen2AudioForConditionalGeneration) -> Iterator[No
 
     with model.model.register_forward_pre_hook(embed, with_kwargs=True):  # removed at the end
         yield
-
-
-@contextmanager
-def audio_token_forbidden(model: Qwen2AudioForConditionalGeneration) -> Iterator[None]:
-    """Within this context, TRL's fused head scores tokens as a sampler draws them that forbids `<|AUDIO|>`: by what is
-    left of the distribution without it.
-
-    The head reads weight and bias of the last layer. Qwen2-Audio's has no bias, and gets one that is no parameter.
-    """
-    head, size = model.get_output_embeddings(), model.config.text_config.vocab_size
-    bias = torch.zeros(size, dtype=head.weight.dtype, device=head.weight.device)
-    bias[audio_token_id(model)] = FORBIDDEN
-    if is_deepspeed_zero3_enabled():
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        vars(bias).update(ds_status=ZeroParamStatus.AVAILABLE)  # TRL would gather it as it does the weight
-    vars(head)["bias"] = bias  # found before the module's own, which is None
-    try:
-        yield
-    finally:
-        del vars(head)["bias"]
-
-
-def let_vllm_take_any_window(model: Qwen2AudioForConditionalGeneration) -> None:
-    """Keep vLLM's model from refusing clips of another window than Qwen2-Audio's 30 s, which its encoder does take."""
-    from vllm.model_executor.models.qwen2_audio import Qwen2AudioFeatureInputs
-
-    if 2 * model.config.audio_config.max_source_positions != 3000:
-        Qwen2AudioFeatureInputs.validate = lambda self: None
 
 
 def embed_prompts(backbone: Qwen2AudioModel, input_ids: torch.Tensor, clips: Sequence[torch.Tensor]) -> torch.Tensor:

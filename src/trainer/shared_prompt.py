@@ -1,5 +1,5 @@
 """Log-probs of a group's G completions with their prompt computed once: `pack` the group into one row, `score` it with
-the model, `unpack` the log-probs. No trainer: who the policy is, and what the log-probs are for, is not known here.
+the model, `unpack` the log-probs.
 
 One row holds a question's prompt and all its completions as branches:
 
@@ -51,18 +51,15 @@ def pack(
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
-    tokens: list[int],
 ) -> PackedGroups:
     """Pack each question's prompt and completions into one row, without the completions' padding.
 
     Args:
         prompt_ids, prompt_mask: (N, P), left-padded; every prompt has at least one token.
         completion_ids, completion_mask: (N, G, C), right-padded; a completion may be masked as a whole.
-        tokens: N, how many completion tokens each group has, from which the rows' size follows. Counted here, the host
-            would wait for the device.
 
     Returns:
-        `PackedGroups` with K = the largest of `tokens`, or 1.
+        `PackedGroups` with K = the completion tokens of the largest group, at least 1.
     """
     questions, generations, length = completion_ids.shape
     assert prompt_ids.shape == prompt_mask.shape and len(prompt_ids) == questions
@@ -73,11 +70,10 @@ def pack(
     labels = completion_ids.flatten(1).masked_fill(~token, IGNORE)  # (N, G * C)
 
     # Drop the padding: tokens to the front in their order, then cut to the longest group of the batch.
-    kept = max(*tokens, 1)
+    kept = max(1, int(token.sum(dim=1).max()))  # the only value that the host waits for in a pass
     source = (~token).long().argsort(dim=1, stable=True)[:, :kept]  # (N, K)
     branch, offset = source // length, source % length  # (N, K), of which branch, and where in it
-    as_assumed = prompt_mask[:, -1].bool().all() & (token.sum(dim=1) <= kept).all()
-    torch._assert_async(as_assumed, "prompts must be left-padded, and `tokens` those of the mask")
+    torch._assert_async(prompt_mask[:, -1].bool().all(), "prompts must be left-padded")
 
     prompt = prompt_mask[:, :-1].bool()  # (N, P - 1)
     prompt_positions = (prompt.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -126,7 +122,8 @@ def score(model, base, packed: PackedGroups, clips: dict[str, Any]):
 
 
 def unpack(values: torch.Tensor, packed: PackedGroups, generations: int, length: int) -> torch.Tensor:
-    """Bring `values` (N, K) of packed branches, e.g. the log-prob of each position's label, back to one row for each of
-    the G `generations`, of `length` C: (N * G, C), zero where there is no completion token. Differentiable."""
+    """Bring `values` (N, K) of packed branches, e.g. the log-prob of each position's label, back to their places in the
+    G `generations` of `length` C: (N, G, C), zero where there is no completion token. Differentiable."""
     flat = values.new_zeros(len(values), generations * length)
-    return flat.scatter(1, packed.source, values.masked_fill(packed.labels == IGNORE, 0)).view(-1, length)
+    scattered = flat.scatter(1, packed.source, values.masked_fill(packed.labels == IGNORE, 0))
+    return scattered.unflatten(1, (generations, length))

@@ -1,0 +1,44 @@
+"""What a training run needs besides the algorithm. `attach` lists all of it; without that call the same algorithm runs
+bare. To remove one attachment, delete its file and its line here."""
+
+from transformers import Trainer
+
+from dataset.questions import Benchmark
+
+
+def attach(trainer: Trainer, settings: dict, eval_questions: Benchmark | None = None, rounds: int = 0) -> None:
+    """Attach to a trainer what its arguments ask for, by callbacks and by wrapping its public attributes.
+
+    Args:
+        trainer: `AudioGRPOTrainer` or `AudioSFTTrainer`.
+        settings: recorded in every checkpoint, and compared when the run resumes.
+        eval_questions: answered greedily by `trainer.evaluate`.
+        rounds: further rounds of rollouts that replace questions whose rewards are all equal.
+    """
+    from .accuracy import GreedyAccuracy
+    from .checkpoints import KeepCheckpoints
+    from .clips import replace_broken_clips
+    from .console import StepLines
+    from .curves import PlotCurves
+    from .nonfinite import SkipNonFinite
+    from .resample import resample_uniform_groups
+    from .signals import StopOnSignal
+
+    replace_broken_clips(trainer)
+    if getattr(trainer.args, "use_vllm", False):
+        from .vllm import sample_by_vllm
+
+        sample_by_vllm(trainer)
+    if rounds:
+        resample_uniform_groups(trainer, rounds)
+    keep = KeepCheckpoints(trainer, settings)
+    if eval_questions:
+        trainer.evaluate = keep.saves_first(GreedyAccuracy(trainer, eval_questions))
+    for callback in (
+        StopOnSignal(),
+        keep,  # after the signals: it may postpone a checkpoint
+        SkipNonFinite(trainer, trainer.args.max_skipped),
+        StepLines(trainer),
+        PlotCurves(),
+    ):
+        trainer.add_callback(callback)

@@ -1,0 +1,102 @@
+"""Greedy accuracy on a question file during training, by the code with which `test_mmau.py` evaluates a checkpoint.
+
+Every process answers its share. The scores are those of the official script, per task and in total, in percent:
+`eval_accuracy`, `eval_accuracy_sound`, ... A question whose clip breaks during the run is omitted from then on;
+`eval_left_out` counts them.
+"""
+
+import re
+from dataclasses import replace
+
+import torch
+from accelerate.utils import gather_object
+from evaluation.clips import measure_clips
+from transformers import Trainer
+from trl.models import unwrap_model_for_generation
+
+from dataset.prompt import DEFAULT_STYLE
+from dataset.questions import Benchmark
+from dataset.rows import DataError, first_problems
+from evaluation.answers import EncodedQuestions, answer_batches, complete_with
+from evaluation.mmau import Scores, evaluate
+from evaluation.results import MAX_NEW_TOKENS, Completion, Run, to_records
+from model.qwen2_audio import base_model
+
+ATTEMPTS = 3  # at an evaluation during which clips break; then the disk is to blame
+
+
+class GreedyAccuracy:
+    """Takes the place of `Trainer.evaluate`.
+
+    Args:
+        questions: answered at every evaluation.
+    """
+
+    def __init__(self, trainer: Trainer, questions: Benchmark):
+        self.trainer, self.benchmark, self.left_out = trainer, questions, 0
+
+    def __call__(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        trainer, scores = self.trainer, self._score()
+        metrics = {f"{metric_key_prefix}_accuracy": scores.accuracy}
+        for task, (right, questions) in next(iter(scores.groups.values())).items():
+            if questions:
+                name = re.sub(r"\W+", "_", task)
+                metrics[f"{metric_key_prefix}_accuracy_{name}"] = 100 * right / questions
+        if self.left_out:
+            metrics[f"{metric_key_prefix}_left_out"] = self.left_out
+        trainer.log(metrics)
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    def _score(self) -> Scores:
+        """Scores of all questions whose clip can be used; if one breaks in between, all are answered again without."""
+        for _ in range(ATTEMPTS):
+            questions, error = self._encode(), None
+            completions: dict[str, Completion] = {}
+            try:
+                self._answer(questions, completions)
+            except (DataError, OSError) as raised:
+                error = raised
+            if not any(gather_object([error is not None])):
+                break
+        else:
+            raise error or DataError("--eval_file: another process cannot read the clips")
+        asked = replace(self.benchmark, questions=questions.questions)
+        return evaluate(to_records(asked, dict(gather_object(list(completions.items())))))
+
+    def _encode(self) -> EncodedQuestions:
+        """The questions as the model's inputs. Unusable ones are reported, and omitted at later steps too."""
+        trainer = self.trainer
+        run = Run(
+            style=trainer.prompt_style or DEFAULT_STYLE,
+            channels=trainer.audio_channels,
+            max_new_tokens=getattr(trainer, "max_completion_length", MAX_NEW_TOKENS),
+            batch_size=trainer.args.per_device_eval_batch_size,
+        )
+        samples = measure_clips(self.benchmark.questions, run.channels)
+        questions = EncodedQuestions(self.benchmark.questions, samples, trainer.processing_class, run)
+        if problems := questions.find_unusable():
+            self.left_out += len(problems)
+            questions = questions.without(problems)
+            self.benchmark = replace(self.benchmark, questions=questions.questions)
+            listed = first_problems(f"{id_}: {problem}" for id_, problem in problems.items())
+            trainer.accelerator.print(f"--eval_file: {len(problems)} questions are omitted from now on:\n  {listed}")
+        return questions
+
+    def _answer(self, questions: EncodedQuestions, completions: dict[str, Completion]) -> None:
+        """Add this process's share of the answers."""
+        trainer = self.trainer
+        if not questions.questions:
+            return
+        was_training = trainer.model.training
+        with (
+            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+            torch.no_grad(),
+            trainer.accelerator.autocast(),
+        ):
+            complete = complete_with(base_model(model.eval()), questions)
+            try:
+                batches, quiet = questions.batches(), trainer.args.disable_tqdm
+                answer_batches(complete, questions, batches, completions.update, "evaluation", quiet)
+            finally:
+                trainer.model.train(was_training)

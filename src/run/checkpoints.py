@@ -1,0 +1,358 @@
+"""What a run needs to resume: its record in a checkpoint, which checkpoint is whole, and which are kept.
+
+transformers' `Trainer` writes weights, optimizer, schedule and random state. `KeepCheckpoints` then adds `resume.json`,
+the last file: the digests of the others, and the settings of the run. A checkpoint without it holds weights only. One
+whose files differ from their digests is damaged.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluation.checkpoints import IncompleteCheckpoint, check_whole, label_of
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType, rotate_checkpoints
+
+from dataset.rows import hash_file, read_json, write_whole
+
+from .signals import RunEnded
+
+RECORD = "resume.json"
+STATE = "trainer_state.json"  # stays in every checkpoint: it holds the log
+# What transformers and DeepSpeed write to resume: all but weights and processor.
+BULK = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*", "latest", "zero_to_fp32.py")
+FREE_SPACE = "Free space, or keep less (--save_total_limit, --keep_optimizer, --save_steps)"
+BY_RESULT = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that depend on an evaluation
+# Flags that cannot change what is learned, by their beginnings: everything else is compared when a run resumes.
+IGNORED = (
+    "output_dir", "logging_", "log_", "save_", "eval_", "do_", "report_to", "run_name", "resume", "force_resume",
+    "overwrite_output_dir", "keep_optimizer", "max_skipped", "dataloader_", "ddp_", "local_rank", "use_wandb",
+    "per_device_", "gradient_accumulation_steps", "gradient_checkpointing", "activation_checkpointing", "deepspeed",
+    "num_completions_to_print", "disable_tqdm", "push_to_hub", "hub_", "load_best_model_at_end", "trackio", "project",
+    "metric_for_best_model", "greater_is_better", "max_dropped", "data_file", "model_name_or_path", "debug",
+    "accelerator_config", "remove_unused", "skip_memory_metrics", "batch_eval_metrics", "prediction_loss_only",
+    "include_", "num_generations_eval", "vllm_gpu_memory_utilization", "vllm_server", "enable_jit_checkpoint",
+    "restore_callback_states",
+)  # fmt: skip
+
+
+def result_settings(parsed: Sequence[Any], reward_files: Sequence[str] = ()) -> dict[str, Any]:
+    """All flags of a parsed command line that may change the result, as JSON has them, and the content of the files
+    that hold reward functions."""
+    flags = {field.name: getattr(part, field.name) for part in parsed for field in fields(part) if field.init}
+    kept = {name: value for name, value in flags.items() if not name.startswith(IGNORED)}
+    digests = {f"{path} (content)": hash_file(path)[:16] for path in reward_files}
+    return json.loads(json.dumps(kept | digests, default=str))
+
+
+def checkpoints_in(out: Path) -> list[Path]:
+    """The folders `checkpoint-STEP`, in the order of their steps."""
+    found = [path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """300 of `.../checkpoint-300`; for a folder of another name the step in its trainer state."""
+    label = label_of(str(checkpoint))
+    return int(label) if label.isdecimal() else read_json(checkpoint / STATE, "use another checkpoint")["global_step"]
+
+
+def _state_files(checkpoint: Path) -> Iterator[Path]:
+    for pattern in BULK:
+        for path in checkpoint.glob(pattern):
+            yield from (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _digests(paths: list[Path], folder: Path) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(hash_file, paths), strict=True))
+
+
+def record_state(checkpoint: Path, settings: dict) -> None:
+    """Write `resume.json` when all other files are on the disk."""
+    for path in [*(file for file in checkpoint.rglob("*") if file.is_file()), checkpoint]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    record = {"settings": settings, "files": _digests(sorted(_state_files(checkpoint)), checkpoint)}
+    write_whole(checkpoint / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def drop_state(checkpoint: Path) -> None:
+    """Reduce a checkpoint to its weights. The record goes first: without it nothing resumes from the rest."""
+    (checkpoint / RECORD).unlink(missing_ok=True)
+    for path in [path for pattern in BULK for path in checkpoint.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_settings(checkpoint: Path, verify: bool = True) -> dict:
+    """The settings that a resumable checkpoint was trained with.
+
+    Args:
+        verify: read all files of the training state and compare them with their digests.
+
+    Raises:
+        IncompleteCheckpoint: a run cannot resume from it; says why.
+    """
+    check_whole(checkpoint)
+    if not (checkpoint / RECORD).is_file():
+        raise IncompleteCheckpoint(
+            f"{checkpoint}: holds weights only (see --keep_optimizer); --model_name_or_path {checkpoint} starts a new "
+            "run from them"
+        )
+    try:
+        record = read_json(checkpoint / RECORD, "use another checkpoint")
+        settings, files = dict(record["settings"]), dict(record["files"])
+        int(read_json(checkpoint / STATE, "use another checkpoint")["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompleteCheckpoint(f"{checkpoint}: {RECORD} or {STATE} is missing or damaged ({error})") from error
+    missing = [name for name in files if not (checkpoint / name).is_file()]
+    if not missing and verify:
+        found = _digests([checkpoint / name for name in files], checkpoint)
+        missing = [name for name in files if found[name] != files[name]]
+    if missing:
+        raise IncompleteCheckpoint(f"{checkpoint}: {missing[0]} is missing or damaged")
+    return settings
+
+
+def find_newest(out: Path, verify: bool = True) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in a folder that a run can resume from, and why not from newer ones."""
+    problems: list[str] = []
+    for checkpoint in reversed(checkpoints_in(out)):
+        try:
+            read_settings(checkpoint, verify)
+            return checkpoint, problems
+        except IncompleteCheckpoint as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def describe_newest(out: Path) -> str:
+    """What a run that ends early leaves to resume from, as a sentence."""
+    newest, _ = find_newest(out, verify=False)
+    return f"--resume continues from {newest.name}" if newest else "There is no checkpoint to resume from"
+
+
+def choose_start(args: TrainingArguments, settings: dict, restarted: bool) -> Path | None:
+    """The checkpoint that a run resumes from, or None for a new one. Nothing is removed.
+
+    Args:
+        settings: of this run, to be compared with the checkpoint's.
+        restarted: the launcher has started this run again after a failure: it resumes if there is a checkpoint.
+
+    Raises:
+        ValueError: there is none to resume from, its settings differ, or the folder holds checkpoints that would not
+            be this run's.
+    """
+    out, start = Path(args.output_dir), None
+    if args.resume_from_checkpoint and not restarted:
+        start = Path(args.resume_from_checkpoint)
+        if not start.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {start}: no such folder; --resume takes the newest")
+    elif args.resume or (restarted and checkpoints_in(out)):
+        start, problems = find_newest(out)
+        if start is None:
+            reasons = "".join(f"\n  {problem}" for problem in problems)
+            raise ValueError(f"{out}: holds no checkpoint to resume from{reasons or '; omit --resume'}")
+        for problem in problems:
+            print(f"passed over: {problem}", flush=True)
+    if start:
+        compare_settings(start, settings, args.force_resume)
+    foreign = [] if args.resume or restarted else foreign_checkpoints(out, start)
+    if foreign and not args.overwrite_output_dir:
+        raise ValueError(
+            f"{out}: holds {', '.join(path.name for path in foreign)} of {'later steps' if start else 'another run'}; "
+            "--resume continues it, --overwrite_output_dir true removes them, OUT_DIR names another folder"
+        )
+    return start
+
+
+def compare_settings(checkpoint: Path, now: dict, force: bool) -> None:
+    """Raise a `ValueError` that names what differs from a checkpoint's settings. With `force` only the engine counts,
+    whose state no other one can read."""
+    before = read_settings(checkpoint, verify=False)
+    if before.get("engine") != now.get("engine"):
+        raise ValueError(
+            f"{checkpoint}: its optimizer state is that of engine {before.get('engine')}, now {now.get('engine')}. Use "
+            "that engine and number of processes (CONFIG, GPU_NUM, NODE_NUM), convert it (docs/TRAINING.md), or start "
+            f"a new run from its weights with --model_name_or_path {checkpoint}"
+        )
+    differing = [name for name in before | now if before.get(name) != now.get(name)]
+    if differing and not force:
+        listed = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in differing)
+        raise ValueError(
+            f"{checkpoint}: was trained with other settings: {listed}. Use those, or resume with --force_resume true"
+        )
+
+
+def foreign_checkpoints(out: Path, start: Path | None) -> list[Path]:
+    """The checkpoints in `out` that do not belong to a run that resumes from `start`: later ones, or all of another
+    run's."""
+    if start is None or start.resolve().parent != out.resolve():
+        return checkpoints_in(out)
+    return [path for path in checkpoints_in(out) if step_of(path) > step_of(start)]
+
+
+def remove_checkpoints(checkpoints: list[Path]) -> None:
+    """Remove checkpoints and the results of their evaluation, `test_STEP` beside them, for --overwrite_output_dir."""
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint.parent / f"test_{step_of(checkpoint)}", ignore_errors=True)
+        shutil.rmtree(checkpoint)
+
+
+def finish(start: Path, args: TrainingArguments) -> bool:
+    """Whether a run has taken all its steps; then its last checkpoint's model is copied to the output folder."""
+    state, out = read_json(start / STATE, "use another checkpoint"), Path(args.output_dir)
+    if state["global_step"] < (args.max_steps if args.max_steps > 0 else state["max_steps"]):
+        return False
+    bulk = {RECORD, STATE, *(path.name for path in _state_files(start))}
+    for path in start.iterdir():
+        if path.is_file() and path.name not in bulk:
+            shutil.copyfile(path, out / path.name)
+    print(f"{start}: all steps are taken; {out} holds the model", flush=True)
+    return True
+
+
+class KeepCheckpoints(TrainerCallback):
+    """Marks checkpoints that are whole, and removes what the arguments do not ask to keep.
+
+    Rollouts are not saved: where several steps learn from one, a checkpoint waits until it is used up.
+
+    Args:
+        settings: recorded in every checkpoint with training state.
+    """
+
+    def __init__(self, trainer: Trainer, settings: dict):
+        self.trainer, self.settings, self.out = trainer, settings, Path(trainer.args.output_dir)
+        # `Trainer` would remove the old checkpoint before the new one has its record.
+        self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+        every = getattr(trainer.args, "steps_per_generation", 1) * getattr(trainer, "num_iterations", 1)
+        self.span = (
+            math.lcm(every, trainer.args.gradient_accumulation_steps) // trainer.args.gradient_accumulation_steps
+        )
+        self.waiting = self.stopping = False  # a checkpoint, or the end, until a rollout is used up
+        self.writing: Path | None = None  # the checkpoint that is being written
+        self.stale: Path | None = None  # the checkpoint whose trainer state lacks an evaluation
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)  # see `forbid_pickles`; the state is loaded
+        self._locate_best(state)
+        # `Trainer` skips the batches of this epoch, but a new sampler begins with the first epoch's order.
+        sampler = kwargs["train_dataloader"].batch_sampler
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        if not hasattr(sampler.sampler, "set_epoch"):
+            for _ in range(int(state.epoch or 0)):
+                next(iter(sampler.sampler))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.waiting |= control.should_save
+        self.stopping |= control.should_training_stop
+        used_up = state.global_step % self.span == 0
+        control.should_save, control.should_training_stop = self.waiting and used_up, self.stopping and used_up
+        if control.should_save:
+            self._check_space(state)
+            self.writing = self.out / f"checkpoint-{state.global_step}"
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        self.waiting = False
+        checkpoint = self.out / f"checkpoint-{state.global_step}"
+        self._locate_best(state)
+        self.trainer.accelerator.wait_for_everyone()  # all processes have written
+        if args.should_save:
+            if not args.save_only_model:
+                record_state(checkpoint, self.settings)
+            for other in checkpoints_in(self.out) if args.keep_optimizer != "all" else ():
+                if other != checkpoint:
+                    drop_state(other)
+            rotate_checkpoints(str(self.out), self.limit, state.best_model_checkpoint, use_mtime=False)
+        self.trainer.accelerator.wait_for_everyone()
+        self.writing = None
+
+    def saves_first(self, evaluate):
+        """Wrap `Trainer.evaluate`: the step's checkpoint is saved before, since an evaluation takes long and may
+        fail."""
+
+        def evaluated(*args, **kwargs):
+            trainer = self.trainer
+            if trainer.control.should_save and trainer.args.lr_scheduler_type not in BY_RESULT:
+                trainer._save_checkpoint(trainer.model, trial=None)
+                trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+                trainer.control.should_save = False
+                self.stale = self.out / f"checkpoint-{trainer.state.global_step}"
+            return evaluate(*args, **kwargs)
+
+        return evaluated
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._locate_best(state)
+        if self.stale and args.should_save:
+            write_whole(self.stale / STATE, json.dumps(_as_json(state), indent=2, sort_keys=True) + "\n")
+        self.stale = None
+
+    on_epoch_end = on_step_begin
+
+    def _locate_best(self, state) -> None:
+        """Name the best checkpoint by its step in this run's folder, whatever the folder was called before."""
+        if state.best_global_step:
+            best = self.out / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def _check_space(self, state) -> None:
+        """Raise a `RunEnded` where the disk has no room for a checkpoint of the last one's size."""
+        earlier = [path for path in checkpoints_in(self.out) if (path / RECORD).is_file()]
+        if not earlier:
+            return
+        needed = 1.05 * sum(path.stat().st_size for path in earlier[-1].rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.out).free
+        short = torch.tensor(int(needed > free), device=self.trainer.args.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(short, torch.distributed.ReduceOp.MAX)
+        if short:
+            raise RunEnded(
+                f"{self.out}/checkpoint-{state.global_step}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
+                f"free. {describe_newest(self.out)}. {FREE_SPACE}",
+                everywhere=True,
+            )
+
+    def explain_failed_write(self, error: Exception) -> RunEnded | None:
+        """What ends the run where a checkpoint could not be written; its torn files are removed. None for an error of
+        another kind."""
+        if self.writing is None or not isinstance(error, (OSError, SafetensorError, RuntimeError)):
+            return None
+        torn = (
+            sum(path.stat().st_size for path in self.writing.rglob("*") if path.is_file())
+            if self.writing.is_dir()
+            else 0
+        )
+        # torch.save raises a RuntimeError that names no cause: the disk tells.
+        if isinstance(error, RuntimeError) and shutil.disk_usage(self.out).free > max(torn, 2**24):
+            return None
+        shutil.rmtree(self.writing, ignore_errors=True)
+        return RunEnded(f"{self.writing}: not written ({error}). {describe_newest(self.out)}. {FREE_SPACE}")
+
+
+def _as_json(state) -> dict:
+    return {name: value for name, value in vars(state).items() if not callable(value)}
+
+
+def forbid_pickles() -> None:
+    """Have `torch.load` build tensors and plain values only, until training begins: DeepSpeed reads its training state,
+    which may come from elsewhere, as a pickle that could execute anything.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])

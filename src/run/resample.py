@@ -1,0 +1,107 @@
+"""Questions whose G rewards are all equal give no gradient: fresh questions replace them.
+
+Dynamic sampling, as in DAPO (arXiv 2503.14476, section 3.2), on whole groups. Shapes: N questions, G generations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import islice
+from statistics import fmean
+
+import torch
+from accelerate.utils import gather_object
+from torch.nn.functional import pad
+
+from dataset.encode import Batch
+from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.rollout import Rollout
+
+
+def resample_uniform_groups(trainer: AudioGRPOTrainer, rounds: int) -> None:
+    """Wrap the trainer's `roll_out`: at most `rounds` further rounds of rollouts replace uniform groups.
+
+    All processes take the same number of rounds with the same number of questions: as many as the process that lacks
+    most. The order of fresh questions follows from the seed and from how many micro-batches were taken.
+    """
+    roll_out = trainer.roll_out
+
+    def resampled(rows: list[dict]) -> Rollout:
+        rollout = roll_out(rows)
+        if not trainer.model.training:
+            return rollout
+        fresh = _draw_questions(trainer, rollout.rows)
+        shares = []  # of uniform groups, before each round and after the last
+        while True:
+            uniform = find_uniform_groups(rollout.advantages)
+            shares.append(fmean(gather_object(uniform.tolist())))
+            drawn = list(islice(fresh, max(gather_object([int(uniform.sum())]))))
+            count = min(gather_object([len(drawn)]))
+            # No rounds are left, no group is lacking, or a process has tried all its questions.
+            if len(shares) > rounds or count == 0:
+                break
+            rollout = replace_uniform_groups(
+                rollout, roll_out(drawn[:count]), trainer.processing_class.tokenizer.pad_token_id
+            )
+        metrics = trainer._metrics["train"]
+        metrics["groups/uniform_share"].append(shares[0])
+        metrics["groups/uniform_share_left"].append(shares[-1])
+        metrics["groups/resample_rounds"].append(len(shares) - 1)
+        return rollout
+
+    trainer.roll_out = resampled
+
+
+def _draw_questions(trainer: AudioGRPOTrainer, sampled: list[dict]):
+    """Rows of this process's share of the data in a random order, without those that the rollout has."""
+    generator = torch.Generator().manual_seed(trainer.args.seed + 1_000_003 * (drawn_before(trainer) + 1))
+    order = torch.randperm(len(trainer.train_dataset), generator=generator).tolist()
+    order = order[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+    return (row for row in map(trainer.train_dataset.__getitem__, order) if row not in sampled)
+
+
+def drawn_before(trainer: AudioGRPOTrainer) -> int:
+    """Micro-batches of the run before this rollout, also before it was resumed."""
+    accumulated = trainer.args.gradient_accumulation_steps
+    return trainer.state.global_step * accumulated + trainer._step % accumulated
+
+
+def find_uniform_groups(advantages: torch.Tensor) -> torch.Tensor:
+    """(N,) bool: True where all of (N, G) advantages are the same. Equal rewards make exactly equal advantages."""
+    return advantages.amax(dim=1) == advantages.amin(dim=1)
+
+
+def replace_uniform_groups(rollout: Rollout, fresh: Rollout, pad_id: int) -> Rollout:
+    """`rollout` with its uniform groups replaced by those of `fresh` that are not, as far as these go."""
+    slots = find_uniform_groups(rollout.advantages).nonzero().flatten().tolist()
+    picks = (~find_uniform_groups(fresh.advantages)).nonzero().flatten().tolist()
+    order = list(range(len(rollout)))
+    for slot, pick in zip(slots, picks, strict=False):
+        order[slot] = len(rollout) + pick
+    return join(rollout, fresh, pad_id).select(order)
+
+
+def join(first: Rollout, second: Rollout, pad_id: int) -> Rollout:
+    """The questions of both, padded to the longer completions, prompts and clips."""
+    pads = {"ids": pad_id}
+    tensors = {
+        field.name: _join(values, pads.get(field.name, 0), left=False)
+        for field in fields(first)
+        if isinstance((values := (getattr(first, field.name), getattr(second, field.name)))[0], torch.Tensor)
+    }
+    a, b = first.questions, second.questions
+    questions = Batch(
+        _join((a.input_ids, b.input_ids), pad_id, left=True),
+        _join((a.attention_mask, b.attention_mask), 0, left=True),
+        _join((a.input_features, b.input_features), 0, left=False),
+        a.frames + b.frames,
+        a.encoded,
+        a.waves + b.waves,
+    )
+    return replace(first, rows=first.rows + second.rows, questions=questions, **tensors)
+
+
+def _join(tensors: Sequence[torch.Tensor], value: int, left: bool) -> torch.Tensor:
+    longest = max(tensor.shape[-1] for tensor in tensors)
+    missing = [longest - tensor.shape[-1] for tensor in tensors]
+    sides = [(length, 0) if left else (0, length) for length in missing]
+    return torch.cat([pad(tensor, side, value=value) for tensor, side in zip(tensors, sides, strict=True)])

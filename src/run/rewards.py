@@ -1,0 +1,176 @@
+"""Reward functions of a run: found by name, called with the arguments that they name, their values checked.
+
+An error in one process is raised in all, so that no process waits for one that is gone.
+"""
+
+import asyncio
+import inspect
+import runpy
+import traceback
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import isfinite
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerState
+from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
+
+from dataset.rows import DataError
+from utils.rewards import accuracy_reward, format_reward
+
+REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
+EXPECTED = "return a list with one number per completion, None where the reward does not apply"
+LARGEST = torch.finfo(torch.float32).max  # TRL computes with rewards in float32, where more is infinite
+COLUMNS = ("prompt", "completion", "completion_ids")  # that TRL does not pass under their own names
+
+
+class RewardError(DataError):
+    """A reward that cannot be found, called or used; the message names it and what is expected."""
+
+
+def load_rewards(names: Sequence[str], dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Callable]:
+    """Checked rewards by their names. Each is called once on two made-up completions, before a model is loaded.
+
+    Raises:
+        RewardError: a reward does not exist, raises an error, or returns something other than a list of numbers.
+    """
+    rewards = [checked(load_reward(name)) for name in names]
+    rows = [dataset[index % len(dataset)] for index in range(2)]
+    completions = [rows[0]["solution"], "a made-up completion"]
+    given: dict[str, Any] = {"prompts": [row["prompt"] for row in rows], "completions": completions}
+    given["completion_ids"] = tokenizer(completions)["input_ids"]
+    given |= {key: [row[key] for row in rows] for key in dataset.column_names if key not in COLUMNS}
+    given |= {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+    for reward in rewards:
+        try:
+            reward(**given)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(f"reward {reward.__name__}: a trial call {describe_error(error)}") from error
+    return rewards
+
+
+def load_reward(name: str) -> Callable:
+    """A reward by its name: `accuracy`, `format`, or `path/to/file.py:function`.
+
+    The function gets the arguments that it names, of `completions`, `prompts`, `completion_ids` and every column of the
+    data set (`solution`, `style`, `audio_path`, ...), and returns a list with one number per completion (None: not
+    applicable). It may be a coroutine function. A trial call must be harmless for stateful or paid rewards.
+
+    Raises:
+        RewardError: no such reward, file or function, or the file cannot be run.
+    """
+    if name in REWARD_FUNCS:
+        return REWARD_FUNCS[name]
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise RewardError(f"--reward_funcs {name}: use one of {', '.join(REWARD_FUNCS)}, or file.py:function")
+    if not Path(path).is_file():
+        raise RewardError(f"--reward_funcs {name}: there is no file {path}")
+    try:
+        reward = runpy.run_path(path).get(function)
+    except Exception as error:
+        raise RewardError(f"--reward_funcs {name}: running the file {describe_error(error)}") from error
+    if not callable(reward):
+        raise RewardError(f"--reward_funcs {name}: {path} has no function {function!r}")
+    return reward
+
+
+def reward_files(names: Sequence[str]) -> list[str]:
+    """The files among the names of rewards."""
+    return [name.rpartition(":")[0] for name in names if name not in REWARD_FUNCS]
+
+
+def checked(function: Callable) -> Callable[..., list[float | None]]:
+    """A reward function in the form that TRL calls. A coroutine function is awaited in one event loop for all calls,
+    to which a client that it keeps open belongs."""
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def reward(**given) -> list[float | None]:
+        values, error = None, None
+        try:
+            values = function(**_named(name, function, given))
+            if is_async_callable(function):
+                values = asyncio.run_coroutine_threadsafe(values, _event_loop()).result()
+            check_values(name, values, given)
+        except Exception as raised:
+            error = raised
+        raise_in_all(error)
+        assert values is not None
+        return [None if value is None else float(value) for value in values]
+
+    reward.__name__ = name  # in the names of metrics
+    return reward
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    _, loop, ready = start_event_loop_in_daemon("rewards")
+    ready.wait()
+    return loop
+
+
+def _named(name: str, function: Callable, given: dict) -> dict:
+    """Those of the arguments `given` that the function takes."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return given
+    needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    if lacking := sorted(needed - given.keys()):
+        raise RewardError(f"reward {name}: asks for {', '.join(lacking)}; it can ask for {', '.join(given)}")
+    return {key: given[key] for key in parameters if key in given}
+
+
+def check_values(name: str, values, given: dict) -> None:
+    """Check what a reward returned for B completions.
+
+    Args:
+        name: of the reward.
+        given: the arguments of the call; `row`, `audio_path` and `prompts` name the question in a message.
+
+    Raises:
+        RewardError: it is no list, has too few or too many values, or one that is no number, NaN or infinite.
+    """
+    if not isinstance(values, list | tuple):
+        raise RewardError(f"reward {name}: returned {values!r:.80}, of type {type(values).__name__}; {EXPECTED}")
+    completions = given["completions"]
+    if len(values) != len(completions):
+        raise RewardError(
+            f"reward {name}: returned {len(values)} values for {len(completions)} completions; {EXPECTED}"
+        )
+    for index, value in enumerate(values):
+        if value is None or isinstance(value, Real) and abs(value) <= LARGEST:
+            continue
+        known = [f"{key} {given[key][index]!r:.200}" for key in ("row", "audio_path", "prompts") if key in given]
+        raise RewardError(
+            f"reward {name}: is {value!r:.80} for the completion {completions[index]!r:.200} ({', '.join(known)}); "
+            f"{EXPECTED}"
+        )
+
+
+def describe_error(error: Exception) -> str:
+    """What a user's code raised, and where."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+
+
+def raise_in_all(error: Exception | None) -> None:
+    """Raise this process's error; where only another process has one, exit silently, since that one reports it."""
+    failed = gather_object([error is not None])
+    if error is not None:
+        raise error
+    if any(failed):
+        raise SystemExit(1)
+
+
+def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
+    """Raise a `RewardError` unless there is one finite weight for each of the rewards."""
+    if len(weights) != len(names) or not all(map(isfinite, weights)):
+        given = " ".join(map(str, weights))
+        raise RewardError(f"--reward_weights {given}: pass one finite number for each of {', '.join(names)}")

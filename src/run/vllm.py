@@ -1,0 +1,365 @@
+"""Rollouts, and answers of an evaluation, by vLLM in this process (`--use_vllm true`, `--engine vllm`).
+
+TRL's own way of using vLLM knows images only, pushes weights under names that vLLM's Qwen2-Audio does not have, and
+repeats the prompt for each completion. Here:
+
+    prompt    one per question, with n = G; vLLM expands its single <|AUDIO|> as the processor does: asserted
+    sampling  as the trainer scores: the same temperature, nothing cut off that it does not know of (`check_vllm`), no
+              <|AUDIO|> on either side (`audio_token_forbidden`), in the dtype of the trainer's passes
+    weights   the trainer's, adapters merged, before the first rollout after a step; caches of others are reset
+    chance    from PyTorch's generator: a run follows from its seed
+
+Every process has its own engine for its own questions. Shapes: N questions, G generations, B = N * G completions.
+"""
+
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOConfig
+from trl.distributed import DistributedBackend
+
+from dataset.audio import SAMPLE_RATE
+from dataset.encode import Batch
+from evaluation.answers import EncodedQuestions
+from model.qwen2_audio import HEAD, audio_token_id, base_model, end_ids
+from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.rollout import Rollout, pad_completions
+
+FORBIDDEN = -100.0  # on a token's logit: the lowest that vLLM takes
+# flag -> the values that work, and why others do not
+FIXED = {
+    "vllm_mode": (("colocate",), "a server of TRL's gets no clips"),
+    "vllm_tensor_parallel_size": ((1,), "each process samples the completions of its own questions"),
+    "vllm_model_impl": (("vllm", "auto"), "weights are pushed under the names of vLLM's own model"),
+    "vllm_structured_outputs_regex": ((None,), "the trainer scores tokens as if all of them could have been drawn"),
+    "generation_kwargs": ((None,), "they are those of transformers' `generate`"),
+}
+UNCUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def check_vllm(args: GRPOConfig, max_prompt_length: int, quantised: bool = False) -> None:
+    """Raise a `ValueError` for settings that do not work with rollouts by vLLM.
+
+    Args:
+        max_prompt_length: tokens of the longest prompt.
+        quantised: the model's layers are stored in 4 or 8 bits.
+    """
+    for flag, (possible, reason) in FIXED.items():
+        if (value := getattr(args, flag)) not in possible:
+            remedy = f"use --{flag} {possible[0]}" if possible[0] else f"omit --{flag}"
+            raise ValueError(f"--{flag} {value} with --use_vllm true: {reason}; {remedy}")
+    if quantised:
+        raise ValueError("--use_vllm true: quantised weights are not supported; drop one of the two flags")
+    longest = max_prompt_length + (args.max_completion_length or 0)
+    if (args.vllm_max_model_length or longest) < longest:
+        raise ValueError(f"--vllm_max_model_length {args.vllm_max_model_length}: prompt and completion take {longest}")
+    for flag, off in UNCUT.items() if args.vllm_importance_sampling_correction else ():
+        if (value := getattr(args, flag)) not in (None, off):
+            raise ValueError(
+                f"--{flag} {value} with --use_vllm true: vLLM's log-probs are then of another distribution than the "
+                f"trainer's; use --{flag} {off:g}, or --vllm_importance_sampling_correction false"
+            )
+
+
+def sample_by_vllm(trainer: AudioGRPOTrainer) -> None:
+    """Replace the trainer's `sample`, and correct for the difference of the two models where the arguments ask for it
+    (truncated importance sampling, see `correct`). `trainer.close` shuts the engine down."""
+    engine = Engine(trainer)
+    trainer.sample, trainer.close = engine.sample, engine.close
+    log_probs, roll_out = trainer.log_probs, trainer.roll_out
+
+    def log_probs_without_audio_token(model, rollout: Rollout, entropy: bool = False):
+        with audio_token_forbidden(base_model(trainer.accelerator.unwrap_model(model))):
+            return log_probs(model, rollout, entropy)
+
+    def corrected(rows: list[dict]) -> Rollout:
+        return correct(trainer, roll_out(rows), engine.sampled)
+
+    trainer.log_probs = log_probs_without_audio_token
+    if trainer.args.vllm_importance_sampling_correction:
+        trainer.keeps_old_logps = True
+        trainer.roll_out = corrected
+
+
+def correct(trainer: AudioGRPOTrainer, rollout: Rollout, sampled: torch.Tensor) -> Rollout:
+    """Weight the loss by the ratio of the trainer's to vLLM's probability of what was sampled.
+
+    Args:
+        sampled: vLLM's log-probs (N, G, C), NaN where it has none.
+    """
+    args, mask = trainer.args, rollout.mask.bool()
+    difference = ((rollout.old_logps - sampled) * rollout.mask).nan_to_num(nan=0.0)
+    by_sequence = args.vllm_importance_sampling_mode.startswith("sequence")
+    ratio = (difference.sum(dim=2, keepdim=True) if by_sequence else difference).exp()
+    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+    if args.vllm_importance_sampling_mode.endswith("truncate"):
+        rollout.importance = ratio.clamp(min=low, max=high)
+    else:
+        outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
+        rollout.importance = ratio.masked_fill(outside, 0.0)
+    weights = rollout.importance.expand_as(mask)[mask] if mask.any() else torch.ones(1, device=mask.device)
+    apart = difference.abs()[mask] if mask.any() else torch.zeros(1, device=mask.device)
+    found = torch.stack([apart.mean(), apart.max(), weights.min(), weights.mean(), weights.max()])
+    found = gather(found[None])  # (processes, 5)
+    names = ("logp_difference/mean", "logp_difference/max")
+    values = [found[:, 0].mean(), found[:, 1].max()]
+    for name, value in zip(names, values, strict=True):
+        trainer._metrics["train"][f"sampling/sampling_{name}"].append(value.item())
+    ratios = {"min": found[:, 2].min(), "mean": found[:, 3].mean(), "max": found[:, 4].max()}
+    for name, value in ratios.items():
+        trainer._metrics["train"][f"sampling/importance_sampling_ratio/{name}"].append(value.item())
+    return rollout
+
+
+class Engine:
+    """vLLM, following a trainer's model."""
+
+    def __init__(self, trainer: AudioGRPOTrainer):
+        from vllm import SamplingParams
+
+        args, self.trainer = trainer.args, trainer
+        base = base_model(trainer.model)
+        self.placeholder = audio_token_id(base)
+        self.step: int | None = None  # of the weights that the engine has
+        self.sampled: torch.Tensor  # log-probs (N, G, C) of the last completions
+        self.sampling = SamplingParams(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p or 0.0,
+            repetition_penalty=args.repetition_penalty,
+            max_tokens=args.max_completion_length,
+            logit_bias={self.placeholder: FORBIDDEN},
+            logprobs=0,  # that of the drawn token only
+            stop_token_ids=trainer.eos_token_ids,
+            detokenize=False,
+        )
+        with unchanged_random_state(args.device):  # vLLM seeds the generators
+            self.llm = start(
+                base,
+                trainer.accelerator,
+                on_cpu=args.device.type == "cpu",
+                revision=(args.model_init_kwargs or {}).get("revision"),
+                dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype,  # as autocast's
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                enable_sleep_mode=args.vllm_enable_sleep_mode,
+                max_model_len=args.vllm_max_model_length,
+                max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+                logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
+            )
+            if args.vllm_enable_sleep_mode:
+                self.llm.sleep(level=2)
+            trainer.accelerator.wait_for_everyone()
+
+    def sample(self, questions: Batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        """G completions of each question; as the trainer's `sample`."""
+        trainer, sleeps = self.trainer, self.trainer.args.vllm_enable_sleep_mode
+        if trainer.state.global_step != self.step:
+            self.push_weights()
+            self.step = trainer.state.global_step
+        if sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
+        generations, sampling = trainer.group_size, self.sampling.clone()
+        sampling.n = generations
+        prompts = [
+            ids[kept].tolist() for ids, kept in zip(questions.input_ids, questions.attention_mask.bool(), strict=True)
+        ]
+        outputs = ask(self.llm, prompts, questions.waves, self.placeholder, sampling)
+        if sleeps:  # level 2 drops the weights
+            self.llm.sleep(level=2)
+            self.step = None
+        completions = [completion for output in outputs for completion in output.outputs]
+        logps = [[next(iter(drawn.values())).logprob for drawn in one.logprobs] for one in completions]
+        rows = [torch.tensor([math.nan if value is None else value for value in row]) for row in logps]
+        device = trainer.accelerator.device
+        self.sampled = pad_sequence(rows, batch_first=True).unflatten(0, (-1, generations)).to(device)
+        ids = [list(one.token_ids) for one in completions]
+        padded = pad_completions(ids, generations, trainer.processing_class.tokenizer.pad_token_id, device)
+        return questions.to(device), *padded
+
+    def push_weights(self) -> None:
+        """Give the engine the model's weights; to be called in all processes."""
+        if self.trainer.args.vllm_enable_sleep_mode:
+            torch.cuda.empty_cache()  # the engine takes memory beside the trainer's
+            self.llm.wake_up(tags=["weights"])
+        gather_params = DistributedBackend(self.trainer.accelerator).gather_params
+        push(self.llm, merged_tensors(self.trainer.model, gather_params))
+
+    def close(self) -> None:
+        """Shut the engine down when no process needs the others any more. It ends their process group, which one that
+        has left it before would fail to do."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class GreedyEngine:
+    """Answers of an evaluation, re-used across checkpoints; equal to the built-in ones up to rounding."""
+
+    llm = None  # vLLM's `LLM`, started for the first model
+
+    def complete_with(self, model: PreTrainedModel, questions: EncodedQuestions, on_cpu: bool):
+        """A function for `answer_batches`; a `ValueError` if the model is not of the first one's size."""
+        from vllm import SamplingParams
+
+        if self.llm is None:
+            self.size = model.num_parameters()
+            self.llm = start(model, PartialState(), on_cpu, dtype=model.dtype, max_num_seqs=questions.run.batch_size)
+        if model.num_parameters() != self.size:
+            raise ValueError(f"{model.name_or_path}: vLLM was started for a model of another size; evaluate it alone")
+        push(self.llm, ((checkpoint_name(name), tensor.data) for name, tensor in model.named_parameters()))
+        placeholder, processor = audio_token_id(model), questions.processor
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=questions.run.max_new_tokens,
+            logit_bias={placeholder: FORBIDDEN},
+            stop_token_ids=end_ids(processor),
+        )
+
+        def complete(indices: list[int], batch: Batch) -> list[list[int]]:
+            prompts = [
+                ids[kept].tolist() for ids, kept in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
+            ]
+            outputs = ask(self.llm, prompts, list(map(questions.clip, indices)), placeholder, sampling)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+        return complete
+
+    def close(self) -> None:
+        """Shut the engine down, if it was started."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+
+
+def start(model: PreTrainedModel, state: Any, on_cpu: bool, **settings) -> Any:
+    """An engine, vLLM's `LLM`, for a model of this configuration, without its weights; to be called in all processes.
+
+    Args:
+        state: accelerate's; knows this process's place.
+        settings: of `vllm.LLM`.
+    """
+    from trl.trainer.utils import ensure_master_addr_port
+    from vllm import LLM
+    from vllm.model_executor.models.qwen2_audio import Qwen2AudioFeatureInputs
+
+    if 2 * model.config.audio_config.max_source_positions != 3000:  # vLLM refuses other windows, its encoder does not
+        Qwen2AudioFeatureInputs.validate = lambda self: None
+    place = {"RANK": state.process_index, "LOCAL_RANK": state.local_process_index, "WORLD_SIZE": state.num_processes}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    ensure_master_addr_port()
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # its threads are PyTorch's, too
+    return LLM(
+        model.name_or_path,
+        load_format="dummy",
+        distributed_executor_backend="external_launcher",  # within this process
+        model_impl="vllm",
+        max_num_batched_tokens=4096,
+        limit_mm_per_prompt={"audio": 1},
+        enforce_eager=on_cpu,
+        **settings,
+    )
+
+
+def push(llm: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Give an engine a model's tensors by their names in its checkpoint, and reset what it computed with others: clips'
+    embeddings and prompts' keys and values are cached by input, not by weights."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+    llm.reset_prefix_cache()
+    llm.llm_engine.reset_encoder_cache()
+
+
+def ask(llm: Any, prompts: list[list[int]], clips: list[np.ndarray], placeholder: int, sampling: Any) -> list:
+    """vLLM's outputs for N prompts as the processor makes them, with an audio token (`placeholder`) for each 40 ms, and
+    their N clips, float32 (samples,) at 16 kHz."""
+    requests = []
+    for ids, clip in zip(prompts, clips, strict=True):
+        first, count = ids.index(placeholder), ids.count(placeholder)  # vLLM takes one in the place of their run
+        unexpanded = ids[: first + 1] + ids[first + count :]
+        requests.append({"prompt_token_ids": unexpanded, "multi_modal_data": {"audio": [(clip, SAMPLE_RATE)]}})
+    outputs = llm.generate(requests, sampling, use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == prompts, "vLLM has expanded the audio token otherwise"
+    return outputs
+
+
+def unpadded(batch: Batch) -> list[list[int]]:
+    """The token ids of N prompts."""
+    return [ids[kept].tolist() for ids, kept in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)]
+
+
+def checkpoint_name(name: str) -> str:
+    """A tensor's name in transformers 5 -> its name in Qwen2-Audio's checkpoint, which vLLM uses."""
+    if name.startswith(HEAD):
+        return f"language_model.{name}"
+    return name.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
+
+
+@contextmanager
+def audio_token_forbidden(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context, TRL's fused head scores tokens by the distribution without `<|AUDIO|>`, from which vLLM
+    draws. The head adds the bias of the last layer; Qwen2-Audio's has none and gets one that is no parameter."""
+    head, size = model.get_output_embeddings(), model.config.text_config.vocab_size
+    bias = torch.zeros(size, dtype=head.weight.dtype, device=head.weight.device)
+    bias[audio_token_id(model)] = FORBIDDEN
+    if is_deepspeed_zero3_enabled():
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        vars(bias).update(ds_status=ZeroParamStatus.AVAILABLE)  # TRL would gather it as it does the weight
+    vars(head)["bias"] = bias  # found before the module's own, which is None
+    try:
+        yield
+    finally:
+        del vars(head)["bias"]
+
+
+@contextmanager
+def unchanged_random_state(device: torch.device) -> Iterator[None]:
+    """Restore all random states after this context."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def merged_tensors(
+    model: PreTrainedModel, gather_params: Callable[[list[torch.nn.Parameter]], AbstractContextManager]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's tensors under the names of its checkpoint, with the adapters merged. The model stays bitwise the same.
+
+    The tensors are copies: vLLM keeps them until a layer is complete, when ZeRO-3 has freed its own.
+
+    Args:
+        gather_params: a context in which parameters that are spread over processes are whole; all must iterate.
+    """
+    adapted = {m.get_base_layer().weight: m for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    for name, parameter in base_model(model).named_parameters():
+        if (hasattr(model, "peft_config") and model.prefix in name) or ".original_module." in name:
+            continue
+        layer = adapted.get(parameter)
+        name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        with gather_params([parameter] if layer is None else list(layer.parameters())):
+            yield checkpoint_name(name), parameter.data.clone() if layer is None else _merge(layer, parameter)
+
+
+def _merge(layer: BaseTunerLayer, weight: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of a layer's weight with its adapter merged."""
+    kept = weight.data
+    layer.merge(safe_merge=True)  # in a copy
+    merged = weight.data.clone()
+    layer.unmerge()
+    weight.data = kept
+    return merged
