@@ -1,0 +1,1 @@
+"""Attachments of a run that its scripts compose: launcher, signals, checkpoints, checks."""
