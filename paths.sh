@@ -1,14 +1,14 @@
-# Sourced by the launchers first of all: paths in the environment are the user's, from wherever a launcher is called;
-# afterwards the repository is the working directory.
+# Sourced first by the launchers: resolves relative paths in the environment against the user's working directory, then
+# enters the repository.
 
-ROOT=$(cd "$(dirname "$0")" && pwd -P)
+ROOT=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd -P)
 for NAME in OUT_DIR MMAU_DIR DATA_FILE MODEL_NP CONFIG; do
     eval "VALUE=\${$NAME:-}"
     case $VALUE in
     "" | /*) continue ;;
-    -*) VALUE=./$VALUE ;; # a folder, no flag
+    -*) VALUE=./$VALUE ;; # otherwise it would be parsed as a flag
     esac
-    # MODEL_NP may be a name on the hub, CONFIG one of conf/.
+    # MODEL_NP may also be a name on the hub, and CONFIG a file of this repository.
     case $NAME in
     MODEL_NP | CONFIG) [ -e "$VALUE" ] || continue ;;
     esac

@@ -3,7 +3,7 @@
 #
 #   sh run_sft.sh [--flag value ...]           flags: python src/train_sft.py --help
 #   sh run_sft.sh --use_peft true              adapters (LoRA) instead of all weights
-#   sh run_sft.sh --resume                     go on with a run that was cut off, with its flags
+#   sh run_sft.sh --resume                     resume an interrupted run; pass the same flags
 #
 # Machine and paths come from the environment, as for run_grpo.sh:  OUT_DIR=exp/x GPU_NUM=4 sh run_sft.sh
 set -eu
@@ -12,7 +12,7 @@ set -eu
 SCRIPT=src/train_sft.py
 OUT_DIR=${OUT_DIR:-exp/sft}
 
-# What the prompt asks for, and the model learns to write: choice (the paper's Prompt <1>) or answer (Prompt <2>).
+# The format that the prompt requests and the model learns: choice (the paper's Prompt <1>) or answer (Prompt <2>).
 PROMPT_STYLE=${PROMPT_STYLE:-choice}
 
 . ./launch.sh

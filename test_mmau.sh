@@ -81,8 +81,8 @@ fi
 # Processes, one for each GPU, or a single one without.
 GPU_NUM=${GPU_NUM:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 STATUS=0
-"$PYTHON" src/launch/start.py --standalone --nproc_per_node "$GPU_NUM" \
-    src/test_mmau.py --model_path "$@" || STATUS=$?
+GPU_NUM=$GPU_NUM CONFIG= NODE_NUM=1 NODE_RANK=0 MASTER_PORT= RESTARTS=0 \
+    "$PYTHON" src/run/launch.py src/test_mmau.py --model_path "$@" || STATUS=$?
 case $STATUS in
 0 | 3) "$PYTHON" src/utils/show_acc.py -i "$OUT_DIR" ;; # 3: some models were skipped
 esac
