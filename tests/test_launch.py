@@ -199,7 +199,12 @@ def test_no_process_outlives_a_killed_launcher(launch, tmp_path):
 
 @pytest.mark.parametrize(("failures", "status"), [(1, 0), (2, 0), (3, 7)])
 def test_failed_run_is_restarted(launch, tmp_path, failures, status):
-    script = f"note(f'start-{{rank}}', os.environ['MASTER_PORT'] + ' '); sys.exit(7 * (int(restart) < {failures}))"
+    script = f"""
+note(f"start-{{rank}}", os.environ["MASTER_PORT"] + " ")
+note(f"{{rank}}-{{restart}}")
+wait_for(f"0-{{restart}}", f"1-{{restart}}")
+sys.exit(7 * (int(restart) < {failures}))
+"""
     returned, output = ended(launch(script, RESTARTS=2))
     restarts = min(failures, 2)
     assert returned == status and output.count("restart") == restarts
