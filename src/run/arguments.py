@@ -166,6 +166,16 @@ class RunArguments:
         super().__post_init__()
 
 
+class Parser(TrlParser):
+    """TRL's, with exact flags, that raises a `ValueError` instead of printing its usage in every process."""
+
+    def __init__(self, parts: Sequence[type]):
+        super().__init__(parts, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
 def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv: Sequence[str] | None = None) -> tuple:
     """The dataclasses of a training script, filled from the command line and a `--config FILE.yaml`.
 
@@ -178,7 +188,7 @@ def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parsed = TrlParser(parts, allow_abbrev=False).parse_args_and_config(words)
+        parsed = Parser(parts).parse_args_and_config(words)
     except yaml.YAMLError as error:
         raise ValueError(f"--config: not YAML ({' '.join(str(error).split())})") from error
     except ValueError as error:
