@@ -20,7 +20,6 @@ from dataset.rows import hash_file, read_json, write_whole
 from model.checkpoints import PROCESSOR_FILES, complete_checkpoint, keep_base_names
 from model.qwen2_audio import load_processor
 
-MODEL_TYPE = "qwen2_audio"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 PROCESSOR = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
 FINGERPRINTS = ".fingerprint.json"  # hashes of a checkpoint's files, in its folder (`_hash_files`)
@@ -52,9 +51,7 @@ def check_whole(folder: Path) -> None:
     """Raise an `IncompleteCheckpoint` that names a missing, truncated or foreign file; reads headers, no tensors."""
     if (folder / "adapter_config.json").is_file():
         _read_key(folder, "adapter_config.json", "base_model_name_or_path")
-    elif (
-        found := _read_key(folder, "config.json", "model_type")
-    ) != MODEL_TYPE:  # transformers builds its default model
+    elif (found := _read_key(folder, "config.json", "model_type")) != "qwen2_audio":  # transformers only warns
         raise IncompleteCheckpoint(f"{folder}: holds a model of type {found!r}, not a Qwen2-Audio")
     for path in weight_files(folder):
         try:
@@ -70,12 +67,11 @@ def check_whole(folder: Path) -> None:
 def _read_key(folder: Path, file: str, key: str, kind: type = str):
     """A value from one of a checkpoint's JSON files; an `IncompleteCheckpoint` if there is none of this type."""
     try:
-        value = read_json(folder / file, "save it again")[key]
-        if not isinstance(value, kind):
-            raise TypeError(f"{key} is {value!r:.80}")
+        if isinstance(value := read_json(folder / file, "save it again")[key], kind):
+            return value
+        raise TypeError(f"{key} is {value!r:.80}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{folder}: {file} is missing, damaged or has no {key} ({error})") from error
-    return value
 
 
 def weight_files(folder: Path) -> list[Path]:
