@@ -32,7 +32,7 @@ from trl.distributed import DistributedBackend
 
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch
-from evaluation.answers import EncodedQuestions
+from evaluation.answers import Complete, EncodedQuestions
 from model.qwen2_audio import HEAD, audio_token_id, base_model, end_ids
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.rollout import Rollout, pad_completions
@@ -208,29 +208,28 @@ class GreedyEngine:
 
     llm = None  # vLLM's `LLM`, started for the first model
 
-    def complete_with(self, model: PreTrainedModel, questions: EncodedQuestions, on_cpu: bool):
+    def __init__(self, on_cpu: bool):
+        self.on_cpu = on_cpu
+
+    def __call__(self, model: PreTrainedModel, questions: EncodedQuestions) -> Complete:
         """A function for `answer_batches`; a `ValueError` if the model is not of the first one's size."""
         from vllm import SamplingParams
 
+        run, placeholder = questions.run, audio_token_id(model)
         if self.llm is None:
             self.size = model.num_parameters()
-            self.llm = start(model, PartialState(), on_cpu, dtype=model.dtype, max_num_seqs=questions.run.batch_size)
+            self.llm = start(model, PartialState(), self.on_cpu, dtype=model.dtype, max_num_seqs=run.batch_size)
         if model.num_parameters() != self.size:
             raise ValueError(f"{model.name_or_path}: vLLM was started for a model of another size; evaluate it alone")
         push(self.llm, ((checkpoint_name(name), tensor.data) for name, tensor in model.named_parameters()))
-        placeholder, processor = audio_token_id(model), questions.processor
+        forbidden, ends = {placeholder: FORBIDDEN}, end_ids(questions.processor)
         sampling = SamplingParams(
-            temperature=0,
-            max_tokens=questions.run.max_new_tokens,
-            logit_bias={placeholder: FORBIDDEN},
-            stop_token_ids=end_ids(processor),
+            temperature=0, max_tokens=run.max_new_tokens, logit_bias=forbidden, stop_token_ids=ends
         )
 
         def complete(indices: list[int], batch: Batch) -> list[list[int]]:
-            prompts = [
-                ids[kept].tolist() for ids, kept in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
-            ]
-            outputs = ask(self.llm, prompts, list(map(questions.clip, indices)), placeholder, sampling)
+            clips = list(map(questions.clip, indices))
+            outputs = ask(self.llm, unpadded(batch), clips, placeholder, sampling)
             return [list(output.outputs[0].token_ids) for output in outputs]
 
         return complete
