@@ -8,7 +8,8 @@ import pytest
 import soundfile
 
 from conftest import write_tone
-from dataset.audio import SAMPLE_RATE, count_samples, examine_clip, load_audio, resample
+from dataset.audio import SAMPLE_RATE, MissingAudio, count_samples, load_audio, resample
+from dataset.rows import DataError
 
 FORMATS = {
     "plain.wav": dict(),
