@@ -13,14 +13,14 @@ import filelock
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
-from evaluation.processes import leave, run_on_all
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.questions import Benchmark, load_questions
 from dataset.rows import hash_file
+from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
 from evaluation.mmau import evaluate
+from evaluation.processes import leave, run_on_all
 from evaluation.results import Completion, to_records
 from model.qwen2_audio import load_processor
 

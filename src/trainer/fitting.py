@@ -16,10 +16,10 @@ if __name__ == "__main__":
 
 import psutil
 import torch
+from command_line import ArgumentParser, at_least
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 from trl import ModelConfig
 
-from command_line import ArgumentParser, at_least
 from trainer.memory import RESERVED, Estimate, Settings, estimate
 
 MIB, GIB = 2**20, 2**30
