@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
@@ -325,7 +324,7 @@ class KeepCheckpoints(TrainerCallback):
     def explain_failed_write(self, error: Exception) -> RunEnded | None:
         """What ends the run where a checkpoint could not be written; its torn files are removed. None for an error of
         another kind."""
-        if self.writing is None or not isinstance(error, (OSError, SafetensorError, RuntimeError)):
+        if self.writing is None:
             return None
         torn = (
             sum(path.stat().st_size for path in self.writing.rglob("*") if path.is_file())
