@@ -4,8 +4,8 @@ model is loaded."""
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,30 +96,29 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
         check_is_there(file)
     check_whole(folder)
     model.quantisation(args)
-    run_on_all(lambda: held.enter_context(lock(out)), main=True)
+    run_on_all(lambda: held.callback(lock(out).release) and None, main=True)
     settings = describe_run(parsed, reward_files, folder)
     restarted = int(os.environ.get("RUN_RESTART", 0)) > 0
     start = run_on_all(lambda: choose_start(args, settings, restarted), main=True)
     if start and run_on_all(lambda: finish(start, args), main=True):
         return None
-    if args.overwrite_output_dir and not (args.resume or restarted):
-        run_on_all(lambda: remove_checkpoints(foreign_checkpoints(out, start)), main=True)
     processor = load_processor(folder)
     dataset = load_training_data(data, args, processor)
     questions = load_eval_questions(data, args, processor) if args.eval_file else None
     name = model.model_name_or_path
     if (folder / "adapter_config.json").is_file():  # merged, since reference and new adapters are loaded from disk
         name = str(run_on_all(lambda: full_model(folder, out / START), main=True))
+    if args.overwrite_output_dir and not (args.resume or restarted):
+        run_on_all(lambda: remove_checkpoints(foreign_checkpoints(out, start)), main=True)
     return Prepared(name, dataset, processor, questions, start, settings)
 
 
-@contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Hold the output folder, which is made; a `ValueError` where another run holds it or it cannot be written."""
+def lock(out: Path) -> filelock.FileLock:
+    """Lock the output folder, which is made. A `ValueError` where another run holds it or it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / LOCK, timeout=0):
-            yield
+        (held := filelock.FileLock(out / LOCK, timeout=0)).acquire()
+        return held
     except filelock.Timeout as error:
         raise ValueError(f"{out}: another run writes there; wait for its end, or choose another OUT_DIR") from error
     except OSError as error:
@@ -143,11 +142,7 @@ def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> 
         own = result_settings(parsed, reward_files) | {"data_file (content)": hash_file(data.data_file)[:16]}
         own |= {"model (weights)": fingerprint(model), "engine": engine}
         (marker := out / f".node-{args.process_index}").touch()
-    described = [
-        (node, rank, found)
-        for node, rank, found in gather_object([(socket.gethostname(), args.process_index, own)])
-        if found
-    ]
+    described = gather_object([(socket.gethostname(), args.process_index, own)] if first else [])
     shared = gather_object([all((out / f".node-{rank}").exists() for _, rank, _ in described)])
     if first:
         marker.unlink()
