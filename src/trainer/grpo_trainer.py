@@ -46,9 +46,6 @@ from .rollout import (
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import check_attention, pack, score, unpack
 
-# Engines of TRL's that know no audio. `run/vllm.py` attaches rollouts by vLLM to a finished trainer.
-NOT_FOR_AUDIO = ("use_vllm", "use_transformers_continuous_batching")
-
 
 class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
     """GRPO on questions about audio, for Qwen2-Audio and models with its interface.
@@ -255,7 +252,7 @@ def any_process(goes_on: bool) -> bool:
 
 def check_settings(args: GRPOConfig) -> None:
     """Raise a `ValueError` for settings that audio does not work with, or that are not implemented."""
-    for name in NOT_FOR_AUDIO:
+    for name in ("use_vllm", "use_transformers_continuous_batching"):  # `run/vllm.py` attaches rollouts by vLLM
         if getattr(args, name):
             raise ValueError(f"--{name} true: TRL's engine takes no audio; omit it")
     check_loss(args)
