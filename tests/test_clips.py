@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import QUESTION, write_tone
 
+from conftest import QUESTION, write_tone
 from dataset.rows import DataError
 from run.clips import replace_broken_clips
 from test_grpo_trainer import make_trainer, roll_out
