@@ -3,9 +3,9 @@
     python src/ask.py --model_path exp/model/checkpoint-500 --audio clip.wav \
         --question "What makes the sound?" --choices dog cat bell car
 
-Prints the answer (and says when MMAU's score would count it for none of the choices), the completion as the model wrote
-it, and the probability of each choice: that the reply is exactly this choice, in the shape that the prompt asks for,
-divided by the sum over the choices; in style `think`, after the model's own thinking. `--json`: all for a program.
+Prints the answer (marked if MMAU's score would count it for none of the choices), the completion as the model wrote it,
+and the probability of each choice: that the reply is exactly this choice, in the shape that the prompt requires,
+divided by the sum over the choices. In style `think` it follows the model's own thinking. `--json` prints all as JSON.
 """
 
 import contextlib
@@ -13,30 +13,30 @@ import json
 import os
 import signal
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
-if __name__ == "__main__":  # Ctrl-C ends it at once, the imports' seconds included: there is nothing to clean up
+if __name__ == "__main__":  # Ctrl-C exits at once, during the imports too: there is nothing to clean up
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"ask: interrupted\n"), os._exit(130)))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads shall not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads do not spin
 
 import torch
 
-from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS, SAMPLE_RATE, load_audio
 from dataset.dataset import check_choices
 from dataset.encode import check_clip_length, check_no_special_token, encode
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer, load_style
 from dataset.rows import DataError, get_field
+from evaluation.checkpoints import check_whole, load_model, locate
+from evaluation.decoding import Greedy, score
 from evaluation.mmau import string_match
 from evaluation.results import MAX_NEW_TOKENS
-from model.checkpoints import check_whole, load_model, locate
-from model.generation import generate, score
+from model.generation import generate
 from model.qwen2_audio import check_audio_token, end_ids, load_processor
-from quiet import silence_libraries
+from utils.flags import at_least
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(description="Ask Qwen2-Audio about one audio file.")
+    parser = ArgumentParser(description="Ask Qwen2-Audio about one audio file.", allow_abbrev=False)
     add = parser.add_argument
     add("--model_path", required=True, help="folder or hub name")
     add("--audio", required=True, help="audio file in any common format")
@@ -62,7 +62,7 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
     """The completion about one clip, float32 of shape (samples,) at 16 kHz, and each choice's probability (sum 1)."""
     check_audio_token(model, processor)
     batch = encode(processor, [build_question(question, choices, style)], [clip]).to(model.device)
-    ids = generate(model, batch, end_ids(processor), max_new_tokens)[0]
+    ids = generate(model, batch, end_ids(processor), max_new_tokens, Greedy(model, batch))[0]
     tokenizer = processor.tokenizer
     completion = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     replies = [STYLES[style].reply(choice, completion) for choice in choices]
@@ -71,7 +71,8 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
 
 
 def run(args: Namespace) -> dict:
-    """What `--json` prints: `prompt` is the user's text, `seconds` how much is heard. Raises whatever keeps it."""
+    """The fields of `--json`: `prompt` is the user's text, `seconds` the length of the encoded clip. Raises a
+    `ValueError` or `OSError` for a question, clip or model that cannot be used."""
     question, *choices = get_field({"command line": [args.question, *args.choices]}, "command line", list)
     if check_choices(question, choices, "--choices") or not all(map(str.strip, choices)):
         raise DataError(f"--choices {choices} holds an empty choice, or one twice; give different words")
@@ -96,7 +97,7 @@ def run(args: Namespace) -> dict:
 
 
 def describe(error: Exception) -> str:
-    """One line about what went wrong, without what the rules advise to do to a row of a file: there is none here."""
+    """An error in one line, without its advice about the row of a file: there is none here."""
     message = " ".join(str(error).splitlines())
     found, _, remedy = message.rpartition("; ")
     if not isinstance(error, DataError) or "row" not in remedy.split():
@@ -106,10 +107,9 @@ def describe(error: Exception) -> str:
 
 def main() -> int:
     args = parse_args()
-    silence_libraries()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # models write what a terminal may not be able to
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack characters
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
+        with contextlib.redirect_stdout(sys.stderr):  # standard output has the result only
             result = run(args)
     except (ValueError, OSError) as error:
         print(f"ask: {describe(error)}", file=sys.stderr)

@@ -1,33 +1,33 @@
 """Adapter checkpoint -> full model: python src/merge_lora.py --adapter exp/model/checkpoint-500 --out exp/merged
 
-The result loads by itself, under the base model's tensor names. Leaves out the merging (`write_merged`).
+The result loads without PEFT, and has the base model's tensor names.
 """
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
-from command_line import ArgumentParser
-from model.checkpoints import write_merged
+from evaluation.checkpoints import write_merged
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
-    """Write the merged model, its processor and its prompt style to `out`; a `ValueError` if `out` is there already, or
-    from `write_merged`."""
+    """Write the merged model, its processor and prompt style to `out`; a `ValueError` if `out` exists, or the errors of
+    `write_merged`."""
     if Path(out).exists():
-        raise ValueError(f"{out}: is there already; choose another --out")
+        raise ValueError(f"{out}: exists already; choose another --out")
     write_merged(adapter, Path(out), base, dtype)
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Merge a LoRA checkpoint into a full model.")
+    parser = ArgumentParser(description="Merge a LoRA checkpoint into a full model.", allow_abbrev=False)
     parser.add_argument("--adapter", required=True, help="checkpoint of a run with --use_peft true")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--base", help="base model; default: the one that the adapter names")
+    parser.add_argument("--base", help="base model; default: the one that the adapter records")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     args = parser.parse_args()
     try:
         merge(**vars(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"merge_lora.py: {error}")
     print(f"{args.out}: written")
 

@@ -1,17 +1,17 @@
 """Draw the curves of training runs over one another: python src/plot_training.py exp/a exp/b --out curves.png
 
-Also of a run that was killed, or still goes on: its figures are read from the newest checkpoint.
+A run may have been killed or be unfinished: its figures are read from the newest checkpoint.
 """
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
-from command_line import ArgumentParser
 from trainer.curves import plot_curves, read_history
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Draw the curves of training runs.")
+    parser = ArgumentParser(description="Draw the curves of training runs.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold checkpoint-*")
     parser.add_argument("--out", type=Path, help="picture to write; default: training.png in the (first) folder")
     args = parser.parse_args()

@@ -1,5 +1,5 @@
-"""A checkpoint's fingerprint: every byte that decides its answers counts, and is hashed once. Loading and saving are
-tested with the trainers (`test_saving.py`, `test_lora.py`) and the evaluation."""
+"""A checkpoint's fingerprint: every byte that decides its answers counts, and is hashed once; an adapter's base model and
+full model. Loading and saving are tested with the trainers (`test_saving.py`, `test_lora.py`) and the evaluation."""
 
 import json
 import os
@@ -8,9 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoProcessor
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from model.checkpoints import FINGERPRINTS, IncompleteCheckpoint, check_whole, fingerprint
+from evaluation import checkpoints
+from evaluation.checkpoints import (
+    FINGERPRINTS,
+    IncompleteCheckpoint,
+    check_whole,
+    find_base,
+    fingerprint,
+    full_model,
+    load_merged,
+)
+from model.checkpoints import complete_checkpoint
+from model.qwen2_audio import load_processor
 
 SIZE = 3_000_000  # bytes of a file of weights
 
@@ -143,7 +157,7 @@ def test_an_adapter_is_told_apart_by_its_base_model_too(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("lacks", ["folder", "weights", "shard"])
-def test_an_adapter_without_its_base_model_names_both(checkpoint, tmp_path, lacks):
+def test_an_adapter_without_its_base_model_has_no_fingerprint(checkpoint, tmp_path, lacks):
     adapter = tmp_path / "adapter"
     make_checkpoint(
         adapter, "adapter_model.safetensors", "adapter_config.json", base_model_name_or_path=str(checkpoint)
@@ -155,9 +169,91 @@ def test_an_adapter_without_its_base_model_names_both(checkpoint, tmp_path, lack
     if lacks == "shard":
         index = {"weight_map": {"a": "model-1.safetensors"}}
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(IncompleteCheckpoint) as error:
+    with pytest.raises((IncompleteCheckpoint, FileNotFoundError), match=str(checkpoint)):
         fingerprint(adapter)
-    assert str(adapter) in str(error.value) and str(checkpoint) in str(error.value)
+
+
+def test_a_base_model_is_found_where_it_is_recorded_or_beside_the_adapter(checkpoint, tmp_path, monkeypatch):
+    adapter = tmp_path / "run" / "adapter"
+    adapter.parent.mkdir()
+    settings = {"base_model_name_or_path": str(checkpoint)}
+    make_checkpoint(adapter, "adapter_model.safetensors", "adapter_config.json", **settings)
+    assert find_base(adapter) == checkpoint
+    moved = checkpoint.rename(adapter.parent / checkpoint.name)
+    assert find_base(adapter) == moved
+    monkeypatch.chdir(adapter.parent)
+    assert find_base("adapter") == moved
+    moved.rename(tmp_path / checkpoint.name.upper())
+    with pytest.raises(IncompleteCheckpoint, match="merge_lora.py"):
+        find_base(adapter)
+
+
+def test_pickled_weights_are_refused(small_model, tmp_path):
+    folder = shutil.copytree(small_model, tmp_path / "checkpoint")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for use in (check_whole, fingerprint):
+        with pytest.raises(IncompleteCheckpoint, match="pytorch_model.bin.*safetensors"):
+            use(folder)
+
+
+def test_nothing_is_written_into_the_hubs_cache(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setattr(checkpoints.constants, "HF_HUB_CACHE", str(tmp_path / "link"))
+    before = sorted(checkpoint.iterdir())
+    found = fingerprint(checkpoint)
+    assert sorted(checkpoint.iterdir()) == before
+    monkeypatch.undo()
+    assert fingerprint(checkpoint) == found and (checkpoint / FINGERPRINTS).is_file()
+
+
+@pytest.fixture(scope="module")
+def adapter(small_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / "checkpoint-1"
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    complete_checkpoint(folder, load_processor(small_model))
+    return folder
+
+
+def test_a_full_model_is_written_once(adapter, tmp_path):
+    folder = full_model(adapter, tmp_path / "start")
+    written = (folder / "config.json").stat().st_mtime_ns
+    merged = load_merged(adapter).state_dict()
+    found = Qwen2AudioForConditionalGeneration.from_pretrained(folder).state_dict()
+    assert merged.keys() == found.keys() and all(torch.equal(merged[name], found[name]) for name in merged)
+    assert full_model(adapter, folder) == folder and (folder / "config.json").stat().st_mtime_ns == written
+    (folder / "merged_from.json").write_text("of another adapter")
+    full_model(adapter, folder)
+    assert (folder / "config.json").stat().st_mtime_ns > written
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+def test_two_machines_that_merge_at_the_same_time_get_one_full_model(adapter, tmp_path, monkeypatch):
+    """The other one writes the folder while this one merges."""
+    write, folder = checkpoints.write_merged, tmp_path / "start"
+
+    def other_first(*arguments) -> None:
+        monkeypatch.setattr(checkpoints, "write_merged", write)
+        full_model(adapter, folder)
+        (folder / "config.json").touch()
+        os.utime(folder / "config.json", (1, 1))
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoints, "write_merged", other_first)
+    assert full_model(adapter, folder) == folder
+    assert (folder / "config.json").stat().st_mtime == 1, "what is in use was replaced"
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+def test_a_base_model_that_lacks_a_tensor_is_not_merged(adapter, small_model, tmp_path):
+    base = shutil.copytree(small_model, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors[min(tensors)]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompleteCheckpoint):
+        load_merged(adapter, str(base))
 
 
 def test_a_checkpoint_with_the_record_is_whole_and_loads(small_model, tmp_path):

@@ -1,4 +1,4 @@
-"""test_mmau.py and test_mmau.sh on real (small, untrained) checkpoints and real files: what they write, skip, refuse, resume."""
+"""test_mmau.py and test_mmau.sh on real (small, untrained) checkpoints and real files: results, skips, refusals, resuming."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,20 +13,20 @@ from pathlib import Path
 
 import pytest
 import soundfile
-import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import test_mmau
 from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_questions
-from dataset.rows import DataError
-from evaluation import answers
-from evaluation.answers import _swap_clips, answer_batches
+from evaluation import processes
+from evaluation.answers import answer_batches, complete_with
+from evaluation.checkpoints import fingerprint
+from evaluation.clips import swap_clips
 from evaluation.collect import read_results
 from evaluation.mmau import evaluate
 from evaluation.results import Run
-from model.checkpoints import fingerprint
 from model.tiny import build_demo_model, build_processor
 from running import environment
 from utils.show_acc import format_tables
@@ -108,7 +107,7 @@ def checkpoint(trained, tmp_path) -> Path:
 
 
 def sweep(*flags) -> int:
-    return test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, *TOKENS, "--workers", 0]]))
+    return test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, *TOKENS]]))
 
 
 def read(folder: Path, step="100", name=MINI) -> list[dict]:
@@ -117,7 +116,7 @@ def read(folder: Path, step="100", name=MINI) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def swept(trained, questions, tmp_path_factory) -> Path:
-    """The results of both checkpoints from one process, with a worker."""
+    """The results of both checkpoints from one process."""
     out = tmp_path_factory.mktemp("out")
     flags = ["--model_path", *sorted(trained.glob("checkpoint-*")), "--data_file", questions, "--out_dir", out]
     assert test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, "--batch_size", 8, *TOKENS]])) == 0
@@ -175,106 +174,36 @@ def test_the_files_in_full(swept, trained, questions, few, checkpoint):
     assert run["batch_size"] == 3
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_the_files_are_the_same_for_any_batch_size_and_order_of_answering(swept, trained, questions, tmp_path, size):
+    flags = ["--model_path", *sorted(trained.glob("checkpoint-*")), "--data_file", questions, "--out_dir", tmp_path]
+    assert sweep(*flags, "--batch_size", size) == 0
+    assert results(tmp_path) == results(swept)
 
 
-def sweep_side_by_side(monkeypatch, checkpoint, questions, out, when_answering) -> int:
-    """A sweep in whose forks `when_answering` is called before each batch is answered."""
-    parent, generate = os.getpid(), answers.generate
+def test_an_engine_that_is_passed_in_answers(swept, trained, questions, tmp_path):
+    """And gets whole batches of questions with the model on the CPU."""
+    args = test_mmau.parse_args(
+        ["--model_path", str(trained / "checkpoint-100"), "--data_file", str(questions), "--out_dir", str(tmp_path)]
+        + [*TOKENS, "--batch_size", "7"]
+    )
+    sizes = []
 
-    def answer(*arguments):
-        if os.getpid() != parent:
-            when_answering()
-        return generate(*arguments)
+    def engine(model, questions):
+        complete = complete_with(model, questions)
+        return lambda indices, batch: sizes.append((len(indices), len(batch))) or complete(indices, batch)
 
-    monkeypatch.setattr(answers, "generate", answer)
-    flags = ["--model_path", checkpoint, "--data_file", questions, "--out_dir", out, "--batch_size", 8, *TOKENS]
-    return test_mmau.run(test_mmau.parse_args([str(flag) for flag in [*flags, "--workers", 1]]))
-
-
-def test_a_small_model_answers_in_processes_side_by_side(
-    two_threads, swept, checkpoint, questions, tmp_path, monkeypatch
-):
-    """And they write what one process without any beside it writes."""
-    pids = tmp_path / "pids"
-
-    def note() -> None:
-        with open(pids, "a") as file:
-            file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
-
-    assert sweep_side_by_side(monkeypatch, checkpoint, questions, tmp_path / "forks", note) == 0
-    noted = pids.read_text().splitlines()
-    assert len(noted) == 6 and len(set(noted)) == 2 and all(line.endswith(" 1") for line in noted)
-    flags = ["--model_path", checkpoint, "--data_file", questions, "--out_dir", tmp_path / "inline"]
-    assert sweep(*flags, "--batch_size", 8) == 0 and len(pids.read_text().splitlines()) == 6
-    assert results(tmp_path / "forks" / "test_100") == results(tmp_path / "inline" / "test_100")
+    args.vllm = engine
+    assert test_mmau.run(args) == 0
+    assert sizes == [(7, 7)] * 5 + [(5, 5)] and results(tmp_path / "test_100") == results(swept / "test_100")
 
 
-def test_a_fork_that_is_killed_is_named_and_the_run_goes_on(
-    two_threads, swept, checkpoint, questions, tmp_path, monkeypatch, capsys
-):
-    die = tmp_path / "die"
-    die.touch()
-
-    def once() -> None:
-        if die.exists() and (tmp_path / "out" / "test_100" / f"res_{MINI}.json.partial-0").read_text().count("\n") > 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert sweep_side_by_side(monkeypatch, checkpoint, questions, tmp_path / "out", once) == 1
-    said = capsys.readouterr().err
-    assert "100: skipped. a process beside this one is gone (DataLoader worker (pid" in said
-    assert "The same command goes on" in said
-    monkeypatch.undo()
-    assert sweep("--model_path", checkpoint, "--data_file", questions, "--out_dir", tmp_path / "out") == 0
-    assert "answers are there already" in capsys.readouterr().err
-    assert results(tmp_path / "out" / "test_100") == results(swept / "test_100")
-
-
-def test_a_clip_that_breaks_in_a_fork_is_said_in_a_sentence(two_threads, checkpoint, few, tmp_path, monkeypatch):
-    def fail() -> None:
-        raise DataError("a.wav: is not there any more")
-
-    with pytest.raises(DataError) as caught:
-        sweep_side_by_side(monkeypatch, checkpoint, few, tmp_path / "out", fail)
-    assert str(caught.value) == "a.wav: is not there any more"
-
-
-@pytest.mark.parametrize(
-    "questions, processes, largest, sizes",
-    [
-        (96, 2, 32, [24] * 4),
-        (10, 4, 32, [3, 3, 3, 1]),
-        (3, 8, 1, [1] * 3),
-        (65, 2, 32, [17, 17, 17, 14]),
-        (0, 2, 8, []),
-    ],
-)
-def test_parts_are_even_and_no_larger_than_a_batch(questions, processes, largest, sizes):
-    parts = answers._cut_evenly(list(range(questions)), processes, largest)
-    assert [len(part) for part in parts] == sizes and sum(parts, []) == list(range(questions))
-
-
-@pytest.mark.slow
-def test_forks_end_with_a_parent_that_is_killed(trained, questions, tmp_path):
-    """In the middle of answers that take minutes: else they would hold the lock of a run that is started again."""
-    command = [*SCRIPT, "--model_path", trained / "checkpoint-100", "--data_file", questions, "--out_dir", tmp_path]
-    own = environment(OMP_NUM_THREADS="2")
-    process = subprocess.Popen([*command, "--max_new_tokens", "9999"], cwd=ROOT, env=own, stderr=subprocess.DEVNULL)
-    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 120
-    while len(forks := children.read_text().split()) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(2)
-    process.kill()
-    process.wait()
-    time.sleep(1)
-    states = [Path(f"/proc/{fork}/stat") for fork in forks]
-    assert not any(state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" for state in states)
+def test_an_error_of_one_process_is_raised_by_all(monkeypatch):
+    """`main=True` broadcasts; here the other process is one that has raised."""
+    assert processes.run_on_all(lambda: 5) == processes.run_on_all(lambda: 5, main=True) == 5
+    monkeypatch.setattr(processes, "gather_object", lambda errors: [*errors, OSError("of another process")])
+    with pytest.raises(OSError, match="of another process"):
+        processes.run_on_all(lambda: 5)
 
 
 @pytest.mark.slow
@@ -334,18 +263,18 @@ def test_a_killed_run_continues_and_ends_in_the_same_file(swept, trained, questi
     assert results(tmp_path / "test_100") == results(swept / "test_100")
 
 
-def test_what_is_finished_is_skipped_and_other_settings_are_not(few, checkpoint, capsys):
+def test_what_is_finished_is_skipped_and_other_settings_are_not(few, checkpoint):
     flags = ["--model_path", checkpoint, "--data_file", few]
     assert sweep(*flags) == 0
     file = checkpoint.parent / "test_100" / f"res_{MINI}.json"
     before = file.stat().st_mtime_ns
     assert sweep(*flags, "--batch_size", 3) == 0
-    assert "finished before" in capsys.readouterr().err and file.stat().st_mtime_ns == before
+    assert file.stat().st_mtime_ns == before
     sweep(*flags, "--force")
     assert file.stat().st_mtime_ns > before
     before = file.stat().st_mtime_ns
     sweep(*flags, "--prompt_style", "choice")  # beside it
-    assert "differ" not in capsys.readouterr().err and file.stat().st_mtime_ns == before
+    assert file.stat().st_mtime_ns == before
     assert (file.parent / "res_mmau_mini_choice_tokens-12.json").is_file()
 
 
@@ -402,7 +331,7 @@ STALE = {
 
 
 @pytest.mark.parametrize("change", STALE, ids=lambda change: change.__name__)
-def test_what_is_stale_is_evaluated_anew(tmp_path, checkpoint, capsys, change):
+def test_what_is_stale_is_evaluated_again(tmp_path, checkpoint, capsys, change):
     """And ends in the same files as if nothing had been there."""
     rows = make_rows(6)
     path = write_questions(tmp_path, rows)
@@ -413,13 +342,14 @@ def test_what_is_stale_is_evaluated_anew(tmp_path, checkpoint, capsys, change):
     path.write_text(json.dumps(rows))
     capsys.readouterr()
     assert sweep(*flags) == 0
-    assert f"({STALE[change]} differ): evaluated again" in capsys.readouterr().err
+    assert STALE[change] in capsys.readouterr().err
     sweep(*flags, "--out_dir", tmp_path / "fresh")
     assert results(folder) == results(tmp_path / "fresh" / "test_100")
-    assert sweep(*flags) == 0 and "finished before" in capsys.readouterr().err
+    written = (folder / f"res_{MINI}.json").stat().st_mtime_ns
+    assert sweep(*flags) == 0 and (folder / f"res_{MINI}.json").stat().st_mtime_ns == written
 
 
-def test_a_clip_that_was_put_back_is_asked_about(tmp_path, checkpoint, capsys):
+def test_a_clip_that_was_put_back_is_asked_about(tmp_path, checkpoint):
     rows = make_rows(6)
     path = write_questions(tmp_path, rows)
     clip = (tmp_path / rows[1]["audio_id"]).rename(tmp_path / "away")
@@ -430,12 +360,11 @@ def test_a_clip_that_was_put_back_is_asked_about(tmp_path, checkpoint, capsys):
     assert json.loads(run.read_text())["missing"] == [rows[1]["id"]]
     clip.rename(tmp_path / rows[1]["audio_id"])
     sweep(*flags)
-    assert "(clips differ): evaluated again" in capsys.readouterr().err
     assert json.loads(run.read_text())["missing"] == [] and read(checkpoint.parent, name=name)[1]["model_prediction"]
 
 
 def test_a_clip_that_is_replaced_during_the_run_ends_it(tmp_path, checkpoint, monkeypatch):
-    """What was heard could be either; and the next run hears the new one in all questions."""
+    """Answers could be about either; the next run is about the new one."""
     rows = make_rows(4)
     path = write_questions(tmp_path, rows)
 
@@ -445,19 +374,19 @@ def test_a_clip_that_is_replaced_during_the_run_ends_it(tmp_path, checkpoint, mo
 
     monkeypatch.setattr("evaluation.sweep.answer_batches", answer_and_replace)
     flags = ["--model_path", checkpoint, "--data_file", path]
-    with pytest.raises(ValueError, match=f"{rows[2]['id']}.wav: the clip was replaced during the run"):
+    with pytest.raises(ValueError, match=f"{rows[2]['id']}.wav"):
         sweep(*flags)
     monkeypatch.undo()
     assert sweep(*flags) == 0 and sweep(*flags, "--out_dir", tmp_path / "fresh") == 0
     assert results(checkpoint.parent / "test_100") == results(tmp_path / "fresh" / "test_100")
 
 
-def test_a_finished_sweep_decodes_nothing_and_loads_nothing(few, checkpoint, monkeypatch, capsys):
+def test_a_finished_sweep_decodes_nothing_and_loads_nothing(few, checkpoint, monkeypatch):
     flags = ["--model_path", checkpoint, "--data_file", few]
     assert sweep(*flags) == 0
-    for heavy in ("answers.load_audio", "sweep.load_model", "sweep.load_processor"):
+    for heavy in ("clips.load_audio", "answers.load_audio", "sweep.load_model", "sweep.load_processor"):
         monkeypatch.setattr(f"evaluation.{heavy}", lambda *_: pytest.fail("not needed"))
-    assert sweep(*flags) == 0 and "finished before" in capsys.readouterr().err
+    assert sweep(*flags) == 0
 
 
 def test_without_any_clip_there_is_nothing_to_evaluate(tmp_path, checkpoint):
@@ -465,7 +394,7 @@ def test_without_any_clip_there_is_nothing_to_evaluate(tmp_path, checkpoint):
     path = write_questions(tmp_path, rows)
     for row in rows:
         (tmp_path / row["audio_id"]).unlink()
-    with pytest.raises(ValueError, match="2 of 2 questions cannot be asked, so there is nothing to evaluate"):
+    with pytest.raises(ValueError, match="2 of 2"):
         sweep("--model_path", checkpoint, "--data_file", path, "--allow_missing")
 
 
@@ -491,24 +420,13 @@ def test_force_repeats_whatever_partial_files_lie_about(few, checkpoint, capsys,
 
 
 def test_two_runs_do_not_write_one_result(few, checkpoint, capsys):
-    """The second one says who holds it; a lock whose owner is dead is taken over."""
+    """A lock file that a killed run has left is no obstacle."""
     flags = ["--model_path", checkpoint, "--data_file", few]
     lock = checkpoint.parent / "test_100" / f"res_{MINI}.json.lock"
-    script = (
-        "import sys, time\nfrom pathlib import Path\nfrom dataset.lock import hold\n"
-        "with hold(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)\n"
-    )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", script, lock], env=environment(PYTHONPATH=ROOT / "src"), stdout=subprocess.PIPE
-    )
-    assert owner.stdout.readline() == b"held\n"
-    try:
+    lock.parent.mkdir()
+    with FileLock(lock):
         assert sweep(*flags) == 1
-        said = capsys.readouterr().err
-        assert f"100: skipped. {lock.parent}: process {owner.pid} on {socket.gethostname()} since" in said
-    finally:
-        owner.kill()
-        owner.communicate()
+        assert str(lock.parent) in capsys.readouterr().err and list(lock.parent.iterdir()) == [lock]
     assert lock.is_file() and sweep(*flags) == 0 and not lock.exists()
 
 
@@ -541,24 +459,19 @@ def test_a_run_by_vllm_has_a_name_and_settings_of_its_own():
     assert described["vllm"] == described["built-in"] | by_vllm
 
 
-def test_vllm_is_refused_before_anything_is_read(monkeypatch):
-    """Where it is not installed, or draws are asked for."""
-    flags = ["--model_path", "nowhere", "--data_file", "nothing.json", "--engine", "vllm"]
-    monkeypatch.setattr("launch.packages.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--engine vllm: needs the package vllm, .*; sh setup_vllm.sh makes"):
-        sweep(*flags)
-    monkeypatch.setattr("launch.packages.find_spec", lambda name: True)
-    with pytest.raises(ValueError, match="--sample with --engine vllm"):
-        sweep(*flags, "--sample")
+def test_a_sample_by_vllm_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        test_mmau.parse_args(["--model_path", "nowhere", "--engine", "vllm", "--sample"])
+    assert "--sample" in capsys.readouterr().err
 
 
-def test_other_weights_under_the_same_name_are_evaluated_anew(few, trained, checkpoint, capsys):
+def test_other_weights_under_the_same_name_are_evaluated_again(few, trained, checkpoint, capsys):
     flags = ["--model_path", checkpoint, "--data_file", few]
     sweep(*flags)
     before = read(checkpoint.parent)
     shutil.copy(trained / "checkpoint-200" / "model.safetensors", checkpoint)
     sweep(*flags)
-    assert "weights differ" in capsys.readouterr().err
+    assert "weights" in capsys.readouterr().err
     assert read(checkpoint.parent) != before
 
 
@@ -570,7 +483,7 @@ def test_the_recorded_style_is_used_and_overriding_it_warns(few, checkpoint, cap
     assert json.loads((folder / f"run_{MINI}.json").read_text())["style"] == "think"
     assert "warning" not in capsys.readouterr().err
     sweep(*flags, "--prompt_style", "answer")
-    assert "was trained with prompt style 'think'" in capsys.readouterr().err
+    assert "'think'" in capsys.readouterr().err
     assert json.loads((folder / "run_mmau_mini_answer_tokens-12.json").read_text())["style"] == "answer"
 
 
@@ -592,7 +505,7 @@ def test_an_incomplete_checkpoint_is_named_and_skipped(few, trained, checkpoint,
     models = [checkpoint, trained / "checkpoint-200", checkpoint.parent / "checkpoint-300"]
     assert sweep("--model_path", *models, "--data_file", few, "--out_dir", out) == 3
     said = capsys.readouterr().err
-    assert "100: skipped" in said and "incomplete" in said and "300: skipped" in said
+    assert str(checkpoint) in said and "checkpoint-300" in said and "checkpoint-200" not in said
     assert sorted(path.name for path in out.iterdir()) == ["test_200"]
 
 
@@ -605,7 +518,7 @@ def remove_tensor(checkpoint: Path) -> None:
 def test_a_missing_tensor_is_not_replaced_by_random_ones(few, checkpoint, capsys):
     remove_tensor(checkpoint)
     assert sweep("--model_path", checkpoint, "--data_file", few) == 1
-    assert "lacks 1 tensors" in capsys.readouterr().err
+    assert str(checkpoint) in capsys.readouterr().err
 
 
 def poison(checkpoint: Path, value: float = float("nan")) -> None:
@@ -614,29 +527,26 @@ def poison(checkpoint: Path, value: float = float("nan")) -> None:
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (poison, "holds NaN or infinite weights"),
-        (lambda folder: poison(folder, float("inf")), "holds NaN or infinite weights"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{"), "its processor cannot be loaded"),
-        (lambda folder: (folder / "processor_config.json").write_text("[]"), "its processor cannot be loaded"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "config.json is missing or cut off"),
-        (
-            lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
-            "type 'bert', not a Qwen2-Audio",
-        ),
-        (lambda folder: (folder.parent / "out" / "test_100").write_text("a file"), "test_100"),
-    ],
-)
-def test_one_bad_model_does_not_end_the_sweep(few, trained, checkpoint, capsys, damage, message):
+DAMAGES = {
+    "NaN": poison,
+    "infinite": lambda folder: poison(folder, float("inf")),
+    "tokenizer.json": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "processor_config.json": lambda folder: (folder / "processor_config.json").write_text("[]"),
+    "config.json": lambda folder: (folder / "config.json").write_text("{}"),
+    "bert": lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
+    "test_100": lambda folder: (folder.parent / "out" / "test_100").write_text("a file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_one_bad_model_does_not_end_the_sweep(few, trained, checkpoint, capsys, damage):
     out = checkpoint.parent / "out"
     out.mkdir()
-    damage(checkpoint)
+    DAMAGES[damage](checkpoint)
     flags = ["--model_path", checkpoint, trained / "checkpoint-200", "--data_file", few, "--out_dir", out]
     assert sweep(*flags) == 3
     said = capsys.readouterr().err
-    assert "100: skipped" in said and message in said and "1 of 2 models were skipped" in said
+    assert str(out / "test_100" if damage == "test_100" else checkpoint) in said
     assert len(read(out, "200")) == 6
 
 
@@ -662,13 +572,13 @@ def test_missing_and_unreadable_clips_stop_the_run_before_the_first_batch(tmp_pa
     (tmp_path / rows[2]["audio_id"]).write_bytes(b"no audio at all")
     soundfile.write(tmp_path / rows[3]["audio_id"], [0.0] * 100, 16_000, format="WAV")  # 6 ms
     flags = ["--model_path", checkpoint, "--data_file", path]
-    with pytest.raises(ValueError, match="3 of 6 questions cannot be asked") as error:
+    with pytest.raises(ValueError, match="3 of 6") as error:
         sweep(*flags)
     assert all(row["id"] in str(error.value) for row in rows[1:4]) and rows[0]["id"] not in str(error.value)
     assert not (checkpoint.parent / "test_100").exists()
     capsys.readouterr()
     assert sweep(*flags, "--allow_missing") == 0
-    assert "count as wrong" in capsys.readouterr().err
+    assert rows[1]["id"] in capsys.readouterr().err
     records = read(checkpoint.parent, name=f"{MINI}_allow_missing")
     assert [record["model_prediction"] == "" for record in records][1:4] == [True] * 3
     assert evaluate(records).questions == 6
@@ -689,12 +599,12 @@ def test_silent_and_shuffled_audio(few, checkpoint, trained):
     )
 
 
-def test_a_long_clip_is_cut_as_the_original_did_and_counted(tmp_path, checkpoint, capsys):
+def test_a_long_clip_is_cut_as_the_original_did_and_counted(tmp_path, checkpoint):
     rows = make_rows(3)
     path = write_questions(tmp_path, rows)
     write_tone(tmp_path / rows[0]["audio_id"], seconds=2.5)
     sweep("--model_path", checkpoint, "--data_file", path)
-    assert "1 clips are longer than the model's 2 s" in capsys.readouterr().err
+    assert json.loads((checkpoint.parent / "test_100" / f"run_{MINI}.json").read_text())["cut"] == 1
     before = read(checkpoint.parent)
     audio, rate = soundfile.read(tmp_path / rows[0]["audio_id"])
     soundfile.write(tmp_path / rows[0]["audio_id"], audio[: 2 * rate], rate, format="WAV")
@@ -716,7 +626,7 @@ def test_the_full_test_set_has_no_score_but_a_file_to_submit(tmp_path, checkpoin
     rows = [row | {"answer": "", "split": "test"} for row in make_rows(3)]
     path = write_questions(tmp_path, rows, "mmau-test.json")
     assert sweep("--model_path", checkpoint, "--data_file", path) == 0
-    assert "written, ready to submit" in capsys.readouterr().err
+    assert "res_mmau_tokens-12.json" in capsys.readouterr().err
     assert all("model_prediction" in record for record in read(checkpoint.parent, name="mmau_tokens-12"))
     assert not list((checkpoint.parent / "test_100").glob("eval_*"))
 
@@ -747,7 +657,7 @@ def test_labels_and_output_files(few, trained, tmp_path):
     sweep("--model_path", trained / "checkpoint-100", "--data_file", few, "--out_file", tmp_path / "x" / "my.json")
     assert (tmp_path / "x" / "my.json").read_bytes() == (tmp_path / "test_100" / f"res_{MINI}.json").read_bytes()
     assert (tmp_path / "x" / "eval_my.txt").exists()
-    with pytest.raises(ValueError, match="the same file"):
+    with pytest.raises(ValueError, match="--out_dir"):
         sweep("--model_path", f"{trained}/../run/checkpoint-100", models[1], "--data_file", few, "--out_dir", tmp_path)
     flags = ["--model_path", models[1], models[1], "--data_file", few, "--out_dir", tmp_path]  # STEPS="200 200"
     assert sweep(*flags) == 0
@@ -761,9 +671,9 @@ def test_several_files_are_asked_one_after_the_other(tmp_path, checkpoint):
     assert sweep(*flags) == 0
     results, _ = read_results(checkpoint.parent)
     assert {r.benchmark.name: r.scores.questions for r in results} == {"mmau_mini": 2, "mmau_shifted": 1}
-    with pytest.raises(ValueError, match="a single --data_file"):
+    with pytest.raises(ValueError, match="--data_file"):
         sweep(*flags, "--out_file", tmp_path / "x.json")
-    with pytest.raises(ValueError, match="would have one name"):
+    with pytest.raises(ValueError, match="--data_file"):
         sweep(*flags, path)
 
 
@@ -778,22 +688,22 @@ def test_bad_question_files_are_named_by_row(tmp_path, checkpoint):
         sweep("--model_path", checkpoint, "--data_file", tmp_path / "none.json")
 
 
-def test_an_answer_that_is_no_choice_is_said_before_the_run(tmp_path, checkpoint, capsys):
+def test_an_answer_that_is_no_choice_is_reported_before_the_run(tmp_path, checkpoint, capsys):
     rows = make_rows(3)
     rows[1]["answer"] = "a zebra"
     path = write_questions(tmp_path, rows)
     assert sweep("--model_path", checkpoint, "--data_file", path) == 0
     said = capsys.readouterr().err
-    assert "warning: 1 of 3 rows" in said and f"row 2 ({rows[1]['id']}): `answer` is 'a zebra', which is none" in said
+    assert "1 of 3 rows" in said and f"row 2 ({rows[1]['id']})" in said and "'a zebra'" in said
     assert evaluate(read(checkpoint.parent)).questions == 3
 
 
 def test_what_cannot_be_written_is_named(few, checkpoint, tmp_path, capsys):
-    """A folder in the way before anything is asked; a full disk by the file that does not fit, whatever the system."""
+    """A folder in place of a file, before the model is loaded; on a full disk, the file that does not fit."""
     flags = ["--model_path", checkpoint, "--data_file", few]
     (tmp_path / "eval_x.txt").mkdir()
     assert sweep(*flags, "--out_file", tmp_path / "x.json") == 1
-    assert f"{tmp_path}/eval_x.txt: is a folder" in capsys.readouterr().err
+    assert f"{tmp_path}/eval_x.txt" in capsys.readouterr().err
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
@@ -801,11 +711,11 @@ def test_what_cannot_be_written_is_named(few, checkpoint, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
-    assert "100: skipped. " in said and f"{tmp_path}/y.json" in said and "[Errno 27] File too large" in said
+    assert f"{tmp_path}/y.json" in said and "[Errno 27]" in said
     assert sweep(*flags, "--out_file", tmp_path / "y.json") == 0
 
 
-def test_a_mistake_is_all_that_the_script_says(trained, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_reported_in_one_line(trained, tmp_path, monkeypatch, capsys):
     command = ["test_mmau.py", "--model_path", trained / "checkpoint-100", "--data_file", tmp_path / "gone.json"]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     assert test_mmau.main() == 1
@@ -815,7 +725,7 @@ def test_a_mistake_is_all_that_the_script_says(trained, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["imports", "answers"])
-def test_ctrl_c_is_answered_by_one_sentence(trained, questions, tmp_path, moment):
+def test_ctrl_c_exits_with_one_line(trained, questions, tmp_path, moment):
     command = [*SCRIPT, "--model_path", trained / "checkpoint-100", "--data_file", questions, "--out_dir", tmp_path]
     process = subprocess.Popen(
         [*command, "--batch_size", "1"], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
@@ -839,7 +749,6 @@ def test_ctrl_c_is_answered_by_one_sentence(trained, questions, tmp_path, moment
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()[1].decode().splitlines()
     assert process.returncode == 130
-    assert said[-1] == "test_mmau: interrupted; the same command goes on from here"
     assert not any("Traceback" in line for line in said) and sum("interrupted" in line for line in said) == 1
 
 
@@ -871,10 +780,10 @@ def test_the_launcher_without_checkpoints_says_what_to_do(tmp_path):
 def test_shuffled_clips_are_paired_the_same_way_by_every_interpreter():
     """Also those of the same name in two folders."""
     paths = [f"{folder}/{i}.wav" for folder in "abc" for i in range(9)]
-    code = f"from evaluation.answers import _swap_clips\nprint(sorted(_swap_clips({paths}).items()))"
+    code = f"from evaluation.clips import swap_clips\nprint(sorted(swap_clips({paths}).items()))"
     own = environment(PYTHONPATH=ROOT / "src", PYTHONHASHSEED="1")  # ours is drawn anew
     said = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
-    assert said.stdout == f"{sorted(_swap_clips(paths).items())}\n" and said.stdout.count("wav") == 54, said.stderr
+    assert said.stdout == f"{sorted(swap_clips(paths).items())}\n" and said.stdout.count("wav") == 54, said.stderr
 
 
 @pytest.mark.slow
@@ -888,5 +797,5 @@ def test_the_launcher_prints_the_table_of_those_that_could_be_evaluated(preloade
     command = ["sh", str(ROOT / "test_mmau.sh"), *TOKENS, "--device", "cpu"]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 3, run.stderr
-    assert "100: skipped" in run.stderr and "1 of 2 models were skipped" in run.stderr
+    assert "100: skipped" in run.stderr
     assert run.stdout.splitlines()[-1].split()[0] == "200" and (out / "test_200").is_dir()

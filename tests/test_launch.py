@@ -16,7 +16,7 @@ LAUNCH = ROOT / "src" / "run" / "launch.py"
 PRELUDE = f"""
 import atexit, os, signal, sys, time
 sys.path.append({str(LAUNCH.parent)!r})
-from failures import recorded
+from launch import recorded
 rank, restart = os.environ.get("RANK"), os.environ.get("RUN_RESTART")
 def note(name, text=""):
     with open(name, "a") as file:
@@ -134,20 +134,27 @@ def alive(process: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGINT"], ["SIGTERM", "SIGINT"]])
-def test_signals_are_forwarded_once_each_and_waited_for(launch, tmp_path, sent):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_forwarded_once_and_waited_for(launch, tmp_path, name):
     launcher = launch(SAVES, RESTARTS=1)
     wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
-    expected = ""
-    for name in sent:
-        os.killpg(launcher.pid, getattr(signal, name))  # as a terminal does
-        expected += f"{name} "
-        for rank in range(2):
-            wait_until(lambda path=tmp_path / f"got-{rank}", text=expected: path.exists() and path.read_text() == text)
+    os.killpg(launcher.pid, getattr(signal, name))  # as a terminal does
+    for rank in range(2):
+        wait_until(lambda path=tmp_path / f"got-{rank}": path.exists() and path.read_text() == f"{name} ")
     (tmp_path / "end").touch()
     assert ended(launcher) == (0, "")
     for rank in range(2):
-        assert (tmp_path / f"got-{rank}").read_text() == expected and (tmp_path / f"saved-{rank}").exists()
+        assert (tmp_path / f"got-{rank}").read_text() == f"{name} " and (tmp_path / f"saved-{rank}").exists()
+
+
+def test_a_second_signal_ends_all_processes_without_saving(launch, tmp_path):
+    launcher = launch(SAVES, RESTARTS=1)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    launcher.send_signal(signal.SIGTERM)
+    wait_for(tmp_path / "got-0", tmp_path / "got-1")
+    launcher.send_signal(signal.SIGINT)
+    assert ended(launcher)[0] == 128 + signal.SIGKILL
+    assert not list(tmp_path.glob("saved-*"))
 
 
 def wait_until(condition) -> None:
@@ -199,7 +206,12 @@ def test_no_process_outlives_a_killed_launcher(launch, tmp_path):
 
 @pytest.mark.parametrize(("failures", "status"), [(1, 0), (2, 0), (3, 7)])
 def test_failed_run_is_restarted(launch, tmp_path, failures, status):
-    script = f"note(f'start-{{rank}}', os.environ['MASTER_PORT'] + ' '); sys.exit(7 * (int(restart) < {failures}))"
+    script = f"""
+note(f"start-{{rank}}", os.environ["MASTER_PORT"] + " ")
+note(f"{{rank}}-{{restart}}")
+wait_for(f"0-{{restart}}", f"1-{{restart}}")
+sys.exit(7 * (int(restart) < {failures}))
+"""
     returned, output = ended(launch(script, RESTARTS=2))
     restarts = min(failures, 2)
     assert returned == status and output.count("restart") == restarts

@@ -64,10 +64,10 @@ def test_the_official_text_for_all_1000_predictions(shared, tmp_path):
 
 @pytest.mark.parametrize("change", [{}, {"model_output": None}, {"prediction": "dog"}])
 def test_a_record_without_prediction_is_refused_by_name(change):
-    """The official script leaves it out of the score without a word."""
+    """The official script silently omits it."""
     without = record(id="id-2")
     del without["model_output"]
-    with pytest.raises(ValueError, match=r"record 2 \(id-2\) carries no prediction"):
+    with pytest.raises(ValueError, match=r"record 2 \(id-2\)"):
         evaluate([record(), without | change])
 
 
@@ -82,7 +82,7 @@ def test_answers_that_name_no_choice_or_several_are_counted(prediction, named):
 
 
 def test_a_group_that_is_no_text_is_refused_by_name():
-    with pytest.raises(ValueError, match="record 1 .*`task` is"):
+    with pytest.raises(ValueError, match="record 1 .*`task`"):
         evaluate([record(task=["sound"])])
 
 
@@ -107,8 +107,12 @@ def test_mmar_is_scored_by_modality():
 
 
 def test_no_score_is_invented_for_blank_answers():
-    with pytest.raises(ValueError, match="blank answer"):
+    with pytest.raises(ValueError, match="record 1"):
         evaluate([record(answer="")])
+    without = record()
+    del without["answer"]
+    with pytest.raises(ValueError, match="record 1"):
+        evaluate([without])
 
 
 def test_read_records_takes_a_list_or_lines_and_names_what_is_wrong(tmp_path):
@@ -118,10 +122,10 @@ def test_read_records_takes_a_list_or_lines_and_names_what_is_wrong(tmp_path):
     path.write_text('{"id": 1, "question": "two\u2028lines"}\n\n{"id": 2}\n', encoding="utf-8")
     assert [row["id"] for row in read_records(path)] == [1, 2]
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="row 1: a JSON int"):
+    with pytest.raises(ValueError, match="row 1"):
         read_records(path)
     path.write_text('{"id": 1')
-    with pytest.raises(ValueError, match="line 1: not JSON"):
+    with pytest.raises(ValueError, match="line 1"):
         read_records(path)
     with pytest.raises(FileNotFoundError):
         read_records(tmp_path / "none")

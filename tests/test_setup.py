@@ -1,19 +1,14 @@
-"""The set-up that launchers share, and what is said before a run: no network, nothing installed."""
+"""The set-up that launchers share, and the repository's own files. No network, nothing is installed."""
 
 import json
 import re
 import sys
-import threading
 import tomllib
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import pytest
 import yaml
-from huggingface_hub import constants
 
 from conftest import ROOT
-from launch.check_requirements import compare_versions, read_pins
-from launch.preflight import find_model_problem, parse_flags
+from run.check_requirements import compare_versions, read_pins
 from running import run
 
 
@@ -26,8 +21,8 @@ def test_pins_are_exact_and_installed_here():
     assert lacking == []
 
 
-def test_style_is_checked_by_one_version_everywhere():
-    """The pinned ruff in .ci/run, which the workflow calls, and the same before each commit."""
+def test_ruff_has_one_version_everywhere():
+    """The pinned one, in .ci/run, which the workflow calls, and in the pre-commit hook."""
     pinned = read_pins(ROOT / "requirements-dev.txt")["ruff"]
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [(repo["rev"], [hook["id"] for hook in repo["hooks"]]) for repo in hooks] == [
@@ -39,7 +34,7 @@ def test_style_is_checked_by_one_version_everywhere():
     assert any(".ci/run" in step.get("run", "") for step in steps)
 
 
-def test_updates_move_what_belongs_together_and_ask_where_private_methods_are_overridden():
+def test_updates_are_grouped_and_trl_needs_approval():
     rules = json.loads((ROOT / "renovate.json").read_text())["packageRules"]
     grouped = {name: rule["groupName"] for rule in rules for name in rule.get("matchPackageNames", ())}
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
@@ -50,7 +45,7 @@ def test_updates_move_what_belongs_together_and_ask_where_private_methods_are_ov
     assert any(rule.get("matchManagers") == ["pip_requirements"] for rule in rules)
 
 
-def test_what_is_cited_is_what_the_readme_names():
+def test_citation_matches_the_readme():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +55,7 @@ def test_what_is_cited_is_what_the_readme_names():
     assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
 
 
-def test_the_changelog_keeps_its_form():
+def test_changelog_keeps_its_form():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     releases = re.findall(r"(?m)^## (.+)$", text)
     assert releases[0] == "[Unreleased]"
@@ -69,7 +64,7 @@ def test_the_changelog_keeps_its_form():
     assert set(re.findall(r"(?m)^### (.+)$", text)) <= kinds
 
 
-def test_an_environment_is_ignored_as_a_folder_and_as_a_link(tmp_path):
+def test_git_ignores_an_environment_as_a_folder_and_as_a_link(tmp_path):
     run("git", "init", "-q", tmp_path)
     (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
     (tmp_path / "elsewhere").mkdir()
@@ -80,17 +75,17 @@ def test_an_environment_is_ignored_as_a_folder_and_as_a_link(tmp_path):
     run("git", "check-ignore", "-q", ".venv", cwd=tmp_path)
 
 
-def test_what_an_environment_lacks_is_named(tmp_path):
+def test_missing_packages_are_named(tmp_path):
     file = tmp_path / "requirements.txt"
     file.write_text('no-such-package==1.0\ntrl==0.0.1\nnumpy==0.1\nalso-not-here==2.0; sys_platform == "plan9"\n')
     lacking, differing = compare_versions(read_pins(file))
     assert len(lacking) == 2 and lacking[0] == "no-such-package==1.0 (not installed)" and "trl==0.0.1" in lacking[1]
     assert len(differing) == 1 and differing[0].startswith("numpy==0.1 (found:")
-    done = run(sys.executable, "src/launch/check_requirements.py", file, check=False)
+    done = run(sys.executable, "src/run/check_requirements.py", file, check=False)
     assert done.returncode == 1 and f"run:  python -m pip install -r {file}" in done.stdout
 
 
-def test_an_active_environment_without_the_packages_is_left_alone(tmp_path):
+def test_active_environment_without_the_packages_is_not_changed(tmp_path):
     empty = tmp_path / "env"
     run(sys.executable, "-m", "venv", "--without-pip", empty)
     before = sorted(path for path in empty.rglob("*") if "__pycache__" not in path.parts)
@@ -107,59 +102,43 @@ def test_an_active_environment_without_the_packages_is_left_alone(tmp_path):
     assert before == sorted(path for path in empty.rglob("*") if "__pycache__" not in path.parts)
 
 
-@pytest.mark.parametrize("model", ["./gone", "/gone/model", "~/gone", "gone", "a/b/c"])
-def test_a_model_folder_that_is_not_there(model):
-    assert "there is no folder" in find_model_problem(model)
+PYTHON = """#!/bin/sh
+case "$*" in
+--version) echo "Python 3.11.0" ;;
+"-m pip install"*) echo "$*" >> pip.log ;;
+"-m venv --clear .venv")
+    rm -rf .venv
+    mkdir -p .venv/bin
+    cp "$0" .venv/bin/python
+    echo "$*" >> venv.log ;;
+esac
+"""
 
 
-def test_a_model_on_the_hub_without_a_network(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "not in the cache" in find_model_problem("nobody/nothing")
-    assert "no config.json" in find_model_problem(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    assert find_model_problem(str(tmp_path)) is None
+def test_environment_is_made_once_and_rebuilt_without_its_python(tmp_path):
+    def set_up() -> tuple[int, int]:
+        """How often .venv was made and filled so far."""
+        run("sh", "-euc", ". ./setup_env.sh", cwd=tmp_path, PATH=f"{tmp_path}:/usr/bin:/bin", **inactive)
+        logs = [tmp_path / "venv.log", tmp_path / "pip.log"]
+        return tuple(len(log.read_text().splitlines()) for log in logs)
+
+    inactive = dict(VIRTUAL_ENV="", CONDA_PREFIX="")
+    for name in ("setup_env.sh", "requirements.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "python3.11").write_text(PYTHON)
+    (tmp_path / "python3.11").chmod(0o755)
+    python = tmp_path / ".venv" / "bin" / "python"
+    assert set_up() == set_up() == (1, 1)
+    python.unlink()
+    python.symlink_to("gone")
+    assert set_up() == set_up() == (2, 2)
+    python.write_text(PYTHON.replace("3.11.0", "3.12.0"))
+    assert set_up() == set_up() == (2, 3), "its packages are for another version"
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Knows one model."""
-
-    def do_GET(self):  # noqa: N802, http.server's name
-        known = self.path == "/api/models/some/model"
-        body = b'{"id": "some/model"}' if known else b"{}"
-        self.send_response(200 if known else 404)
-        if not known:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_model_on_the_hub_with_a_network(monkeypatch, tmp_path):
-    """A hub on this machine that knows one model; what is in the cache needs none."""
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        assert find_model_problem("some/model") is None
-        assert "gone/model is not in the cache and the hub gives RepositoryNotFoundError" in find_model_problem(
-            "gone/model"
-        )
-        hub.shutdown()
-    cached = tmp_path / "models--gone--model"
-    (cached / "snapshots" / "1").mkdir(parents=True)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("1")
-    (cached / "snapshots" / "1" / "config.json").write_text("{}")
-    assert find_model_problem("gone/model") is None
-
-
-def test_the_last_flag_counts():
-    flags = parse_flags(["--data_file", "a", "--data_file", "b", "--config_path", "c.json", "--beta", "0", "--use_cpu"])
-    assert (flags.data_file, flags.deepspeed, flags.use_cpu) == ("b", "c.json", True)
-    assert not parse_flags(["--use_cpu", "false"]).use_cpu and parse_flags(["--use-cpu", "True"]).use_cpu
+def test_libraries_are_silenced_unless_told_otherwise():
+    names = ("TRANSFORMERS_VERBOSITY", "PYTHONWARNINGS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TOKENIZERS_PARALLELISM")
+    show = f"import os; print(*map(os.environ.get, {names}), sep=';')"
+    shell = '. ./setup_env.sh; exec python -c "$1"'
+    given = {"TRANSFORMERS_VERBOSITY": "info", "PYTHONWARNINGS": "default"}
+    assert run("sh", "-euc", shell, "sh", show, **given).stdout.splitlines()[-1] == "info;default;1;false"

@@ -193,7 +193,7 @@ def test_an_empty_folder_and_an_absent_one(tmp_path):
     run = show(tmp_path / "x")
     assert run.returncode == 0 and "no results" in run.stderr and run.stdout == ""
     run = show(tmp_path / "gone")
-    assert run.returncode == 1 and run.stderr == f"show_acc: {tmp_path / 'gone'}: no such folder\n"
+    assert run.returncode == 1 and str(tmp_path / "gone") in run.stderr and run.stderr.count("\n") == 1
 
 
 def test_only_like_is_compared_with_silent_audio(folder):
@@ -203,7 +203,7 @@ def test_only_like_is_compared_with_silent_audio(folder):
         write_result(folder, "300", 100, audio=audio, weights=weights, dtype=dtype)
     results, skipped = read_results(folder)
     assert not any(result.drops for result in results)
-    assert len(skipped) == 2 and all("same weights and settings" in line for line in skipped)
+    assert len(skipped) == 2 and all("test_300" in line for line in skipped)
 
 
 def test_seeds_of_one_model_are_one_row(folder):
@@ -225,7 +225,7 @@ def test_a_copy_is_no_second_seed(folder):
     shutil.copytree(folder / "test_100", folder / "test_100.bak")
     results, skipped = read_results(folder, f"{folder}/test_100/..")
     assert [len(result.runs) for result in results] == [1] * 4 and [result.row for result in results][0] == "100"
-    assert len(skipped) == 1 and "test_100.bak" in skipped[0] and "the same run as another one of 100" in skipped[0]
+    assert len(skipped) == 1 and "test_100.bak" in skipped[0]
 
 
 def test_results_of_another_program_are_rows_of_their_own(folder):
@@ -237,12 +237,23 @@ def test_results_of_another_program_are_rows_of_their_own(folder):
 
 
 @pytest.mark.parametrize(
-    "odd", [{"label": ["300"]}, {"missing": 3}, {"missing": "7"}, {"sample_seed": []}, {"files": []}]
-)
+    "odd",
+    [{"label": ["300"]}, {"missing": 3}, {"missing": "7"}, {"sample_seed": []}, {"files": []}, {"weights": {}},
+     {"audio": 1}, {"allow_missing": []}, [], "text", None],
+)  # fmt: skip
 def test_a_run_file_of_another_program_is_named(folder, odd):
     write_result(folder, "300", 200).with_name("run_mmau_mini.json").write_text(json.dumps(odd))
     results, (line,) = read_results(folder)
-    assert len(results) == 4 and "test_300/res_mmau_mini.json: not results of test_mmau.py" in line
+    assert len(results) == 4 and "test_300/res_mmau_mini.json" in line and "run_mmau_mini.json" in line
+
+
+def test_an_error_of_our_own_is_not_taken_for_a_bad_file(folder, monkeypatch):
+    def fail(records):
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr("evaluation.collect.evaluate", fail)
+    with pytest.raises(KeyError):
+        read_results(folder)
 
 
 def test_questions_that_were_not_asked_are_counted(folder):
@@ -265,7 +276,7 @@ def test_what_has_changed_since_it_was_written_is_left_out(folder):
     assert "300" in [result.label for result in read_results(folder)[0]]
     file.write_text(file.read_text().replace("cat", "dog", 1))
     results, skipped = read_results(folder)
-    assert "300" not in [result.label for result in results] and "it has changed since" in skipped[0]
+    assert "300" not in [result.label for result in results] and str(file) in skipped[0]
 
 
 def test_two_rows_are_compared_on_the_same_questions(folder):
@@ -283,7 +294,7 @@ def test_two_rows_are_compared_on_the_same_questions(folder):
     table = to_table(build_tables(read_results(folder)[0])[0][1]).set_index("step")
     assert table["to the best"]["1000"] == "-" and table["to the best"]["100"].startswith("-19.67 (p 5.4e-17)")
     run = show(folder, "--compare", "100", "7")
-    assert run.returncode == 1 and "0 results are called '7'; choose among: 100, 1000" in run.stderr
+    assert run.returncode == 1 and "'7'" in run.stderr and "100, 1000" in run.stderr
 
 
 def test_the_interval_of_a_difference_is_that_of_a_bootstrap_over_pairs():

@@ -1,4 +1,4 @@
-"""run_grpo.slurm, on stand-ins for Slurm's commands: what each node's launcher gets, and what a signal comes to."""
+"""run_grpo.slurm on stubs of Slurm's commands: the environment of each node's launcher, and the path of a signal."""
 
 import os
 import shutil
@@ -10,8 +10,8 @@ import pytest
 
 from conftest import ROOT
 
-# srun starts its command once for each node; scancel signals those; scontrol and squeue answer.
-STAND_INS = {
+# srun starts its command once per node; scancel signals those.
+STUBS = {
     "srun": """
         [ "$1" = --kill-on-bad-exit=1 ]; shift
         for node in 0 1; do SLURM_NODEID=$node "$@" & echo $! >> "$LOGS/started"; done
@@ -21,11 +21,11 @@ STAND_INS = {
         show) [ "$*" = "show hostnames node[3-4]" ]; echo node3; echo node4 ;;
         requeue) echo "$2" > "$LOGS/requeued" ;;
         esac""",
-    "scancel": '[ "$*" = "--signal=TERM 4242" ]; kill -TERM $(cat "$LOGS/started")',
+    "scancel": '[ "$*" = "--signal=HUP 4242" ]; kill -HUP $(cat "$LOGS/started")',
     "squeue": 'cat "$LOGS/state"',
-    # The launcher: it saves for a second when it is told to stop.
+    # The launcher: it saves when it is signalled.
     "run_grpo.sh": """
-        trap 'sleep 1; touch "$LOGS/saved-$NODE_RANK"; exit 0' TERM
+        trap 'touch "$LOGS/saved-$NODE_RANK"; exit 0' HUP
         echo "$NODE_NUM $MASTER_ADDR $MASTER_PORT $RESTARTS $*" > "$LOGS/node-$NODE_RANK"
         if [ -f "$LOGS/stay" ]; then for i in 1 2 3 4 5 6 7 8; do sleep 0.5; done; fi
         exit "$(cat "$LOGS/status")" """,
@@ -34,11 +34,11 @@ STAND_INS = {
 
 @pytest.fixture
 def job(tmp_path):
-    """Starts the job in a folder of its own; `logs` is where the stand-ins write."""
+    """Starts the job in an empty folder; the stubs write to `logs` there."""
     logs = tmp_path / "logs"
     logs.mkdir()
     (tmp_path / "bin").mkdir()
-    for name, text in STAND_INS.items():
+    for name, text in STUBS.items():
         path = tmp_path / ("" if name.endswith(".sh") else "bin") / name
         path.write_text(f"#!/bin/sh\nset -eu\n{text}\n")
         path.chmod(0o755)
@@ -60,15 +60,15 @@ def test_each_node_gets_a_launcher(job, tmp_path):
     with job("--run_name", "two words") as run:
         assert run.wait(20) == 0, run.stderr.read()
     for node in (0, 1):
-        assert (tmp_path / "logs" / f"node-{node}").read_text() == "2 node3 24242 3 --run_name two words\n"
+        assert (tmp_path / "logs" / f"node-{node}").read_text() == "2 node3 22420 3 --run_name two words\n"
     assert not (tmp_path / "logs" / "requeued").exists()
 
 
-def test_a_job_that_was_put_back_goes_on(job, tmp_path):
+def test_requeued_job_resumes(job, tmp_path):
     said = tmp_path / "logs" / "node-1"
     with job(SLURM_RESTART_COUNT="1") as run:
         assert run.wait(20) == 0
-    assert "--resume" not in said.read_text(), "there is nothing to go on from"
+    assert "--resume" not in said.read_text(), "there is no checkpoint"
     (tmp_path / "exp" / "model" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "logs" / "started").unlink()
     with job("--beta", "0", SLURM_RESTART_COUNT="1") as run:
@@ -77,7 +77,7 @@ def test_a_job_that_was_put_back_goes_on(job, tmp_path):
 
 
 @pytest.mark.parametrize(("state", "again"), [("RUNNING", True), ("COMPLETING", False)])
-def test_a_signal_lets_the_nodes_save_before_the_job_is_put_back(job, tmp_path, state, again):
+def test_nodes_save_before_the_job_is_requeued(job, tmp_path, state, again):
     logs = tmp_path / "logs"
     (logs / "stay").touch()
     (logs / "state").write_text(f"{state}\n")
@@ -89,19 +89,19 @@ def test_a_signal_lets_the_nodes_save_before_the_job_is_put_back(job, tmp_path, 
     assert (logs / "requeued").exists() == again
 
 
-def test_a_failure_is_the_jobs(job, tmp_path):
+def test_failure_is_the_status_of_the_job(job, tmp_path):
     (tmp_path / "logs" / "status").write_text("3")
     with job() as run:
         assert run.wait(20) == 3
     assert not (tmp_path / "logs" / "requeued").exists()
 
 
-def test_it_says_where_it_is_to_be_submitted(job, tmp_path):
+def test_wrong_folder_is_refused(job, tmp_path):
     with job(SLURM_SUBMIT_DIR="/") as run:
-        assert run.wait(20) == 1 and "the folder that holds run_grpo.sh" in run.stderr.read()
+        assert run.wait(20) == 1 and "run_grpo.sh" in run.stderr.read()
 
 
-def test_nothing_but_the_account_is_to_be_edited():
+def test_only_the_account_needs_editing():
     lines = (ROOT / "run_grpo.slurm").read_text().splitlines()
     directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
     assert [line for line in directives if line.isupper() or line.endswith("=ACCOUNT")] == ["--account=ACCOUNT"]

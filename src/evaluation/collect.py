@@ -1,7 +1,7 @@
-"""Results of evaluations, read back from disk: which compare with one another, and in what they differ.
+"""Results of evaluations, read back from disk: which compare with one another, and in which settings they differ.
 
-Everything is computed anew from the predictions in `test_*/res_*.json`; what cannot be read, or is not what was
-written, is named and left out. Leaves out how results are shown (`utils/show_acc.py`).
+Scores are computed again from the predictions in `test_*/res_*.json`. Files that cannot be read, or have changed since
+they were written, are reported and omitted.
 """
 
 import statistics
@@ -15,7 +15,12 @@ from .mmau import Scores, evaluate
 from .results import digest
 from .statistics import confidence_interval
 
-# What a result rests on, as the run file has it: column -> keys.
+# Types of the run file's values that are used here; all of them may be missing or null.
+RUN_FILE = {
+    "label": str, "weights": str, "records": str, "clips": str, "audio": str, "sample_seed": int, "allow_missing": bool,
+    "missing": list, "files": dict,
+}  # fmt: skip
+# Settings of a result: column of the table -> keys of the run file.
 SETTINGS = {
     "prompt": ("style", "prompt_digest"),
     "decoding": ("decoding",),
@@ -90,7 +95,7 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
     """All results below some folders.
 
     Returns:
-        The results, and one line for everything that was skipped, with the reason.
+        The results, and for each skipped file or folder one line with the reason.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -119,8 +124,6 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                         skipped.append(f"{file}: the same run as another one of {first.label}")
                 except (ValueError, OSError) as error:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
-                except (KeyError, TypeError, AttributeError, RecursionError):
-                    skipped.append(f"{file}: not results of test_mmau.py")
     for (key, audio), result in found.items():
         heard = found.get((key, "real"))
         if not heard:
@@ -132,33 +135,48 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
 
 
 def _read_result(file: Path, folder: Path, prefix: str) -> tuple[Result, tuple, str]:
-    """One file of predictions; what tells it from others, apart from a sample's seed; and the audio that was heard:
-    `real`, `silent` or `shuffled`."""
+    """One file of predictions; its identity, apart from a sample's seed; its audio: `real`, `silent` or `shuffled`."""
     records = read_records(file)
     benchmark = to_benchmark(records, file, file.parent)
     if not benchmark.has_answers:
         raise ValueError(f"{file.name} has blank answers, so there is no score; it is the file to submit")
     scores = evaluate(records)
-    name = file.stem.removeprefix("res_")
-    try:
-        run = read_json(file.with_name(f"run_{name}.json"), "evaluate again")
-    except (OSError, ValueError):  # the predictions of another program, say: what is known stands in the name
-        audio = next((audio for audio in ("silent", "shuffled") if audio in name), "real")
-        run = {"audio": audio, "weights": name.replace(f"_{audio}", "")}
+    run = _read_run(file)
     found = digest(file.read_bytes())
-    if run.get("files", {}).get(file.name, found) != found:
-        raise ValueError(f"{file.name} is not what test_mmau.py wrote: it has changed since; evaluate it again")
+    if (run.get("files") or {}).get(file.name, found) != found:
+        raise ValueError(f"{file.name} has changed since test_mmau.py wrote it; evaluate it again")
     label = run.get("label") or file.parent.name.removeprefix("test_")
-    if not isinstance(label, str) or not isinstance(run.get("missing", []), list):
-        raise TypeError(f"{file}: its run file is another program's")
     settings = {column: " ".join(str(run.get(key, "")) for key in keys).strip() for column, keys in SETTINGS.items()}
-    seed, missing = run.get("sample_seed"), len(run.get("missing", []))
+    seed, missing = run.get("sample_seed"), len(run.get("missing") or [])
     by_id = {question.id: question.record for question in benchmark.questions}
     weights = str(run.get("weights"))
     result = Result(label, str(folder), benchmark, settings, [scores], {seed}, by_id, weights, missing, prefix)
     decides = ("weights", "records", "clips", "allow_missing")
     key = (str(folder), label, benchmark.digest, *(run.get(key) for key in decides), *settings.values())
-    return result, key, run.get("audio", "real")
+    return result, key, run.get("audio") or "real"
+
+
+def _read_run(file: Path) -> dict:
+    """The run file of a file of predictions; without one, as for another program's predictions, what the name tells.
+
+    Raises:
+        ValueError: it is not a run file of test_mmau.py.
+    """
+    name = file.stem.removeprefix("res_")
+    path = file.with_name(f"run_{name}.json")
+    try:
+        run = read_json(path, "evaluate again")
+    except (OSError, ValueError):
+        audio = next((audio for audio in ("silent", "shuffled") if audio in name), "real")
+        return {"audio": audio, "weights": name.replace(f"_{audio}", "")}
+    if not isinstance(run, dict):
+        raise ValueError(f"{file}: {path.name} is a JSON {type(run).__name__}, not a run file; evaluate again")
+    for key, kind in RUN_FILE.items():
+        if run.get(key) is not None and not isinstance(run[key], kind):
+            raise ValueError(
+                f"{file}: `{key}` in {path.name} is {run[key]!r:.80}, not a {kind.__name__}; evaluate again"
+            )
+    return run
 
 
 def build_tables(results: list[Result], sort: str = "total") -> list[tuple[Benchmark, list[Result]]]:

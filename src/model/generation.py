@@ -1,41 +1,25 @@
 """Prompts through the model (`prefill`, for rollouts and evaluation), and the decoding loop of evaluation and `ask.py`.
 
-The loop does what `model.generate` would, but only a prompt's last position goes through the head (the logits of all of
-them are the largest tensor of a plain evaluation, and unused), the cache is not copied for every token, a row leaves
-with its last token, and in float32 the answer to a question does not depend on the batch that it was computed in:
-
-Padding and batch size change the order of sums, hence the last bits of the logits, and so may swap two tokens that are
-nearly tied. Wherever the two best tokens are closer than `NEAR_TIE`, far above the rounding, the choice is made by the
-logits of that row computed alone, without padding, cache or threads. The answer is then the one that this lone
-computation gives at every step, whatever the batch. (In bfloat16 rounding is too coarse for that: the same batches give
-the same answers, other batches may not.)
-
-Nothing of the model's `generation_config` is used. Rollouts share `prefill` only (see `branches.py`): they sample by
-settings of TRL and transformers, and an evaluation's answers must not change with those. Not here: prompts' wording.
+The loop does what `model.generate` would, but only a prompt's last position goes through the head (all logits would be
+the largest tensor of an evaluation), the cache is not copied for every token, and a row leaves the batch with its last
+token. The model's `generation_config` is not used. Rollouts share only `prefill` (`branches.py`).
 
 Shapes: N questions, R rows still being decoded, P prompt tokens (left-padded), T tokens, C completion tokens, H hidden
 size, D size of a head, V vocabulary.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers import Cache, DynamicLayer, Qwen2AudioForConditionalGeneration
-from transformers.generation import logits_process as process
-from transformers.utils import logging
 
 from dataset.encode import Batch
 
 from .qwen2_audio import audio_token_id, embed_prompts, encode_clips, group_by_length
 
-logger = logging.get_logger(__name__)
-
-# Tokens are nearly tied when their logits differ by less than this share of the row's largest logit. Batch and lone
-# computation were seen to differ by 1e-6 of it; by 1e-5 with weights that amplify (24 layers of 512, deviation 0.1).
-NEAR_TIE = 3e-4
+# (logits (R, V), the R rows' questions, their completions so far) -> R token ids
+Choose = Callable[[torch.Tensor, list[int], list[list[int]]], torch.Tensor]
 
 
 @torch.inference_mode()
@@ -44,7 +28,7 @@ def generate(
     batch: Batch,
     ends: list[int],
     max_new_tokens: int,
-    choose: Callable[[torch.Tensor, list[int], list[list[int]]], torch.Tensor] | None = None,
+    choose: Choose | None = None,
 ) -> list[list[int]]:
     """The completions of N prompts.
 
@@ -53,14 +37,14 @@ def generate(
         batch: the questions.
         ends: token ids that end a completion.
         max_new_tokens: the longest completion.
-        choose: (logits (R, V), the R rows' questions, their completions so far) -> R token ids; `Greedy` by default.
+        choose: picks the next tokens; by default the most probable ones. It has to forbid `<|AUDIO|>` (`forbid_audio`).
 
     Returns:
-        N lists of token ids, the ending one included if it was reached.
+        N lists of token ids, each with its end token if it was reached.
     """
-    choose = choose or Greedy(model, batch)
+    choose = choose or partial(choose_best, model)
     completions: list[list[int]] = [[] for _ in batch.input_ids]
-    rows = list(range(len(completions)))  # which question each row of the shrinking batch is about
+    rows = list(range(len(completions)))  # the question of each row of the shrinking batch
     mask, (hidden, cache) = batch.attention_mask, prefill(model, batch)
     positions = mask.sum(dim=1, keepdim=True)  # (R, 1), of the next token
     for _ in range(max_new_tokens):
@@ -86,15 +70,26 @@ def generate(
     return completions
 
 
+def choose_best(model: Qwen2AudioForConditionalGeneration, logits: torch.Tensor, *_) -> torch.Tensor:
+    """The most probable tokens (R,) but `<|AUDIO|>`."""
+    forbid_audio(model, logits)
+    return logits.argmax(dim=1)
+
+
+def forbid_audio(model: Qwen2AudioForConditionalGeneration, logits: torch.Tensor) -> torch.Tensor:
+    """Set the logit of `<|AUDIO|>` to its row's lowest in `logits` (R, V), in place; return the lowest ones (R,)."""
+    lowest = logits.amin(dim=1)
+    logits[:, audio_token_id(model)] = lowest
+    return lowest
+
+
 def prefill(
     model: Qwen2AudioForConditionalGeneration, batch: Batch, clips: Sequence[torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, Cache]:
-    """The prompts through encoder and language model, in groups of like length: padding costs as much as tokens do.
+    """The prompts through encoder and language model, in groups of similar length: padding costs as much as tokens do.
 
-    Evaluation and rollouts both start from it: evaluation decodes greedily, bit for bit whatever the batch; rollouts
-    sample G branches of each prompt. Within a group prompts are padded on the right, where no token of theirs looks:
-    that needs no mask, with which kernels are slower. `clips` are the batch's clips where they are encoded already
-    (`encode_clips`).
+    Within a group, prompts are padded on the right, where causal attention never looks. That needs no mask, and kernels
+    are slower with one. `clips` are the batch's clips if they are encoded already (`encode_clips`).
 
     Returns:
         Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P.
@@ -107,13 +102,13 @@ def prefill(
         part, kept = batch.take(group), lengths[group]  # R rows, T tokens
         rows, tokens = torch.arange(len(group), device=kept.device)[:, None], part.input_ids.shape[1]
         encoded = clips and [clips[row] for row in group]
-        inputs = _embed(model, part, encoded)[rows, (places[:tokens] - kept) % tokens]  # (R, T, H), padded behind
+        inputs = embed_batch(model, part, encoded)[rows, (places[:tokens] - kept) % tokens]  # (R, T, H), right-padded
         output = model.model.language_model(inputs_embeds=inputs, use_cache=True)
         hidden.append(output.last_hidden_state[rows, kept - 1][:, 0])
-        # Padding back to the left, up to the length of the whole batch: (R, P, heads, D).
+        # Padding moves back to the left, up to the length of the whole batch: (R, P, heads, D).
         source = (places - len(places) + kept).clamp(min=0)  # (R, P)
         layers, cache = output.past_key_values.layers, []
-        while layers:  # freed once padded, as below: all of it twice would not fit
+        while layers:  # each layer is freed once padded, here and below: two copies of all would not fit
             layer = layers.pop(0)
             cache.append((layer.keys[rows, :, source], layer.values[rows, :, source]))
         caches.append(cache)
@@ -128,9 +123,9 @@ def prefill(
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's cache that grows by an eighth at a time: `DynamicLayer` copies all of it for every token.
+    """A layer's cache that grows by an eighth at a time, where `DynamicLayer` copies all of it for every token.
 
-    `keys` and `values` are views of the filled part of buffers, and their strides tell how much room is behind it.
+    `keys` and `values` are views of the filled part of larger buffers; their strides tell how large these are.
     """
 
     keys: torch.Tensor
@@ -143,7 +138,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order; only those that change their place are copied."""
+        """Keep these rows, in this order; only rows that change their place are copied."""
         moved = {place: index for place, index in enumerate(indices.tolist()) if place != index}
         for states in (self.keys, self.values):
             states[list(moved)] = states[list(moved.values())]
@@ -151,7 +146,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def append(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """States (R, heads, T, D) with more of them behind, in the room that is there or else in a larger buffer."""
+    """States (R, heads, T, D) with `new` ones appended, in place if their buffer has room, else in a larger buffer."""
     rows, heads, length, size = states.shape
     stop = length + new.shape[2]
     if stop * size > states.stride(1):
@@ -161,89 +156,10 @@ def append(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return states
 
 
-class Greedy:
-    """The best token of each row but `<|AUDIO|>`; in float32, the one that the row would get alone (see above)."""
-
-    def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch):
-        self.model, self.batch = model, batch
-        self.prompts: dict[int, torch.Tensor] = {}  # question -> its prompt's embeddings, computed alone, (1, P, H)
-        self.near_ties = 0  # met so far
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())  # rows side by side, a thread for each
-
-    def __call__(self, logits: torch.Tensor, rows: list[int], completions: list[list[int]]) -> torch.Tensor:
-        lowest = self._forbid_audio(logits)  # (R,)
-        if self.model.dtype != torch.float32:
-            return logits.argmax(dim=1)
-        best, tokens = logits.topk(2, dim=1)  # (R, 2)
-        scale = torch.maximum(best[:, 0].abs(), lowest.abs())
-        places = (best[:, 0] - best[:, 1] < NEAR_TIE * scale).nonzero()[:, 0].tolist()
-        asked = [rows[place] for place in places], [completions[place] for place in places]
-        for place, lone in zip(places, self.pool.map(self.lone_logits, *asked), strict=True):
-            tokens[place, 0] = lone.argmax()
-            self.near_ties += 1
-            if float((lone - logits[place]).abs().max()) > NEAR_TIE / 2 * float(scale[place]):
-                logger.warning_once("Raise NEAR_TIE in src/model/generation.py: answers may depend on the batch size.")
-        return tokens[:, 0]
-
-    @torch.inference_mode()
-    def lone_logits(self, row: int, completion: list[int]) -> torch.Tensor:
-        """Logits (V,) of one question's next token, from nothing but the question and its tokens so far."""
-        with single_thread():
-            if row not in self.prompts:
-                self.prompts[row] = _embed(self.model, self.batch.take([row]))
-            inputs = torch.cat([self.prompts[row], embed_tokens(self.model, [completion])], dim=1)
-            hidden = self.model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden[:, -1])
-        self._forbid_audio(logits)
-        return logits[0]
-
-    def _forbid_audio(self, logits: torch.Tensor) -> torch.Tensor:
-        """Make `<|AUDIO|>`, which stands for sound and is no text, the worst choice; return the rows' lowest logits."""
-        lowest = logits.amin(dim=1)
-        logits[:, audio_token_id(self.model)] = lowest
-        return lowest
-
-
-class Sampler:
-    """Tokens drawn as the original drew them, by the defaults of Qwen2-Audio-7B-Instruct that it inherited: repetition
-    penalty 1.1 (over prompt and completion), temperature 0.7, top_k 20, top_p 0.5. Every question has a stream of
-    random numbers of its own, from `seed` and its name (N `names`), so that a draw does not depend on the batch.
-    """
-
-    def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch, names: list[str], seed: int):
-        self.audio_token_id = audio_token_id(model)
-        kept = zip(batch.input_ids.cpu(), batch.attention_mask.cpu().bool(), strict=True)
-        self.prompts = [ids[mask].tolist() for ids, mask in kept]
-        digests = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names]
-        self.streams = [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
-        warpers = process.TemperatureLogitsWarper(0.7), process.TopKLogitsWarper(20), process.TopPLogitsWarper(0.5)
-        self.process = process.LogitsProcessorList([process.RepetitionPenaltyLogitsProcessor(1.1), *warpers])
-
-    def __call__(self, logits: torch.Tensor, rows: list[int], completions: list[list[int]]) -> torch.Tensor:
-        logits[:, self.audio_token_id] = -torch.inf
-        drawn = []
-        for scores, row, completion in zip(logits.cpu(), rows, completions, strict=True):
-            probabilities = self.process(torch.tensor([self.prompts[row] + completion]), scores[None]).softmax(dim=1)
-            drawn.append(probabilities.multinomial(1, generator=self.streams[row])[0])
-        return torch.cat(drawn)
-
-
-@torch.inference_mode()
-def score(model: Qwen2AudioForConditionalGeneration, batch: Batch, completions: list[list[int]]) -> torch.Tensor:
-    """Log-probabilities (K,) of K completions, each of at least one token, of the one question in `batch`."""
-    length = max(map(len, completions))
-    padded = [completion + [completion[-1]] * (length - len(completion)) for completion in completions]
-    prompts = _embed(model, batch).expand(len(padded), -1, -1)  # (K, P, H)
-    inputs = torch.cat([prompts, embed_tokens(model, padded)], dim=1)
-    hidden = model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    logps = model.lm_head(hidden[:, -length - 1 : -1]).float().log_softmax(dim=-1)  # (K, C, V)
-    taken = logps.gather(2, torch.tensor(padded, device=logps.device)[..., None])[..., 0]  # (K, C)
-    return torch.stack([row[: len(completion)].sum() for row, completion in zip(taken, completions, strict=True)])
-
-
-def _embed(
+def embed_batch(
     model: Qwen2AudioForConditionalGeneration, batch: Batch, clips: Sequence[torch.Tensor] | None = None
 ) -> torch.Tensor:
+    """Embeddings (N, P, H) of the prompts; `clips` as for `prefill`."""
     clips = clips or encode_clips(model.model, batch.input_features, batch.frames)
     return embed_prompts(model.model, batch.input_ids, clips)
 
@@ -252,14 +168,3 @@ def embed_tokens(model: Qwen2AudioForConditionalGeneration, ids: list[list[int]]
     """Embeddings (R, T, H) of R rows of T token ids."""
     embedding = model.get_input_embeddings()
     return embedding(torch.tensor(ids, dtype=torch.long, device=embedding.weight.device))
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Sums in one order, whatever the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -64,8 +64,6 @@ class AudioModelConfig(ModelConfig):
             raise ValueError(f"--attn_implementation {self.attn_implementation}: use one of {', '.join(ATTENTION)}")
         if HEAD in (self.lora_target_modules or ()):
             raise ValueError(f"--lora_target_modules {HEAD}: its weights make the log-probs without adapters; omit it")
-        if self.trust_remote_code:
-            raise ValueError("--trust_remote_code true: code that comes with a model is never executed; omit it")
         super().__post_init__()
 
     def adapters(self) -> PeftConfig | None:
@@ -145,6 +143,8 @@ class RunArguments:
 
     def __post_init__(self):
         """Fill in what follows from other settings, before transformers' own checks."""
+        if getattr(self, "trust_remote_code", False):  # TRL's
+            raise ValueError("--trust_remote_code true: code that comes with a model is never executed; omit it")
         self.report_to = "wandb" if self.use_wandb else self.report_to
         self.save_only_model = self.save_only_model or self.keep_optimizer == "none"
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
@@ -166,6 +166,16 @@ class RunArguments:
         super().__post_init__()
 
 
+class Parser(TrlParser):
+    """TRL's, with exact flags, that raises a `ValueError` instead of printing its usage in every process."""
+
+    def __init__(self, parts: Sequence[type]):
+        super().__init__(parts, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
 def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv: Sequence[str] | None = None) -> tuple:
     """The dataclasses of a training script, filled from the command line and a `--config FILE.yaml`.
 
@@ -178,7 +188,7 @@ def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parsed = TrlParser(parts, allow_abbrev=False).parse_args_and_config(words)
+        parsed = Parser(parts).parse_args_and_config(words)
     except yaml.YAMLError as error:
         raise ValueError(f"--config: not YAML ({' '.join(str(error).split())})") from error
     except ValueError as error:

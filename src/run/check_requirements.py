@@ -1,7 +1,7 @@
-"""Whether the running interpreter has what a requirements file pins: `python check_requirements.py requirements.txt`.
+"""Check that this interpreter has the packages that a file pins: `python check_requirements.py requirements.txt`.
 
-Installs nothing: it says the one command that would. Another version than the pinned one is only reported, except for
-the packages whose private methods this project overrides.
+Installs nothing: prints the command that does. Another version than the pinned one is reported; for packages whose
+private methods this project overrides, it is an error.
 """
 
 import platform
@@ -26,7 +26,7 @@ def read_pins(path: Path) -> dict[str, str]:
 
 
 def compare_versions(pins: dict[str, str]) -> tuple[list[str], list[str]]:
-    """(what is missing or must be another version, what merely differs), each as `name==pinned (found: ...)`."""
+    """(missing or wrong packages, packages of other versions), each as `name==pinned (found: ...)`."""
     lacking: list[str] = []
     differing: list[str] = []
     for name, pinned in pins.items():
@@ -42,15 +42,15 @@ def compare_versions(pins: dict[str, str]) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     path = Path(sys.argv[1])
-    if sys.version_info < (3, 11):  # noqa: UP036, this runs on whatever is there
-        sys.exit(f"Python 3.11 or newer is needed; the active environment has {platform.python_version()}")
+    if sys.version_info < (3, 11):  # noqa: UP036, the interpreter is the user's
+        sys.exit(f"the active environment has Python {platform.python_version()}; activate one with 3.11 or newer")
     lacking, differing = compare_versions(read_pins(path))
     if differing:
-        print("other versions than the tested ones: " + ", ".join(differing), file=sys.stderr)
+        print("untested versions: " + ", ".join(differing), file=sys.stderr)
     if lacking:
         sys.exit(
             f"the active environment lacks {', '.join(lacking)}\nrun:  python -m pip install -r {path}\n"
-            "or leave the environment (deactivate), and a .venv is made here"
+            "or leave the environment (deactivate) to have a .venv made here"
         )
 
 

@@ -4,6 +4,7 @@ The figures are those of `trainer_state.json`, so a killed run can be drawn too;
 read from `test_*`. Leaves out the table of accuracies (`utils/show_acc.py`).
 """
 
+import sys
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -13,8 +14,6 @@ from transformers import TrainerCallback
 
 from dataset.rows import read_json
 from evaluation.collect import read_results
-
-from .console import warn_once
 
 # title -> key in the log, its unit; the first six are the paper's
 PANELS = {
@@ -51,8 +50,10 @@ class PlotCurves(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
-            with warn_once(folder / "training.png", "`python src/plot_training.py` draws it later"):
+            try:
                 plot_curves({folder.name: (folder, state.log_history)}, folder / "training.png")
+            except (ValueError, OSError) as error:
+                print(f"training.png: not written ({error}); the run continues", file=sys.stderr, flush=True)
             self._drawn = monotonic()
 
 

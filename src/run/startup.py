@@ -36,7 +36,7 @@ from .checkpoints import (
     result_settings,
     step_of,
 )
-from .failures import recorded
+from .launch import recorded
 from .signals import RunEnded, StopOnSignal
 
 LOCK = ".lock"  # in the output folder: one run at a time writes there

@@ -35,9 +35,16 @@ from model.qwen2_audio import (
 )
 
 from .loss import check_loss, groups_with_gradient, grpo_loss, token_weights
-from .rollout import Rollout, check_whole_groups, describe_rollout, group_advantages, pad_completions
+from .rollout import (
+    Rollout,
+    check_whole_groups,
+    describe_rollout,
+    group_advantages,
+    log_completions,
+    pad_completions,
+)
 from .saving import SelfContainedCheckpoints
-from .shared_prompt import ATTENTION, pack, score, unpack
+from .shared_prompt import check_attention, pack, score, unpack
 
 # Engines of TRL's that know no audio. `run/vllm.py` attaches rollouts by vLLM to a finished trainer.
 NOT_FOR_AUDIO = ("use_vllm", "use_transformers_continuous_batching")
@@ -83,11 +90,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
 
         base = base_model(self.model)
         check_audio_token(base, processor)
-        if base.config._attn_implementation not in ATTENTION:
-            raise ValueError(
-                f"attn_implementation {base.config._attn_implementation!r} cannot take the mask of a shared prompt; "
-                f"use one of {', '.join(ATTENTION)}"
-            )
+        check_attention(base.config._attn_implementation)
         freeze_parts(self.model, freeze)
         self.encodes_once = encoder_is_frozen(base.model)  # then the reference's encoder is the same
         # A sampled `<|AUDIO|>` would be counted as audio in the log-prob passes.
@@ -191,7 +194,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         groups = rewards.unflatten(0, (-1, generations))
         weights = self.reward_weights.to(groups.device)
         advantages = group_advantages(groups, weights, self.scale_rewards, self.multi_objective_aggregation)
-        self._log_completions(prompts, texts, rewards, advantages)
+        log_completions(self, prompts, texts, rewards, advantages)
         own = slice(self.accelerator.process_index * len(rows), (self.accelerator.process_index + 1) * len(rows))
         return groups[own], advantages[own]
 
@@ -243,23 +246,6 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             self._metrics[mode][name].append(value)
         self._metrics[mode]["num_tokens"] = [self.state.num_input_tokens_seen]
         return rollout.shuffled(parts) if mode == "train" else [rollout]
-
-    def _log_completions(self, prompts: list[str], texts: list[str], rewards: torch.Tensor, advantages: torch.Tensor):
-        """Fill TRL's table of completions, and log what reward functions passed to `log_extra` and `log_metric`."""
-        self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(texts))
-        self._logs["advantages"].extend(advantages.flatten().tolist())
-        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
-            self._logs["rewards"][name].extend(column.tolist())
-        pending = gather_object([(dict(self._pending_extra_logs), dict(self._pending_metrics))])  # of each process
-        for name in dict.fromkeys(name for extra, _ in pending for name in extra):
-            missing = [None] * len(prompts)
-            self._logs["extra"][name].extend(value for extra, _ in pending for value in extra.get(name, missing))
-        for name in dict.fromkeys(name for _, metrics in pending for name in metrics):
-            values = [value for _, metrics in pending for value in metrics.get(name, [])]
-            self._metrics["train" if self.model.training else "eval"][name].append(sum(values) / len(values))
-        self._pending_extra_logs.clear()
-        self._pending_metrics.clear()
 
 
 def any_process(goes_on: bool) -> bool:

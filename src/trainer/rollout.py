@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from accelerate.utils import gather_object
 from trl.trainer.utils import nanstd, pad
 
 from dataset.encode import Batch
@@ -101,6 +102,30 @@ def describe_rollout(
             metrics[f"completions/{name}_{kind}length"] = value
     metrics["completions/clipped_ratio"] = 1 - ended.float().mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def log_completions(trainer, prompts: list[str], texts: list[str], rewards: torch.Tensor, advantages: torch.Tensor):
+    """Fill TRL's table of completions, and log what reward functions passed to `log_extra` and `log_metric`.
+
+    Args:
+        prompts, texts: of this process's B completions.
+        rewards, advantages: (B of all processes, F) and (N of all processes, G).
+    """
+    logs, mode = trainer._logs, "train" if trainer.model.training else "eval"
+    logs["prompt"].extend(gather_object(prompts))
+    logs["completion"].extend(gather_object(texts))
+    logs["advantages"].extend(advantages.flatten().tolist())
+    for name, column in zip(trainer.reward_func_names, rewards.T, strict=True):
+        logs["rewards"][name].extend(column.tolist())
+    pending = gather_object([(dict(trainer._pending_extra_logs), dict(trainer._pending_metrics))])  # of each process
+    for name in dict.fromkeys(name for extra, _ in pending for name in extra):
+        missing = [None] * len(prompts)
+        logs["extra"][name].extend(value for extra, _ in pending for value in extra.get(name, missing))
+    for name in dict.fromkeys(name for _, metrics in pending for name in metrics):
+        values = [value for _, metrics in pending for value in metrics.get(name, [])]
+        trainer._metrics[mode][name].append(sum(values) / len(values))
+    trainer._pending_extra_logs.clear()
+    trainer._pending_metrics.clear()
 
 
 def pad_completions(

@@ -35,6 +35,14 @@ ATTENTION = ("sdpa", "eager")  # the implementations that take an arbitrary mask
 IGNORE = -100  # a label that is not scored
 
 
+def check_attention(implementation: str) -> None:
+    """Raise a `ValueError` for an implementation that takes no arbitrary mask."""
+    if implementation not in ATTENTION:
+        raise ValueError(
+            f"attn_implementation {implementation!r} takes no mask of a shared prompt; use {' or '.join(ATTENTION)}"
+        )
+
+
 @dataclass
 class PackedGroups:
     """N packed rows, and where each of their tokens came from."""

@@ -14,7 +14,7 @@ differ are columns. Leaves out what a result is and what keeps it out of a table
 import re
 import statistics
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from textwrap import dedent
 
@@ -23,7 +23,6 @@ import pandas as pd
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line import ArgumentParser
 from dataset.questions import Benchmark
 from evaluation.collect import SETTINGS, Result, build_tables, differing, join_tables, list_tasks, read_results
 from evaluation.mmau import get_prediction
@@ -222,7 +221,7 @@ def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
 
 
 def parse_args() -> Namespace:
-    parser = ArgumentParser(description="Print the accuracies of evaluated checkpoints.")
+    parser = ArgumentParser(description="Print the accuracies of evaluated checkpoints.", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-i", "--input_dir", nargs="+", help="folder(s) that hold test_*/")
     what.add_argument("--paper", nargs="*", metavar="DIR", help="only the paper's table, filled from these runs: exp/*")

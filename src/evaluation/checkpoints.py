@@ -1,0 +1,218 @@
+"""Checkpoints: where they are, whether they are complete, their fingerprints, loading. Saving: model/checkpoints.py."""
+
+import hashlib
+import json
+import shlex
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, Qwen2AudioForConditionalGeneration
+
+from dataset.prompt import load_style, save_style
+from dataset.rows import hash_file, read_json, write_whole
+from model.checkpoints import PROCESSOR_FILES, complete_checkpoint, keep_base_names
+from model.qwen2_audio import load_processor
+
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+PROCESSOR = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
+FINGERPRINTS = ".fingerprint.json"  # hashes of a checkpoint's files, in its folder (`_hash_files`)
+
+
+class IncompleteCheckpoint(ValueError):
+    """A checkpoint that does not exist, is incomplete or damaged."""
+
+
+def label_of(model: str) -> str:
+    """The name of a model's results: `300` for `.../checkpoint-300`, else the name of the folder or hub model."""
+    return Path(model).resolve().name.removeprefix("checkpoint-")
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: `model` itself, or the download of a hub name in a revision (by default the newest).
+    Raises an `IncompleteCheckpoint` if it is neither."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith(("/", ".")) or model.count("/") != 1:
+        raise IncompleteCheckpoint(f"{model}: no such folder")
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=["*.md", "*.png", "*.mp3", "*.wav"]))
+    except Exception as error:  # the hub's client raises many types
+        raise IncompleteCheckpoint(f"{model}: no folder, and not found on the hub ({type(error).__name__})") from error
+
+
+def check_whole(folder: Path) -> None:
+    """Raise an `IncompleteCheckpoint` that names a missing, truncated or foreign file; reads headers, no tensors."""
+    if (folder / "adapter_config.json").is_file():
+        _read_key(folder, "adapter_config.json", "base_model_name_or_path")
+    elif (found := _read_key(folder, "config.json", "model_type")) != "qwen2_audio":  # transformers only warns
+        raise IncompleteCheckpoint(f"{folder}: holds a model of type {found!r}, not a Qwen2-Audio")
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt"):
+                pass  # the header fits the file's size
+        except (FileNotFoundError, SafetensorError) as error:
+            raise IncompleteCheckpoint(f"{folder}: incomplete, {path.name} is missing or cut off") from error
+    for names in PROCESSOR:
+        if not any((folder / name).is_file() for name in names):
+            raise IncompleteCheckpoint(f"{folder}: incomplete, the processor's {' or '.join(names)} is missing")
+
+
+def _read_key(folder: Path, file: str, key: str, kind: type = str):
+    """A value from one of a checkpoint's JSON files; an `IncompleteCheckpoint` if there is none of this type."""
+    try:
+        if isinstance(value := read_json(folder / file, "save it again")[key], kind):
+            return value
+        raise TypeError(f"{key} is {value!r:.80}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompleteCheckpoint(f"{folder}: {file} is missing, damaged or has no {key} ({error})") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's weights, those listed in its index if there is one. Raises an `IncompleteCheckpoint`
+    if there are none, or only pickles."""
+    for name in WEIGHTS:
+        if (folder / f"{name}.index.json").is_file():
+            shards = _read_key(folder, f"{name}.index.json", "weight_map", dict).values()
+            return [folder / shard for shard in sorted(set(shards))]
+        if (folder / name).is_file():
+            return [folder / name]
+    if pickles := [*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")]:
+        raise IncompleteCheckpoint(f"{pickles[0]}: a pickle may execute code; convert the weights to safetensors")
+    raise IncompleteCheckpoint(f"{folder}: incomplete, it holds no weights")
+
+
+def find_base(adapter: str | Path) -> Path:
+    """The folder of an adapter's base model: the recorded path, a folder of its name beside the adapter, or the hub's.
+    Raises an `IncompleteCheckpoint` if none is recorded, or it is in none of these places."""
+    adapter = Path(adapter)
+    try:
+        name = _read_key(adapter, "adapter_config.json", "base_model_name_or_path")
+        for folder in (Path(name), adapter.resolve().parent / Path(name).name):
+            if (folder / "config.json").is_file():
+                return folder
+        return locate(name, read_json(adapter / "adapter_config.json", "save it again").get("revision"))
+    except IncompleteCheckpoint as error:
+        remedy = (
+            f"src/merge_lora.py --adapter {shlex.quote(str(adapter))} --base FOLDER --out FOLDER merges it with a copy"
+        )
+        raise IncompleteCheckpoint(f"{adapter}: its base model cannot be found ({error}); {remedy}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits that change with any byte of weights, configuration and processor, an adapter's base included.
+    Raises an `IncompleteCheckpoint` if weights or base are missing."""
+    digest = hashlib.sha256()
+    if (folder / "adapter_config.json").is_file():
+        digest.update(fingerprint(find_base(folder)).encode())
+    small = (folder / name for name in ("adapter_config.json", "config.json", *PROCESSOR_FILES))
+    paths = [*weight_files(folder), *filter(Path.is_file, small)]
+    for path, hashed in zip(paths, _hash_files(paths, folder / FINGERPRINTS), strict=True):
+        digest.update(f"{path.name} {hashed} ".encode())
+    return digest.hexdigest()[:16]
+
+
+def _hash_files(paths: list[Path], record: Path) -> list[str]:
+    """SHA-256 of files. The file `record` keeps the hashes by name, size, mtime and ctime, unless it is in the hub's
+    cache or cannot be written. (Copying tools may keep the mtime of a changed file; programs cannot set the ctime.)"""
+    try:
+        known = dict(read_json(record, "delete it"))
+    except (OSError, ValueError, TypeError):
+        known = {}
+
+    def look_up(path: Path) -> tuple[str, str]:
+        state = path.stat()  # before reading: a change meanwhile is noticed the next time
+        key = f"{path.name} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+        return key, known.get(key) or hash_file(path)
+
+    with ThreadPoolExecutor() as threads:
+        hashed = dict(threads.map(look_up, paths))
+    if hashed != known and not record.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+        with suppress(OSError):
+            write_whole(record, json.dumps(hashed, indent=2) + "\n")
+    return list(hashed.values())
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Qwen2AudioForConditionalGeneration:
+    """A checkpoint in evaluation mode; an adapter is merged into its base model. Raises an `IncompleteCheckpoint` if it
+    lacks tensors, has NaN or infinite ones, or cannot be loaded."""
+    if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that are the same in any batch
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    is_adapter = (Path(folder) / "adapter_config.json").is_file()
+    try:
+        model = (load_merged(folder, dtype=dtype) if is_adapter else _load(folder, dtype)).to(device).eval()
+    except IncompleteCheckpoint:
+        raise
+    except Exception as error:  # libraries raise many types on damaged files
+        raise IncompleteCheckpoint(f"{folder}: cannot be loaded ({type(error).__name__}: {error})") from error
+    check_finite(model, folder)
+    return model
+
+
+def _load(folder: str | Path, dtype: str | torch.dtype) -> PreTrainedModel:
+    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, use_safetensors=True
+    )
+    check_complete(info, folder)
+    return model
+
+
+def check_complete(info: dict, folder: str | Path) -> None:
+    """Raise an `IncompleteCheckpoint` if the files lacked tensors, which transformers fills with random numbers; `info`
+    comes from `from_pretrained(..., output_loading_info=True)`."""
+    if missing := sorted(info["missing_keys"]):
+        raise IncompleteCheckpoint(f"{folder}: lacks {len(missing)} tensors, e.g. {missing[0]}; save it again")
+
+
+def check_finite(model: torch.nn.Module, folder: str | Path) -> None:
+    """Raise an `IncompleteCheckpoint` if a loaded model has NaN or infinite weights."""
+    if bad := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+        raise IncompleteCheckpoint(f"{folder}: {bad[0]} has NaN or infinite weights; use an earlier checkpoint")
+
+
+def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """The base model, by default the recorded one in its own dtype, with an adapter checkpoint merged into its weights.
+    Raises an `IncompleteCheckpoint`, `ValueError` or `OSError` if one of both cannot be loaded, or lacks tensors."""
+    folder = find_base(adapter) if base is None else locate(str(base))
+    for part in (folder, Path(adapter)):
+        weight_files(part)  # refuses pickles, which PEFT would load
+    return PeftModel.from_pretrained(_load(folder, dtype), str(adapter)).merge_and_unload()
+
+
+def write_merged(adapter: str | Path, out: Path, base: str | None = None, dtype: str = "auto") -> None:
+    """Write an adapter's full model, its processor and prompt style to a folder; arguments, errors as `load_merged`."""
+    model = load_merged(adapter, base, dtype)
+    keep_base_names(model)
+    model.save_pretrained(out)
+    if style := load_style(adapter):
+        save_style(out, style)
+    complete_checkpoint(out, load_processor(adapter))
+
+
+def full_model(adapter: Path, folder: Path) -> Path:
+    """`folder` with an adapter checkpoint's full model, from which training starts; written unless it is there.
+    Machines with a shared disk may call it at once: each writes a copy, the first one renames its copy to `folder`."""
+    record, weights = folder / "merged_from.json", json.dumps({"weights": fingerprint(adapter)})
+
+    def is_there() -> bool:
+        return record.is_file() and record.read_text(encoding="utf-8") == weights
+
+    if not is_there():
+        shutil.rmtree(folder, ignore_errors=True)  # of another adapter
+        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            write_merged(adapter, partial)
+            (partial / record.name).write_text(weights, encoding="utf-8")
+            partial.rename(folder)
+        except OSError:
+            if not is_there():  # else another machine has been faster
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
