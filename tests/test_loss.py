@@ -13,10 +13,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from dataset.encode import Batch
-try:
-    from run.vllm import correct
-except ImportError:
-    correct = None
+from run.vllm import correct
 from trainer.loss import LOSSES, NOT_IMPLEMENTED, check_loss, groups_with_gradient, grpo_loss, token_weights
 from trainer.rollout import Rollout, group_advantages
 
