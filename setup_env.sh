@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 # Libraries print their errors, without notices of what is deprecated and without progress bars.
 export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY-error}"
 export PYTHONWARNINGS="${PYTHONWARNINGS-ignore::FutureWarning,ignore::DeprecationWarning}"
-export HF_DATASETS_DISABLE_PROGRESS_BARS=1
+export HF_DATASETS_DISABLE_PROGRESS_BARS=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 export TOKENIZERS_PARALLELISM=false # its threads do not survive a fork
 
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then

@@ -1,6 +1,6 @@
 """How far the fast way is from the slow one on this machine's device, in figures.
 
-    python benchmarks/correctness.py --json correctness.json     prints ok or FAILED for each check; exits 1 if one failed
+    python benchmarks/correctness.py --json checks.json      prints ok or FAILED for each check; exits 1 if one failed
 
 The shared prompt against row by row (`tests/row_by_row.py`), log-probs and gradients in float32; in bfloat16 both
 against float32. TRL's fused head against plain logits. Greedy rollouts, by each engine that is installed, against

@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import uuid
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from scipy.signal import resample_poly
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from command_line import ArgumentParser, at_least
+from utils.flags import at_least
 
 SAMPLE_RATE = 16_000  # Hz; only the shifted clips need resampling
 SHIFTED_RATES = (11_025, 22_050, 32_000, 44_100, 48_000)  # Hz; at 8000 a clock's ticks would be gone
@@ -400,7 +401,7 @@ def make_demo(
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Synthesise the demo's clips and question files.")
+    parser = ArgumentParser(description="Synthesise the demo's clips and question files.", allow_abbrev=False)
     parser.add_argument("--out", default="data/demo", help="folder to write (replaced if it holds demo data)")
     parser.add_argument("--seed", type=at_least(0), default=1, help="decides every clip and question")
     parser.add_argument("--warm_start", type=at_least(1), default=384, help="questions for the supervised warm start")

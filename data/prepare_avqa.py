@@ -13,7 +13,7 @@ of a file longer than the clip, [START, START + 10 s] is taken.
 
 With --download, yt-dlp fetches the sound of what is missing, one video at a time; videos that are gone are recorded in
 DIR/gone.jsonl and not asked for again. Everything can be stopped and started again. Leaves out what only a model's
-processor can tell, such as the prompt's length: `src/dataset/check.py` does that.
+processor can tell, such as the prompt's length: `src/run/check.py` does that.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -39,13 +39,13 @@ import av
 import numpy as np
 import soundfile
 
-from command_line import ArgumentParser, at_least
 from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound, resample
 from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
 from dataset.progress import progress
 from dataset.prompt import DEFAULT_STYLE
 from dataset.rows import DataError, read_json, read_records, write_whole
+from utils.flags import at_least
 
 CLIP_SECONDS = 10
 SLACK_SECONDS = 1.0  # files a little longer than the clip are the clip: real ones last 10.008 s
@@ -194,6 +194,8 @@ def extract(path: str, start: int, channels: str = "first") -> np.ndarray:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be decoded ({error}); fetch it again", "clip cannot be decoded") from error
+    if not np.isfinite(mono).all():
+        raise DataError(f"{path}: holds NaN or infinite samples; fetch it again", "clip with NaN or infinite samples")
     expected = min(seconds - begin, CLIP_SECONDS)
     if len(mono) < (expected - CUT_SECONDS) * rate or len(mono) < MIN_SECONDS * rate:
         message = f"{path}: was cut off, {len(mono) / rate:.2f} s of {expected:.2f} s are there; fetch it again"
@@ -441,7 +443,7 @@ def _relative(path: str, out: Path) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(description="Turn AVQA's annotations and clips into the training file.")
+    parser = ArgumentParser(description="Turn AVQA's annotations and clips into the training file.", allow_abbrev=False)
     add = parser.add_argument
     add("--annotations", required=True, help="AVQA's train_qa.json or val_qa.json")
     add("--media", required=True, help="folder with wavs or videos, searched with its folders")

@@ -9,7 +9,7 @@
 
 Which release it is, the questions tell; --release says it where they cannot, as for the full test's 9000 questions.
 Clips are written byte for byte, whatever their names claim. What is there already is not written again, so it can be
-stopped and started again. Leaves out decoding: `src/dataset/check.py --deep` does that.
+stopped and started again. Leaves out decoding: `src/run/check.py --deep` does that.
 """
 
 import json
@@ -17,7 +17,7 @@ import re
 import sys
 import tarfile
 import zlib
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from datasets import Audio, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from command_line import ArgumentParser
 from dataset.progress import progress
 from dataset.questions import ORIGINAL, REVISED, UNKNOWN, recognise_release, to_benchmark
 from dataset.rows import first_problems, read_records, write_whole
@@ -228,7 +227,7 @@ def prepare(args: Namespace) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(description="Lay out MMAU for evaluation.")
+    parser = ArgumentParser(description="Lay out MMAU for evaluation.", allow_abbrev=False)
     add = parser.add_argument
     add("--json", help="mmau-test-mini.json (or the full test's) of the repository; default: the one in --out")
     add("--audio", nargs="+", default=[], help="its tar files, or folders of clips")

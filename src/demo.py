@@ -8,16 +8,16 @@ run through `train.py` and `train_sft.py`, the table through `test_mmau.py` and 
 
 import shutil
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from statistics import fmean
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from command_line import ArgumentParser, at_least
 from dataset.dataset import load_train_dataset
 from model.tiny import build_demo_model, build_processor
-from quiet import silence_libraries
 from trainer.sft_trainer import AudioSFTTrainer
+from utils.flags import at_least
 
 UNTRAINED, WARM_START, SFT = "untrained", "warm_start", "sft"  # folders below the demo's output
 SMOOTHED = 5  # steps over which the loss is averaged
@@ -84,7 +84,7 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
 
 
 def main() -> None:
-    parser = ArgumentParser(description="The demo's model and its warm start.")
+    parser = ArgumentParser(description="The demo's model and its warm start.", allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="what data/make_demo.py wrote")
     parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="for the models")
     parser.add_argument("--seed", type=at_least(0), default=1, help="decides weights and order")
@@ -92,7 +92,6 @@ def main() -> None:
     # 0.4 is the right shape and a random word, 0 a finished model
     parser.add_argument("--target_loss", type=float, default=0.25, help="end it at this loss")
     args = parser.parse_args()
-    silence_libraries()
     try:
         prepare(**vars(args))
     except (ValueError, FileNotFoundError) as error:

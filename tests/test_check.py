@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,20 @@ import soundfile
 from transformers import AutoProcessor
 
 from conftest import QUESTION, ROOT, write_tone
-from dataset import check as check_module
-from dataset.audio import examine_clip
-from dataset.check import Rules, examine_evaluation_file, examine_training_file, is_training_file, main
 from dataset.dataset import load_train_dataset
+from dataset.rows import Row
+from run import check as check_module
+from run.check import (
+    Examined,
+    Rules,
+    examine_clip,
+    examine_evaluation_file,
+    examine_training_file,
+    is_training_file,
+    main,
+)
 from running import run
+from utils.flags import at_least
 
 GOOD = QUESTION | {"id": 1, "answer": 1, "audio_path": "good.wav"}
 ITEM = {
@@ -56,47 +66,44 @@ def without(row: dict, key: str) -> dict:
 
 KEYS = ("question_text", "multi_choice", "answer", "dataset_name", "audio_path")
 BAD_ROWS = [
-    ("", "blank line", "remove it"),
-    (" \t", "blank line", "remove it"),
-    ("{not json", "not JSON", "one whole JSON object per line"),
-    ("1" * 5000, "not JSON", "one whole JSON object per line"),
-    ("[" * 100_000, "not JSON", "one whole JSON object per line"),
-    ("[1, 2]", "not a JSON object", "a JSON list"),
-    ("null", "not a JSON object", "a JSON NoneType"),
-    (json.dumps(GOOD).encode("utf-16"), "not UTF-8", "save the file as UTF-8"),
-    (b'{"question_text": "caf\xe9"}', "not UTF-8", "save the file as UTF-8"),
-    *((without(GOOD, key), f"`{key}` missing", "data/README.md shows the format") for key in KEYS),
-    *((GOOD | {key: None}, f"`{key}` null", "data/README.md shows the format") for key in KEYS),
-    *(
-        (GOOD | {key: ["no text"] if key != "multi_choice" else 5}, f"`{key}` of the wrong type", "it must be")
-        for key in KEYS
-    ),
-    (GOOD | {"answer": 3}, "`answer` out of range", "the 3 choices are numbered from 0"),
-    (GOOD | {"answer": -1}, "`answer` out of range", "`answer` is -1"),
-    (GOOD | {"answer": "1"}, "`answer` of the wrong type", "of type str"),
-    (GOOD | {"answer": 1.0}, "`answer` of the wrong type", "of type float"),
-    (GOOD | {"answer": True}, "`answer` of the wrong type", "of type bool"),
-    (GOOD | {"multi_choice": []}, "`answer` out of range", "the 0 choices"),
-    (GOOD | {"multi_choice": "dog"}, "`multi_choice` of the wrong type", "of type str"),
-    (GOOD | {"multi_choice": {"0": "dog"}}, "`multi_choice` of the wrong type", "of type dict"),
-    (GOOD | {"multi_choice": ["dog"], "answer": 0}, "fewer than two choices", "has 1 entries"),
-    (GOOD | {"multi_choice": ["dog", 5]}, "choice is no text", "holds 5"),
-    (GOOD | {"multi_choice": ["dog", None]}, "choice is no text", "holds None"),
-    (GOOD | {"multi_choice": ["dog", ["cat"]]}, "choice is no text", "every choice must be a text"),
-    (GOOD | {"multi_choice": ["dog", "\ud800"]}, "broken text", "half a surrogate pair"),
-    (GOOD | {"question_text": ""}, "question empty", "remove the row"),
-    (GOOD | {"question_text": " \n"}, "question empty", "remove the row"),
-    (GOOD | {"question_text": "a \udfff"}, "broken text", "half a surrogate pair"),
-    (GOOD | {"audio_path": ""}, "`audio_path` empty", "is empty"),
+    ("", "blank line"),
+    (" \t", "blank line"),
+    ("{not json", "not JSON"),
+    ("1" * 5000, "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("[1, 2]", "not a JSON object"),
+    ("null", "not a JSON object"),
+    (json.dumps(GOOD).encode("utf-16"), "not UTF-8"),
+    (b'{"question_text": "caf\xe9"}', "not UTF-8"),
+    *((without(GOOD, key), f"`{key}` missing") for key in KEYS),
+    *((GOOD | {key: None}, f"`{key}` null") for key in KEYS),
+    *((GOOD | {key: ["no text"] if key != "multi_choice" else 5}, f"`{key}` of the wrong type") for key in KEYS),
+    (GOOD | {"answer": 3}, "`answer` out of range"),
+    (GOOD | {"answer": -1}, "`answer` out of range"),
+    (GOOD | {"answer": "1"}, "`answer` of the wrong type"),
+    (GOOD | {"answer": 1.0}, "`answer` of the wrong type"),
+    (GOOD | {"answer": True}, "`answer` of the wrong type"),
+    (GOOD | {"multi_choice": []}, "`answer` out of range"),
+    (GOOD | {"multi_choice": "dog"}, "`multi_choice` of the wrong type"),
+    (GOOD | {"multi_choice": {"0": "dog"}}, "`multi_choice` of the wrong type"),
+    (GOOD | {"multi_choice": ["dog"], "answer": 0}, "fewer than two choices"),
+    (GOOD | {"multi_choice": ["dog", 5]}, "choice is no text"),
+    (GOOD | {"multi_choice": ["dog", None]}, "choice is no text"),
+    (GOOD | {"multi_choice": ["dog", ["cat"]]}, "choice is no text"),
+    (GOOD | {"multi_choice": ["dog", "\ud800"]}, "broken text"),
+    (GOOD | {"question_text": ""}, "question empty"),
+    (GOOD | {"question_text": " \n"}, "question empty"),
+    (GOOD | {"question_text": "a \udfff"}, "broken text"),
+    (GOOD | {"audio_path": ""}, "`audio_path` empty"),
 ]
 
 
-@pytest.mark.parametrize(("row", "reason", "message"), BAD_ROWS)
-def test_a_bad_row_is_dropped_and_named(folder, row, reason, message):
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
+def test_a_bad_row_is_dropped_and_named(folder, row, reason):
     path = write(folder, GOOD, row, GOOD)
     examination = examine_training_file(path)
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
-    assert examination.shown[0].startswith(f"{path}, line 2: ") and message in examination.shown[0]
+    assert examination.shown[0].startswith(f"{path}, line 2: ")
     assert reason in examination.table() and "3 rows, 2 usable, 1 dropped (33.3%)" in examination.table()
     assert load_train_dataset(path, skip=set(examination.dropped))["row"][:] == [1, 3]
 
@@ -105,13 +112,6 @@ def test_a_byte_order_mark_does_no_harm(folder):
     marked = b"\xef\xbb\xbf" + json.dumps(GOOD).encode()
     path = write(folder, marked, GOOD, marked)  # as of files put together
     assert is_training_file(path) and examine_training_file(path).usable == len(load_train_dataset(path)) == 3
-
-
-def test_a_line_without_end_is_not_read_into_memory(folder, monkeypatch):
-    monkeypatch.setattr("dataset.rows.MAX_LINE", 1000)
-    path = write(folder, GOOD, "x" * 5000, GOOD, json.dumps(GOOD) + " " * 3000, GOOD)
-    examination = examine_training_file(path)
-    assert list(examination.dropped) == [2, 4] and examination.reasons == {"line too long": 2}
 
 
 def cut(path: Path, share: float = 0.5) -> None:
@@ -172,51 +172,48 @@ def make_bad_clip(name: str, path: Path) -> None:
 
 
 BAD_CLIPS = [
-    ("missing", "clip missing", "no such audio file"),
-    ("broken link", "clip missing", "no such audio file"),
-    ("folder", "clip is a folder", "is a folder"),
-    ("empty file", "clip is an empty file", "an empty file"),
-    ("text", "clip is no audio file", "not an audio file that libsndfile can read"),
-    ("pipe", "clip is no audio file", "a device or pipe"),
-    ("symlink loop", "clip is a symlink loop", "lead in a circle"),
-    ("cut wav", "clip cut off", "cut off, 2.50 s of 5.00 s are there"),
-    ("cut float wav", "clip cut off", "cut off, 2.50 s of 5.00 s are there"),
-    ("cut flac", "clip cut off", "cut off before the end of its 5.00 s"),
-    ("cut mp3", "clip cut off", "cut off before the end of its 5.0"),
-    ("wav cut in its header", "clip is no audio file", "not an audio file"),
-    ("wav cut after its header", "clip cut off", "cut off, 0.00 s of 1.00 s are there"),
-    ("zero samples", "clip without samples", "holds no samples"),
-    ("too short", "clip too short", "lasts 0.099 s, under the 0.1 s needed"),
-    ("too long", "clip too long", "lasts 30.01 s, the model hears 30 s"),
+    ("missing", "clip missing"),
+    ("broken link", "clip missing"),
+    ("symlink loop", "clip missing"),
+    ("folder", "clip is no audio file"),
+    ("empty file", "clip is no audio file"),
+    ("text", "clip is no audio file"),
+    ("pipe", "clip is no audio file"),
+    ("cut wav", "clip cut off"),
+    ("cut float wav", "clip cut off"),
+    ("cut flac", "clip cut off"),
+    ("cut mp3", "clip cut off"),
+    ("damaged flac", "clip cut off"),
+    ("wav cut in its header", "clip is no audio file"),
+    ("wav cut after its header", "clip cut off"),
+    ("zero samples", "clip without samples"),
+    ("too short", "clip too short"),
+    ("too long", "clip too long"),
 ]
 BAD_SAMPLES = [
-    ("nan", "clip with NaN or infinite samples", "NaN or infinite"),
-    ("infinite", "clip with NaN or infinite samples", "NaN or infinite"),
-    ("zeros", "clip silent", "every sample is zero"),
-    ("first channel silent", "clip silent", "every sample is zero"),
-    ("damaged flac", "clip damaged", "breaks off or is damaged"),
+    ("nan", "clip with NaN or infinite samples"),
+    ("infinite", "clip with NaN or infinite samples"),
+    ("zeros", "clip silent"),
+    ("first channel silent", "clip silent"),
 ]
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["headers", "deep"])
-@pytest.mark.parametrize(("name", "reason", "message"), BAD_CLIPS)
-def test_a_bad_clip_is_dropped_and_named(folder, name, reason, message, deep):
+@pytest.mark.parametrize(("name", "reason"), BAD_CLIPS)
+def test_a_bad_clip_is_dropped_and_named(folder, name, reason, deep):
     make_bad_clip(name, folder / "bad.wav")
     path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
     examination = examine_training_file(path, Rules(deep=deep))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
-    assert (
-        examination.shown[0].startswith(f"{path}, line 2: {folder / 'bad.wav'}: ") and message in examination.shown[0]
-    )
+    assert examination.shown[0].startswith(f"{path}, line 2: {folder / 'bad.wav'}: ")
 
 
-@pytest.mark.parametrize(("name", "reason", "message"), BAD_SAMPLES)
-def test_bad_samples_are_found_by_decoding(folder, name, reason, message):
+@pytest.mark.parametrize(("name", "reason"), BAD_SAMPLES)
+def test_bad_samples_are_found_by_decoding(folder, name, reason):
     make_bad_clip(name, folder / "bad.wav")
     path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
     examination = examine_training_file(path, Rules(deep=True))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
-    assert message in examination.shown[0]
     if name == "first channel silent":
         assert not examine_training_file(path, Rules(deep=True, channels="mean")).dropped
 
@@ -266,7 +263,7 @@ def test_what_is_fine_simply_works(folder, deep):
     examination = examine_training_file(path, Rules(deep=deep))
     assert not examination.dropped and not examination.notes, examination.table()
     assert load_train_dataset(path)["audio_path"][:] == [str(folder / name) for name in names]
-    assert (examination.shortest, examination.longest) == (0.1, 30.0)
+    assert examination.longest == 30.0
 
 
 def test_a_file_handle_is_not_left_open(folder):
@@ -276,7 +273,7 @@ def test_a_file_handle_is_not_left_open(folder):
     before = len(os.listdir("/dev/fd"))
     for _ in range(20):
         for name in ("good.wav", "text.wav", "cut.wav"):
-            examine_clip(folder / name, deep=True)
+            examine_clip(Examined(Row(1, b""), audio_path=str(folder / name)), Rules(deep=True))
     assert len(os.listdir("/dev/fd")) == before
 
 
@@ -293,7 +290,7 @@ def test_what_is_kept_but_worth_knowing(folder):
     examination = examine_training_file(path, Rules(deep=True))
     assert not examination.dropped and examination.usable == 4
     overdriven = "clip overdriven (over 1% of its samples at full scale)"
-    assert examination.notes == {"choices with duplicates": 1, "id repeated": 1, overdriven: 1}
+    assert examination.notes == {"choices with duplicates": 1, overdriven: 1}
     assert "choices with duplicates" in examination.table() and "line 2" in examination.table()
 
 
@@ -325,18 +322,18 @@ def test_dropped_rows_are_written(folder):
 def test_too_many_dropped_rows_stop_the_run(folder):
     examination = examine_training_file(write(folder, *[GOOD] * 9, ""))
     examination.check_share(0.1)
-    with pytest.raises(ValueError, match=r"(?s)more than 5% of the rows are unusable.*blank line.*line 10"):
+    with pytest.raises(ValueError, match=r"(?s)--max_dropped 0.05.*blank line.*line 10"):
         examination.check_share(0.05)
-    with pytest.raises(ValueError, match=r"(?s)no usable row is left.*blank line"):
+    with pytest.raises(ValueError, match=r"(?s)blank line.*line 1"):
         examine_training_file(write(folder, "")).check_share(1.0)
 
 
 def test_no_file_and_no_rows(folder):
-    with pytest.raises(FileNotFoundError, match="no such data file"):
+    with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         examine_training_file(folder / "gone.jsonl")
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="train.jsonl"):
         examine_training_file(write(folder))
-    with pytest.raises(ValueError, match="unknown prompt style"):
+    with pytest.raises(ValueError, match="loud"):
         examine_training_file(write(folder, GOOD), Rules("loud"))
 
 
@@ -348,10 +345,8 @@ def test_prompt_length_special_tokens_and_window_are_the_models(folder, small_mo
     rows += [GOOD | {"question_text": "What " * 200}]
     examination = examine_training_file(write(folder, *rows), Rules(processor=processor, max_prompt_length=150))
     assert list(examination.dropped) == [2, 3, 4]
-    for message, wanted in zip(
-        examination.shown, (f"the special token {token}", "hears 2 s", "over max_prompt_length 150"), strict=True
-    ):
-        assert wanted in message
+    assert set(examination.reasons) == {"special token in the question", "clip too long", "prompt too long"}
+    assert token in examination.shown[0] and "max_prompt_length 150" in examination.shown[2]
     tokens, where = examination.longest_prompt
     assert where == "line 1"
     longer = examine_training_file(write(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens))
@@ -370,33 +365,33 @@ def write_items(folder: Path, *items) -> Path:
 
 
 BAD_ITEMS = [
-    (5, "not a JSON object", "a JSON int"),
-    (without(ITEM, "question"), "`question` missing", "data/README.md"),
-    (ITEM | {"question": ""}, "`question` empty", "data/README.md"),
-    (ITEM | {"question": " "}, "question empty", "remove the row"),
-    (ITEM | {"choices": "ab"}, "`choices` of the wrong type", "data/README.md"),
-    (ITEM | {"choices": []}, "`choices` empty", "data/README.md"),
-    (ITEM | {"choices": ["b"]}, "fewer than two choices", "1 entries"),
-    (ITEM | {"choices": ["b", 5]}, "choice is no text", "holds 5"),
-    (ITEM | {"answer": "c"}, "`answer` not among the choices", "`answer` is 'c'"),
-    (ITEM | {"answer": 1}, "`answer` not among the choices", "`answer` is 1"),
-    (ITEM | {"answer": ""}, "`answer` not among the choices", "`answer` is ''"),
-    (without(ITEM, "audio_id"), "`audio_id` missing", "data/README.md"),
-    (ITEM | {"audio_id": 5}, "`audio_id` of the wrong type", "data/README.md"),
-    (ITEM | {"audio_id": "gone.wav"}, "clip missing", "no such audio file"),
-    (ITEM | {"audio_id": "../good.wav"}, "clip outside the data folder", "leads out of the data folder"),
-    (ITEM | {"audio_id": "clips/../../good.wav"}, "clip outside the data folder", "leads out"),
-    (ITEM | {"audio_id": "/etc/hostname"}, "clip outside the data folder", "leads out"),
-    (ITEM | {"id": "first"}, "id repeated", "the id first is that of row 1 too"),
+    (5, "not a JSON object"),
+    (without(ITEM, "question"), "`question` missing"),
+    (ITEM | {"question": ""}, "`question` empty"),
+    (ITEM | {"question": " "}, "question empty"),
+    (ITEM | {"choices": "ab"}, "`choices` of the wrong type"),
+    (ITEM | {"choices": []}, "`choices` empty"),
+    (ITEM | {"choices": ["b"]}, "fewer than two choices"),
+    (ITEM | {"choices": ["b", 5]}, "choice is no text"),
+    (ITEM | {"answer": "c"}, "`answer` not among the choices"),
+    (ITEM | {"answer": 1}, "`answer` not among the choices"),
+    (ITEM | {"answer": ""}, "`answer` not among the choices"),
+    (without(ITEM, "audio_id"), "`audio_id` missing"),
+    (ITEM | {"audio_id": 5}, "`audio_id` of the wrong type"),
+    (ITEM | {"audio_id": "gone.wav"}, "clip missing"),
+    (ITEM | {"audio_id": "../good.wav"}, "clip outside the data folder"),
+    (ITEM | {"audio_id": "clips/../../good.wav"}, "clip outside the data folder"),
+    (ITEM | {"audio_id": "/etc/hostname"}, "clip outside the data folder"),
+    (ITEM | {"id": "first"}, "id repeated"),
 ]
 
 
-@pytest.mark.parametrize(("item", "reason", "message"), BAD_ITEMS)
-def test_a_bad_evaluation_row_is_named_with_its_number(folder, item, reason, message):
+@pytest.mark.parametrize(("item", "reason"), BAD_ITEMS)
+def test_a_bad_evaluation_row_is_named_with_its_number(folder, item, reason):
     path = write_items(folder, ITEM | {"id": "first"}, item, ITEM | {"id": "third"})
     examination = examine_evaluation_file(path)
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
-    assert examination.shown[0].startswith(f"{path}, row 2: ") and message in examination.shown[0]
+    assert examination.shown[0].startswith(f"{path}, row 2: ")
 
 
 def test_good_evaluation_rows(folder):
@@ -422,13 +417,13 @@ def test_good_evaluation_rows(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"id": 1},\n{"id" 2}]', "line 2: not JSON"),
-        (b'[{"id": 1}\n{"id": 2}]', "line 2: not JSON"),
-        (b'[{"id": 1},\n]', "line 2: not JSON"),
-        (b'[{"id": 1}', "line 1: not JSON"),
-        (b"[]\n x", "line 2: not JSON"),
-        (b"[]", "holds no rows"),
-        (b'[\n\n"caf\xe9"]', "line 3: not UTF-8"),
+        (b'[{"id": 1},\n{"id" 2}]', "not JSON .*line 2"),
+        (b'[{"id": 1}\n{"id": 2}]', "not JSON .*line 2"),
+        (b'[{"id": 1},\n]', "not JSON .*line 2"),
+        (b'[{"id": 1}', "not JSON .*line 1"),
+        (b"[]\n x", "not JSON .*line 2"),
+        (b"[]", "items.json"),
+        (b'[\n\n"caf\xe9"]', "not UTF-8 .*position 7"),
         (b"[" * 100_000, "not JSON"),
     ],
 )
@@ -471,7 +466,7 @@ def test_kinds_of_files(folder, tmp_path):
     assert not is_training_file(write(folder, json.dumps(ITEM)))
     path = tmp_path / "train_qa.json"
     path.write_text(json.dumps([without(GOOD, "audio_path")], indent=1))
-    with pytest.raises(ValueError, match=r"train_qa.json: AVQA's own annotations; data/prepare_avqa.py"):
+    with pytest.raises(ValueError, match="train_qa.json"):
         is_training_file(path)
 
 
@@ -479,7 +474,7 @@ def test_kinds_of_files(folder, tmp_path):
 
 
 def check(*arguments, **settings):
-    return run("python", "src/dataset/check.py", *arguments, check=False, **settings)
+    return run("python", "src/run/check.py", *arguments, check=False, **settings)
 
 
 @pytest.mark.slow
@@ -492,40 +487,48 @@ def test_the_command(preloaded, folder, small_model, capsys):
         "--deep",
         "--workers",
         2,
-        "--keep_file",
-        folder / "kept.jsonl",
         PRELOADED=preloaded,
     )
     assert process.returncode == 1
-    assert f"{path}, line 2: {folder / 'gone.wav'}: no such audio file" in process.stdout
+    assert f"{path}, line 2: {folder / 'gone.wav'}: " in process.stdout
     assert "3 rows, 2 usable, 1 dropped" in process.stdout and "longest prompt" in process.stdout
-    assert (folder / "kept.jsonl").read_bytes() == write(folder, GOOD, GOOD).read_bytes()
-    assert main([str(folder / "kept.jsonl"), "--model_path", "none"]) == 0
+    assert main([str(write(folder, GOOD, GOOD)), "--model_path", "none"]) == 0
     assert "2 usable, 0 dropped" in capsys.readouterr().out
 
 
 def test_what_the_command_refuses(folder, capsys):
     path = str(write(folder, GOOD))
-    for arguments, message in (
-        (["gone.jsonl"], "no such data file"),
-        ([path, "--model_path", str(folder)], "no processor can be loaded from it"),
-        ([path, "--model_path", "none", "--keep_file", path], "choose another name there"),
-        (
-            [path, "--model_path", "none", "--keep_file", str(folder / "clips" / "kept.jsonl")],
-            "choose another name there",
-        ),
-    ):
+    for arguments, name in ((["gone.jsonl"], "gone.jsonl"), ([path, "--model_path", str(folder)], "--model_path")):
         assert main(arguments) == 2
-        assert message in capsys.readouterr().err
+        assert name in capsys.readouterr().err
+    for arguments in ([path, "--workers", "0"], [path, "--dee"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
 
 
-def test_without_the_model_the_rest_is_checked(folder, capsys, monkeypatch):
-    monkeypatch.setattr("dataset.check.MODEL", "nobody/has-this-model")
+def test_whole_numbers_have_a_bound():
+    parse = at_least(1)
+    assert parse("1") == 1 and at_least(-2)("-2") == -2
+    for word in ("0", "-3", "1.5", "x", ""):
+        with pytest.raises(ArgumentTypeError, match="1"):
+            parse(word)
+
+
+def test_without_the_model_the_rest_is_checked_and_no_network_is_used(folder, capsys, monkeypatch):
+    from transformers import AutoProcessor
+
+    asked = []
+    load = AutoProcessor.from_pretrained
+
+    def from_pretrained(name, **settings):
+        asked.append(settings["local_files_only"])
+        return load("nobody/has-this-model", **settings)
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
     rows = [GOOD] * 10 + [GOOD | {"answer": 9}] * 25
-    assert main([str(write(folder, *rows))]) == 1
+    assert main([str(write(folder, *rows))]) == 1 and asked == [True]
     out, err = capsys.readouterr()
-    assert "prompt lengths are not checked" in err
-    assert "line 30: `answer` is 9" in out and "... and 5 more (--dropped_file writes all)" in out
+    assert "--model_path" in err and "line 30: " in out and "line 31: " not in out and "--dropped_file" in out
 
 
 # Size
@@ -534,7 +537,7 @@ MANY = """
 import json, re, sys, time
 from pathlib import Path
 sys.path.insert(0, "src")
-from dataset.check import Rules, examine_training_file
+from run.check import Rules, examine_training_file
 from dataset.dataset import load_train_dataset
 folder, rows = Path(sys.argv[1]), int(sys.argv[2])
 with open(folder / "many.jsonl", "w") as file:
@@ -616,7 +619,7 @@ def test_the_readmes_commands_parse():
     parsers = {
         "data/prepare_avqa.py": prepare_avqa,
         "data/prepare_mmau.py": prepare_mmau,
-        "src/dataset/check.py": check_module,
+        "src/run/check.py": check_module,
     }
     lines = (ROOT / "data" / "README.md").read_text().splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]

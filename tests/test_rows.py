@@ -4,12 +4,10 @@ import json
 
 import pytest
 
-from dataset import rows
 from dataset.rows import (
     DataError,
     first_problems,
     get_field,
-    is_deeper,
     open_whole,
     read_json,
     read_lines,
@@ -34,28 +32,27 @@ def test_a_list_and_lines_are_the_same_rows(tmp_path, mark):
     assert [row.parse() for row in read_lines(path)] == RECORDS
 
 
-def test_blank_lines_are_passed_over_by_who_wants_records_only(tmp_path):
+def test_records_skip_blank_lines(tmp_path):
     path = tmp_path / "rows"
     path.write_text(LINES.replace("\n", "\n\n"), encoding="utf-8")
     assert read_records(path) == RECORDS
-    with pytest.raises(DataError, match="blank line"):
+    with pytest.raises(DataError) as error:
         list(read_rows(path))[1].parse()
+    assert error.value.reason == "blank line"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"id": 1},\n{"id" 2}]', "line 2: not JSON .*; a list or one object per line"),
-        (b'[{"id": 1}\n{"id": 2}]', "line 2: not JSON"),
-        (b"[]\n x", "line 2: not JSON"),
-        (b'[\n\n"caf\xe9"]', "line 3: not UTF-8 .*; save the file as UTF-8"),
+        (b'[{"id": 1},\n{"id" 2}]', "not JSON .*line 2"),
+        (b'[{"id": 1}\n{"id": 2}]', "not JSON .*line 2"),
+        (b"[]\n x", "not JSON .*line 2"),
+        (b'[\n\n"caf\xe9"]', "not UTF-8 .*position 7"),
         (b"[" * 100_000, ": not JSON"),
-        (b"[" * 900 + b"]" * 900, ": lists or objects more than 50 deep"),
-        (b'[{"id": ' + b"[" * 50 + b"]" * 50 + b"}]", ": lists or objects more than 50 deep"),
-        (b'{"id": 1}\n{"id": ' + b"[" * 50 + b"]" * 50 + b"}", "line 2: lists or objects more than 50 deep"),
         (b'{"id": 1}\n{"id": ' + b'{"a":' * 100_000, "line 2: not JSON"),
+        (b'{"id": 1}\n{"id": "\\ud800"}', "line 2: "),
         (b'{"id": 1}\n{"id": ' + b"1" * 5000 + b"}", "line 2: not JSON"),
-        (b'[{"id": 1}, 5]', "row 2: a JSON int, not an object"),
+        (b'[{"id": 1}, 5]', "row 2: a JSON int"),
         (b'{"id": 1}\n{"id"', "line 2: not JSON"),
         (b'{"id": 1}\n\n\xe9', "line 3: not UTF-8"),
     ],
@@ -67,21 +64,6 @@ def test_what_is_broken_is_named_with_its_file_and_place(tmp_path, content, mess
         read_records(path)
 
 
-def test_what_is_no_deeper_than_allowed_is_read(tmp_path):
-    path = tmp_path / "rows"
-    deep = {"id": json.loads("[" * 49 + "]" * 49), "more": {"a": [1, {"b": 2}]}}
-    path.write_text(json.dumps(deep) + "\n")
-    assert read_records(path) == [deep]
-    assert not is_deeper(5, 0) and is_deeper([], 0) and not is_deeper({"a": [1]}, 2) and is_deeper({"a": [1]}, 1)
-
-
-def test_a_file_that_is_read_as_a_whole_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_FILE", 10)
-    (tmp_path / "large.json").write_text("[1, 2, 3, 4]")
-    with pytest.raises(ValueError, match="large.json: more than .*; split it"):
-        read_json(tmp_path / "large.json", "split it")
-
-
 def test_no_file(tmp_path):
     for read in (read_records, lambda path: read_json(path, "")):
         with pytest.raises(FileNotFoundError):
@@ -89,7 +71,7 @@ def test_no_file(tmp_path):
 
 
 def test_fields():
-    record = {"text": "a", "empty": "", "null": None, "flag": True, "list": ["a", 5], "half": ["\ud800"]}
+    record = {"text": "a", "empty": "", "null": None, "flag": True, "list": ["a", 5]}
     assert get_field(record, "text", str) == "a" and get_field(record, "list", list) == ["a", 5]
     assert get_field(record, "empty", str) == ""
     for key, kind, reason in (
@@ -98,7 +80,6 @@ def test_fields():
         ("none", str, "`none` missing"),
         ("flag", int, "`flag` of the wrong type"),
         ("text", list, "`text` of the wrong type"),
-        ("half", list, "broken text"),
     ):
         with pytest.raises(DataError) as error:
             get_field(record, key, kind, filled=True)

@@ -1,15 +1,13 @@
 """JSONL rows in AVQA's training format -> `datasets.Dataset`. Nothing here opens or decodes audio.
 
-One line of the file, as the paper's repository has it (keys beyond these are ignored):
+One line of the file, as in the paper's repository (other keys are ignored):
 
     {"question_text": "What happened in the video?", "multi_choice": ["motorboat", "Yacht consignment"], "answer": 1,
      "dataset_name": "AVQA", "audio_path": "wavs/-HG3Omg_89c_30.wav"}
 
-Two degrees of strictness share their rules: `load_train_dataset` takes whatever a prompt can be made of, as the
-original did; `check_choices` says what else a row should not be, for `check.py`, which drops such rows.
-
+`load_train_dataset` accepts every row that gives a prompt, as the original did; `check_choices` applies stricter rules.
 The columns are plain text and numbers: `datasets` would fill the keys of mixed message parts with None, and the chat
-template would then miscount the audio, so messages are built late, by `prompt.build_messages`.
+template would then miscount the audio, so `prompt.build_messages` makes the messages later.
 """
 
 import hashlib
@@ -26,7 +24,7 @@ from .prompt import DEFAULT_STYLE, build_question, build_solution, get_style
 from .rows import DataError, get_field, read_lines
 
 NO_ROWS = "holds no rows; data/README.md shows the format"
-ROWS_PER_CHUNK = 10_000  # bounds the Python objects alive at once; the columns themselves are Arrow's, on disk
+ROWS_PER_CHUNK = 10_000  # held as Python objects at a time; the columns are Arrow's, on disk
 
 SCHEMA = pa.schema(
     [
@@ -40,15 +38,10 @@ SCHEMA = pa.schema(
 
 
 def load_train_dataset(data_file: str | Path, style: str = DEFAULT_STYLE, skip: Container[int] = ()) -> Dataset:
-    """Read a training file in the format above: a row per question, in file order, with the columns of `SCHEMA`.
+    """Read a training file into the columns of `SCHEMA`, in file order, without the line numbers in `skip`.
 
-    Args:
-        style: of every row's prompt.
-        skip: line numbers to leave out unread, e.g. those that `check.examine_training_file` dropped.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a row is not in the format, or there is none; names the file, the line and the remedy.
+    Raises a `FileNotFoundError`, or a `ValueError` with file, line and remedy if a row is not in the format or there
+    are no rows.
     """
     get_style(style)
     data_file = check_is_there(data_file)
@@ -67,29 +60,28 @@ def load_train_dataset(data_file: str | Path, style: str = DEFAULT_STYLE, skip: 
 
 
 def check_is_there(data_file: str | Path) -> Path:
-    """`data_file` as a path, or a `FileNotFoundError` that says how to get one."""
+    """`data_file` as a path; raises a `FileNotFoundError` that says how to get one."""
     if not Path(data_file).is_file():
-        remedy = "data/README.md says how to get AVQA and MMAU; `sh run_grpo.sh demo` makes data of its own"
+        remedy = "get AVQA and MMAU as in data/README.md, or make the demo's data with `sh run_grpo.sh demo`"
         raise FileNotFoundError(f"{data_file}: no such data file; {remedy}")
     return Path(data_file)
 
 
 def _to_dataset(rows: Iterator[dict]) -> Dataset:
-    """Rows -> a data set in an unnamed file (in TMPDIR), read as needed: memory does not grow with their number."""
+    """Rows -> a data set in an unnamed file in TMPDIR, so that memory does not grow with the number of rows."""
     with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
         with pa.ipc.new_stream(file, SCHEMA) as writer:
             while chunk := list(islice(rows, ROWS_PER_CHUNK)):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=SCHEMA))
         file.flush()
         file.seek(0)
-        # Given, since `datasets` would make one by copying the whole table.
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]  # `datasets` would copy the whole table
         return Dataset(pa.ipc.open_stream(pa.memory_map(file.name)).read_all(), fingerprint=fingerprint)
 
 
 def read_fields(record: dict, folder: Path) -> tuple[str, list, str, str]:
-    """A parsed object's question, choices, right choice and absolute audio path (relative ones start from the working
-    directory if the clip is there, else from `folder`); a `DataError` says what keeps it from being a row."""
+    """A parsed row -> question, choices, right choice, absolute audio path; raises a `DataError`. Relative paths start
+    from the working directory if the clip is there, else from `folder`."""
     question = get_field(record, "question_text", str)
     choices = get_field(record, "multi_choice", list)
     answer = get_field(record, "answer", int)
@@ -97,11 +89,10 @@ def read_fields(record: dict, folder: Path) -> tuple[str, list, str, str]:
     audio_path = Path(get_field(record, "audio_path", str, filled=True))
     for choice in choices:
         if isinstance(choice, bool) or not isinstance(choice, (str, int, float)):
-            raise DataError(f"`multi_choice` holds {choice!r:.80}; every choice must be a text", "choice is no text")
+            raise DataError(f"`multi_choice` holds {choice!r:.80}; write every choice as text", "choice is no text")
     if not 0 <= answer < len(choices):
-        message = f"`answer` is {answer}, but the {len(choices)} choices are numbered from 0"
-        raise DataError(message, "`answer` out of range")
-    if dataset_name == "AVQA":  # its questions are about videos, of which the model gets the sound; as in the paper
+        raise DataError(f"`answer` is {answer}; number the {len(choices)} choices from 0", "`answer` out of range")
+    if dataset_name == "AVQA":  # as in the paper: its questions are about videos, but the model gets only the sound
         question = question.replace("video", "audio")
     if not audio_path.is_absolute() and not os.path.exists(audio_path):
         audio_path = folder / audio_path
@@ -109,26 +100,20 @@ def read_fields(record: dict, folder: Path) -> tuple[str, list, str, str]:
 
 
 def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
-    """One parsed object as a row of the data set; a `DataError` says what keeps it from being one."""
+    """A parsed row -> a row of the data set; raises a `DataError` if it is not in the format."""
     question, choices, answer, audio_path = read_fields(record, folder)
-    return {
-        "prompt": build_question(question, choices, style),
-        "audio_path": audio_path,
-        "solution": build_solution(answer),
-        "style": style,
-        "row": number,
-    }
+    prompt, solution = build_question(question, choices, style), build_solution(answer)
+    return {"prompt": prompt, "audio_path": audio_path, "solution": solution, "style": style, "row": number}
 
 
 def check_choices(question: str, choices: list, key: str) -> list[str]:
-    """Hold a row to be trained on or asked against what `to_row` lets pass: a `DataError` if it is no question to be
-    asked, else notes of what is only worth knowing. `key` is what its file calls the choices."""
+    """Apply the rules that `to_row` does not; `key` is the file's key of the choices. Returns notes on a usable row,
+    and raises a `DataError` if the question should not be asked."""
     if not question.strip():
         raise DataError("the question is empty; remove the row", "question empty")
     for choice in choices:
         if not isinstance(choice, str):
-            raise DataError(f"`{key}` holds {choice!r:.80}; every choice must be a text", "choice is no text")
+            raise DataError(f"`{key}` holds {choice!r:.80}; write every choice as text", "choice is no text")
     if len(choices) < 2:
-        message = f"`{key}` has {len(choices)} entries, no choice at all; remove the row"
-        raise DataError(message, "fewer than two choices")
+        raise DataError(f"`{key}` has {len(choices)} entries; remove the row", "fewer than two choices")
     return ["choices with duplicates"] if len(set(choices)) < len(choices) else []

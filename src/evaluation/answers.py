@@ -127,7 +127,7 @@ def answer_batches(
         progress(total=sum(map(len, own)), desc=title, unit=" questions", disable=hidden) as bar,
     ):
         ahead = [pool.map(questions.encode, indices) for indices in own[:1]]
-        for indices, following in zip(own, [*own[1:], []], strict=True):
+        for indices, following in zip(own, [*own[1:], []], strict=False):  # `own` may be empty
             batch = join(list(ahead.pop()), tokenizer.pad_token_id)
             ahead.append(pool.map(questions.encode, following))
             ids = complete(indices, batch)

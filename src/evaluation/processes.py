@@ -33,9 +33,9 @@ def run_on_all(compute: Callable[[], T], main: bool = False) -> T:
             result = compute()
         except (ValueError, OSError) as raised:
             error = raised
-    for raised in gather_object([error]):
-        if raised is not None:
-            raise raised
+    for found in gather_object([error]):
+        if found is not None:
+            raise found
     return broadcast_object_list([result])[0] if main else result
 
 

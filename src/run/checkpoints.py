@@ -10,19 +10,18 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from evaluation.checkpoints import IncompleteCheckpoint, check_whole, label_of
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
 from dataset.rows import hash_file, read_json, write_whole
+from evaluation.checkpoints import IncompleteCheckpoint, check_whole, label_of
 
 from .signals import RunEnded
 
@@ -68,25 +67,21 @@ def step_of(checkpoint: Path) -> int:
     return int(label) if label.isdecimal() else read_json(checkpoint / STATE, "use another checkpoint")["global_step"]
 
 
-def _state_files(checkpoint: Path) -> Iterator[Path]:
-    for pattern in BULK:
-        for path in checkpoint.glob(pattern):
-            yield from (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def _digests(paths: list[Path], folder: Path) -> dict[str, str]:
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(hash_file, paths), strict=True))
-
-
 def record_state(checkpoint: Path, settings: dict) -> None:
     """Write `resume.json` when all other files are on the disk."""
+    paths = [path for pattern in BULK for path in (*checkpoint.glob(pattern), *checkpoint.glob(f"{pattern}/**/*"))]
+    files = sorted({str(path.relative_to(checkpoint)) for path in paths if path.is_file()})
     for path in [*(file for file in checkpoint.rglob("*") if file.is_file()), checkpoint]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    record = {"settings": settings, "files": _digests(sorted(_state_files(checkpoint)), checkpoint)}
+    record = {"settings": settings, "files": _hash(checkpoint, files)}
     write_whole(checkpoint / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _hash(folder: Path, files: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(lambda name: hash_file(folder / name), files), strict=True))
 
 
 def drop_state(checkpoint: Path) -> None:
@@ -117,12 +112,11 @@ def read_settings(checkpoint: Path, verify: bool = True) -> dict:
         int(read_json(checkpoint / STATE, "use another checkpoint")["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{checkpoint}: {RECORD} or {STATE} is missing or damaged ({error})") from error
-    missing = [name for name in files if not (checkpoint / name).is_file()]
-    if not missing and verify:
-        found = _digests([checkpoint / name for name in files], checkpoint)
-        missing = [name for name in files if found[name] != files[name]]
-    if missing:
-        raise IncompleteCheckpoint(f"{checkpoint}: {missing[0]} is missing or damaged")
+    damaged = [name for name in files if not (checkpoint / name).is_file()]
+    if verify and not damaged:
+        damaged = [name for name, found in _hash(checkpoint, list(files)).items() if found != files[name]]
+    if damaged:
+        raise IncompleteCheckpoint(f"{checkpoint}: {damaged[0]} is missing or damaged")
     return settings
 
 
@@ -216,9 +210,8 @@ def finish(start: Path, args: TrainingArguments) -> bool:
     state, out = read_json(start / STATE, "use another checkpoint"), Path(args.output_dir)
     if state["global_step"] < (args.max_steps if args.max_steps > 0 else state["max_steps"]):
         return False
-    bulk = {RECORD, STATE, *(path.name for path in _state_files(start))}
     for path in start.iterdir():
-        if path.is_file() and path.name not in bulk:
+        if path.is_file() and not any(path.match(pattern) for pattern in (RECORD, STATE, *BULK)):
             shutil.copyfile(path, out / path.name)
     print(f"{start}: all steps are taken; {out} holds the model", flush=True)
     return True
@@ -299,7 +292,8 @@ class KeepCheckpoints(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._locate_best(state)
         if self.stale and args.should_save:
-            write_whole(self.stale / STATE, json.dumps(_as_json(state), indent=2, sort_keys=True) + "\n")
+            state.save_to_json(str(self.stale / f"{STATE}.tmp"))
+            (self.stale / f"{STATE}.tmp").replace(self.stale / STATE)
         self.stale = None
 
     on_epoch_end = on_step_begin
@@ -330,7 +324,7 @@ class KeepCheckpoints(TrainerCallback):
     def explain_failed_write(self, error: Exception) -> RunEnded | None:
         """What ends the run where a checkpoint could not be written; its torn files are removed. None for an error of
         another kind."""
-        if self.writing is None or not isinstance(error, (OSError, SafetensorError, RuntimeError)):
+        if self.writing is None:
             return None
         torn = (
             sum(path.stat().st_size for path in self.writing.rglob("*") if path.is_file())
@@ -342,10 +336,6 @@ class KeepCheckpoints(TrainerCallback):
             return None
         shutil.rmtree(self.writing, ignore_errors=True)
         return RunEnded(f"{self.writing}: not written ({error}). {describe_newest(self.out)}. {FREE_SPACE}")
-
-
-def _as_json(state) -> dict:
-    return {name: value for name, value in vars(state).items() if not callable(value)}
 
 
 def forbid_pickles() -> None:

@@ -18,16 +18,11 @@ COUNTER = "SkipNonFinite"  # under which checkpoints keep the count
 
 
 class SkipNonFinite(TrainerCallback):
-    """Logs `skipped_steps`, the number since the run began, and ends the run after too many in a row.
-
-    Args:
-        most: skipped steps in a row that end the run.
-    """
+    """Logs `skipped_steps`, the number since the run began, and ends the run after `most` in a row."""
 
     def __init__(self, trainer: Trainer, most: int):
         self.trainer, self.most = trainer, most
-        self.in_a_row = 0
-        self.skips = False  # this step
+        self.skips, self.in_a_row = False, 0
         log = trainer.log
 
         def log_count(logs: dict[str, float], start_time: float | None = None) -> None:
@@ -46,28 +41,20 @@ class SkipNonFinite(TrainerCallback):
         return kept.get("attributes", {}).get("skipped_steps", 0)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.is_deepspeed_enabled:
-            return
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        self.skips = not math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))
-        if self.skips and self.trainer.accelerator.scaler is None:
-            self.trainer.model.zero_grad()  # an optimizer ignores parameters without a gradient
+        if not self.trainer.is_deepspeed_enabled:
+            gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            self.skips = not math.isfinite(torch.nn.utils.get_total_norm(gradients))
+            if self.skips and self.trainer.accelerator.scaler is None:
+                self.trainer.model.zero_grad()  # an optimizer ignores parameters without a gradient
 
     def on_step_end(self, args, state, control, **kwargs):
-        accelerator = self.trainer.accelerator
         if self.trainer.is_deepspeed_enabled:
-            self.skips = accelerator.optimizer_step_was_skipped
-            self._check_engine(state)
-            if self.skips and not args.fp16:
-                getattr(self.trainer.lr_scheduler, "scheduler", self.trainer.lr_scheduler).step()
+            self._ask_engine(args, state)
         self.in_a_row = self.in_a_row + 1 if self.skips and not self._scale_can_fall() else 0
         if self.skips:
             state.stateful_callbacks[COUNTER] = {"args": {}, "attributes": {"skipped_steps": self.total + 1}}
-            accelerator.print(
-                f"step {state.global_step}: the gradient is not finite; skipped ({self.in_a_row} in a row, {self.most} "
-                "end the run)",
-                flush=True,
-            )
+            text = f"skipped ({self.in_a_row} in a row, {self.most} end the run)"
+            self.trainer.accelerator.print(f"step {state.global_step}: the gradient is not finite; {text}", flush=True)
         if self.in_a_row >= self.most:
             raise RunEnded(
                 f"{self.most} steps in a row had a gradient that is not finite (--max_skipped); the weights after step "
@@ -76,21 +63,21 @@ class SkipNonFinite(TrainerCallback):
                 everywhere=True,
             )
 
-    def _check_engine(self, state) -> None:
+    def _ask_engine(self, args, state) -> None:
+        self.skips = self.trainer.accelerator.optimizer_step_was_skipped
         norm = self.trainer.model_wrapped.get_global_grad_norm()
-        if norm is not None and not self.skips and not math.isfinite(float(norm)):
+        if norm is not None and not self.skips and not math.isfinite(norm):
             raise RunEnded(
                 f"step {state.global_step}: the gradient was not finite and DeepSpeed took the step, which ruined the "
-                f"weights. {describe_newest(Path(self.trainer.args.output_dir))}. Remove check_grad_overflow and "
-                "compute_grad_norm from its settings (CONFIG)"
+                f"weights. {describe_newest(Path(args.output_dir))}. Remove check_grad_overflow and compute_grad_norm "
+                "from its settings (CONFIG)"
             )
+        if self.skips and not args.fp16:
+            getattr(self.trainer.lr_scheduler, "scheduler", self.trainer.lr_scheduler).step()
 
     def _scale_can_fall(self) -> bool:
         """Whether float16's loss scale explains the step."""
         if self.trainer.accelerator.scaler is not None:
             return self.trainer.accelerator.scaler.get_scale() > 1
-        return bool(
-            self.trainer.is_deepspeed_enabled
-            and self.trainer.args.fp16
-            and self.trainer.optimizer.optimizer.loss_scale > 1
-        )
+        fp16 = self.trainer.is_deepspeed_enabled and self.trainer.args.fp16
+        return bool(fp16 and self.trainer.optimizer.optimizer.loss_scale > 1)

@@ -23,13 +23,18 @@ def resample_uniform_groups(trainer: AudioGRPOTrainer, rounds: int) -> None:
     All processes take the same number of rounds with the same number of questions: as many as the process that lacks
     most. The order of fresh questions follows from the seed and from how many micro-batches were taken.
     """
-    roll_out = trainer.roll_out
+    roll_out, pad_id = trainer.roll_out, trainer.processing_class.tokenizer.pad_token_id
 
     def resampled(rows: list[dict]) -> Rollout:
         rollout = roll_out(rows)
         if not trainer.model.training:
             return rollout
-        fresh = _draw_questions(trainer, rollout.rows)
+        accumulated = trainer.args.gradient_accumulation_steps  # the count is the same in a resumed run
+        before = trainer.state.global_step * accumulated + trainer._step % accumulated
+        generator = torch.Generator().manual_seed(trainer.args.seed + 1_000_003 * (before + 1))
+        order = torch.randperm(len(trainer.train_dataset), generator=generator).tolist()
+        own = order[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+        fresh = (row for row in map(trainer.train_dataset.__getitem__, own) if row not in rollout.rows)
         shares = []  # of uniform groups, before each round and after the last
         while True:
             uniform = find_uniform_groups(rollout.advantages)
@@ -39,9 +44,7 @@ def resample_uniform_groups(trainer: AudioGRPOTrainer, rounds: int) -> None:
             # No rounds are left, no group is lacking, or a process has tried all its questions.
             if len(shares) > rounds or count == 0:
                 break
-            rollout = replace_uniform_groups(
-                rollout, roll_out(drawn[:count]), trainer.processing_class.tokenizer.pad_token_id
-            )
+            rollout = replace_uniform_groups(rollout, roll_out(drawn[:count]), pad_id)
         metrics = trainer._metrics["train"]
         metrics["groups/uniform_share"].append(shares[0])
         metrics["groups/uniform_share_left"].append(shares[-1])
@@ -49,20 +52,6 @@ def resample_uniform_groups(trainer: AudioGRPOTrainer, rounds: int) -> None:
         return rollout
 
     trainer.roll_out = resampled
-
-
-def _draw_questions(trainer: AudioGRPOTrainer, sampled: list[dict]):
-    """Rows of this process's share of the data in a random order, without those that the rollout has."""
-    generator = torch.Generator().manual_seed(trainer.args.seed + 1_000_003 * (drawn_before(trainer) + 1))
-    order = torch.randperm(len(trainer.train_dataset), generator=generator).tolist()
-    order = order[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
-    return (row for row in map(trainer.train_dataset.__getitem__, order) if row not in sampled)
-
-
-def drawn_before(trainer: AudioGRPOTrainer) -> int:
-    """Micro-batches of the run before this rollout, also before it was resumed."""
-    accumulated = trainer.args.gradient_accumulation_steps
-    return trainer.state.global_step * accumulated + trainer._step % accumulated
 
 
 def find_uniform_groups(advantages: torch.Tensor) -> torch.Tensor:
@@ -82,11 +71,11 @@ def replace_uniform_groups(rollout: Rollout, fresh: Rollout, pad_id: int) -> Rol
 
 def join(first: Rollout, second: Rollout, pad_id: int) -> Rollout:
     """The questions of both, padded to the longer completions, prompts and clips."""
-    pads = {"ids": pad_id}
+    pairs = {field.name: (getattr(first, field.name), getattr(second, field.name)) for field in fields(first)}
     tensors = {
-        field.name: _join(values, pads.get(field.name, 0), left=False)
-        for field in fields(first)
-        if isinstance((values := (getattr(first, field.name), getattr(second, field.name)))[0], torch.Tensor)
+        name: _join(pair, pad_id if name == "ids" else 0, left=False)
+        for name, pair in pairs.items()
+        if isinstance(pair[0], torch.Tensor)
     }
     a, b = first.questions, second.questions
     questions = Batch(

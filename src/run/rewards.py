@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from dataset.rows import DataError
+from evaluation.processes import run_on_all
 from utils.rewards import accuracy_reward, format_reward
 
 REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
@@ -34,26 +35,27 @@ class RewardError(DataError):
 
 
 def load_rewards(names: Sequence[str], dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Callable]:
-    """Checked rewards by their names. Each is called once on two made-up completions, before a model is loaded.
-
-    Raises:
-        RewardError: a reward does not exist, raises an error, or returns something other than a list of numbers.
-    """
-    rewards = [checked(load_reward(name)) for name in names]
+    """Checked rewards by their names. The first process calls each once on two made-up completions, before a model is
+    loaded. Raises a `RewardError` as `load_reward`, and for a reward that cannot be called so."""
+    functions = [load_reward(name) for name in names]
     rows = [dataset[index % len(dataset)] for index in range(2)]
     completions = [rows[0]["solution"], "a made-up completion"]
     given: dict[str, Any] = {"prompts": [row["prompt"] for row in rows], "completions": completions}
     given["completion_ids"] = tokenizer(completions)["input_ids"]
     given |= {key: [row[key] for row in rows] for key in dataset.column_names if key not in COLUMNS}
     given |= {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
-    for reward in rewards:
-        try:
-            reward(**given)
-        except RewardError:
-            raise
-        except Exception as error:
-            raise RewardError(f"reward {reward.__name__}: a trial call {describe_error(error)}") from error
-    return rewards
+
+    def try_all() -> None:
+        for name, function in zip(names, functions, strict=True):
+            try:
+                call(function, given)
+            except RewardError:
+                raise
+            except Exception as error:
+                raise RewardError(f"--reward_funcs {name}: a trial call {describe_error(error)}") from error
+
+    run_on_all(try_all, main=True)
+    return [checked(function) for function in functions]
 
 
 def load_reward(name: str) -> Callable:
@@ -84,29 +86,48 @@ def load_reward(name: str) -> Callable:
 
 def reward_files(names: Sequence[str]) -> list[str]:
     """The files among the names of rewards."""
-    return [name.rpartition(":")[0] for name in names if name not in REWARD_FUNCS]
+    return [path for path in (name.rpartition(":")[0] for name in names) if Path(path).is_file()]
 
 
 def checked(function: Callable) -> Callable[..., list[float | None]]:
-    """A reward function in the form that TRL calls. A coroutine function is awaited in one event loop for all calls,
-    to which a client that it keeps open belongs."""
-    name = getattr(function, "__name__", type(function).__name__)
+    """A reward function in the form that TRL calls, which raises the errors of all processes."""
 
     def reward(**given) -> list[float | None]:
         values, error = None, None
         try:
-            values = function(**_named(name, function, given))
-            if is_async_callable(function):
-                values = asyncio.run_coroutine_threadsafe(values, _event_loop()).result()
-            check_values(name, values, given)
+            values = call(function, given)
         except Exception as raised:
             error = raised
-        raise_in_all(error)
-        assert values is not None
-        return [None if value is None else float(value) for value in values]
+        failed = gather_object([error is not None])
+        if error is not None:
+            raise error
+        if any(failed):  # another process reports its error
+            raise SystemExit(1)
+        return values
 
-    reward.__name__ = name  # in the names of metrics
+    reward.__name__ = name_of(function)  # in the names of metrics
     return reward
+
+
+def name_of(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def call(function: Callable, given: dict) -> list[float | None]:
+    """Call a reward function with those of the arguments `given` that it takes, and check its values. A coroutine is
+    awaited in one event loop for all calls, to which a client that it keeps open belongs."""
+    parameters = inspect.signature(function).parameters
+    taken = given
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+        if lacking := ", ".join(sorted(needed - given.keys())):
+            raise RewardError(f"reward {name_of(function)}: asks for {lacking}; it can ask for {', '.join(given)}")
+        taken = {key: given[key] for key in parameters if key in given}
+    values = function(**taken)
+    if is_async_callable(function):
+        values = asyncio.run_coroutine_threadsafe(values, _event_loop()).result()
+    check_values(name_of(function), values, given)
+    return [None if value is None else float(value) for value in values]
 
 
 @cache
@@ -116,57 +137,29 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _named(name: str, function: Callable, given: dict) -> dict:
-    """Those of the arguments `given` that the function takes."""
-    parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return given
-    needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
-    if lacking := sorted(needed - given.keys()):
-        raise RewardError(f"reward {name}: asks for {', '.join(lacking)}; it can ask for {', '.join(given)}")
-    return {key: given[key] for key in parameters if key in given}
-
-
 def check_values(name: str, values, given: dict) -> None:
-    """Check what a reward returned for B completions.
+    """Raise a `RewardError` unless a reward returned a list with a finite number, or None, for each of B completions.
 
     Args:
-        name: of the reward.
         given: the arguments of the call; `row`, `audio_path` and `prompts` name the question in a message.
-
-    Raises:
-        RewardError: it is no list, has too few or too many values, or one that is no number, NaN or infinite.
     """
     if not isinstance(values, list | tuple):
         raise RewardError(f"reward {name}: returned {values!r:.80}, of type {type(values).__name__}; {EXPECTED}")
     completions = given["completions"]
     if len(values) != len(completions):
-        raise RewardError(
-            f"reward {name}: returned {len(values)} values for {len(completions)} completions; {EXPECTED}"
-        )
+        counts = f"{len(values)} values for {len(completions)} completions"
+        raise RewardError(f"reward {name}: returned {counts}; {EXPECTED}")
     for index, value in enumerate(values):
-        if value is None or isinstance(value, Real) and abs(value) <= LARGEST:
-            continue
-        known = [f"{key} {given[key][index]!r:.200}" for key in ("row", "audio_path", "prompts") if key in given]
-        raise RewardError(
-            f"reward {name}: is {value!r:.80} for the completion {completions[index]!r:.200} ({', '.join(known)}); "
-            f"{EXPECTED}"
-        )
+        if not (value is None or isinstance(value, Real) and abs(value) <= LARGEST):
+            known = [f"{key} {given[key][index]!r:.200}" for key in ("row", "audio_path", "prompts") if key in given]
+            where = f"{completions[index]!r:.200} ({', '.join(known)})"
+            raise RewardError(f"reward {name}: is {value!r:.80} for the completion {where}; {EXPECTED}")
 
 
 def describe_error(error: Exception) -> str:
     """What a user's code raised, and where."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-
-
-def raise_in_all(error: Exception | None) -> None:
-    """Raise this process's error; where only another process has one, exit silently, since that one reports it."""
-    failed = gather_object([error is not None])
-    if error is not None:
-        raise error
-    if any(failed):
-        raise SystemExit(1)
 
 
 def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:

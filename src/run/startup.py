@@ -4,23 +4,24 @@ model is loaded."""
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
-from evaluation.processes import leave, run_on_all
+from safetensors import SafetensorError
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.questions import Benchmark, load_questions
 from dataset.rows import hash_file
+from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
 from evaluation.mmau import evaluate
+from evaluation.processes import leave, run_on_all
 from evaluation.results import Completion, to_records
 from model.qwen2_audio import load_processor
 
@@ -95,30 +96,29 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
         check_is_there(file)
     check_whole(folder)
     model.quantisation(args)
-    run_on_all(lambda: held.enter_context(lock(out)), main=True)
+    run_on_all(lambda: held.callback(lock(out).release) and None, main=True)
     settings = describe_run(parsed, reward_files, folder)
     restarted = int(os.environ.get("RUN_RESTART", 0)) > 0
     start = run_on_all(lambda: choose_start(args, settings, restarted), main=True)
     if start and run_on_all(lambda: finish(start, args), main=True):
         return None
-    if args.overwrite_output_dir and not (args.resume or restarted):
-        run_on_all(lambda: remove_checkpoints(foreign_checkpoints(out, start)), main=True)
     processor = load_processor(folder)
     dataset = load_training_data(data, args, processor)
     questions = load_eval_questions(data, args, processor) if args.eval_file else None
     name = model.model_name_or_path
     if (folder / "adapter_config.json").is_file():  # merged, since reference and new adapters are loaded from disk
         name = str(run_on_all(lambda: full_model(folder, out / START), main=True))
+    if args.overwrite_output_dir and not (args.resume or restarted):
+        run_on_all(lambda: remove_checkpoints(foreign_checkpoints(out, start)), main=True)
     return Prepared(name, dataset, processor, questions, start, settings)
 
 
-@contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Hold the output folder, which is made; a `ValueError` where another run holds it or it cannot be written."""
+def lock(out: Path) -> filelock.FileLock:
+    """Lock the output folder, which is made. A `ValueError` where another run holds it or it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / LOCK, timeout=0):
-            yield
+        (held := filelock.FileLock(out / LOCK, timeout=0)).acquire()
+        return held
     except filelock.Timeout as error:
         raise ValueError(f"{out}: another run writes there; wait for its end, or choose another OUT_DIR") from error
     except OSError as error:
@@ -142,11 +142,7 @@ def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> 
         own = result_settings(parsed, reward_files) | {"data_file (content)": hash_file(data.data_file)[:16]}
         own |= {"model (weights)": fingerprint(model), "engine": engine}
         (marker := out / f".node-{args.process_index}").touch()
-    described = [
-        (node, rank, found)
-        for node, rank, found in gather_object([(socket.gethostname(), args.process_index, own)])
-        if found
-    ]
+    described = gather_object([(socket.gethostname(), args.process_index, own)] if first else [])
     shared = gather_object([all((out / f".node-{rank}").exists() for _, rank, _ in described)])
     if first:
         marker.unlink()
@@ -160,23 +156,14 @@ def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> 
 
 
 def load_training_data(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Dataset:
-    """The usable rows of the training file. What is dropped is reported in a table and written to `dropped.jsonl`.
+    """The usable rows of the training file; the others are written to `dropped.jsonl`.
 
     Raises:
         ValueError: more than `max_dropped` of the rows are unusable, or fewer are left than a step takes.
     """
-
-    def examine() -> set[int]:
-        rules = Rules(
-            data.prompt_style, processor, data.max_prompt_length, data.audio_channels,
-            dropped_file=Path(args.output_dir) / "dropped.jsonl", progress=not args.disable_tqdm,
-        )  # fmt: skip
-        examination = examine_training_file(data.data_file, rules)
-        print(examination.table(), flush=True)
-        examination.check_share(data.max_dropped)
-        return set(examination.dropped)
-
-    dataset = load_train_dataset(data.data_file, data.prompt_style, skip=run_on_all(examine, main=True))
+    rules = Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels)
+    dropped = examine(data.data_file, "dropped.jsonl", rules, examine_training_file, data, args)
+    dataset = load_train_dataset(data.data_file, data.prompt_style, skip=dropped)
     completions = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     needed = getattr(args, "generation_batch_size", completions) // getattr(args, "num_generations", 1)
     if len(dataset) < needed:
@@ -188,27 +175,31 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
 
 
 def load_eval_questions(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Benchmark:
-    """The questions of --eval_file that can be answered, examined like those to train on (`dropped_eval.jsonl`).
+    """The questions of --eval_file that can be answered; the others are written to `dropped_eval.jsonl`.
 
     Raises:
-        ValueError: too many are unusable, or the file holds no answers.
+        ValueError: too many are unusable, or the file holds no answers that can be scored.
     """
-
-    def examine() -> set[int]:
-        rules = Rules(
-            data.prompt_style, processor, channels=data.audio_channels, lenient=True,
-            dropped_file=Path(args.output_dir) / "dropped_eval.jsonl", progress=not args.disable_tqdm,
-        )  # fmt: skip
-        examination = examine_evaluation_file(args.eval_file, rules)
-        print(examination.table(), flush=True)
-        examination.check_share(data.max_dropped)
-        return set(examination.dropped)
-
-    benchmark = load_questions(args.eval_file, skip=run_on_all(examine, main=True))
+    rules = Rules(data.prompt_style, processor, channels=data.audio_channels, lenient=True)
+    dropped = examine(args.eval_file, "dropped_eval.jsonl", rules, examine_evaluation_file, data, args)
+    benchmark = load_questions(args.eval_file, skip=dropped)
     if not benchmark.has_answers:
         raise ValueError(f"{args.eval_file}: holds no answers, so there is no accuracy; add them")
     evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
     return benchmark
+
+
+def examine(file: str, dropped: str, rules: Rules, by: Callable, data: DataArguments, args: TrainingArguments) -> set:
+    """Row numbers that cannot be used, found by the first process, which prints a table with the reasons."""
+
+    def find() -> set[int]:
+        out = Path(args.output_dir) / dropped
+        examination = by(file, replace(rules, dropped_file=out, progress=not args.disable_tqdm))
+        print(examination.table(), flush=True)
+        examination.check_share(data.max_dropped)
+        return set(examination.dropped)
+
+    return run_on_all(find, main=True)
 
 
 def train(trainer: Trainer, start: Path | None) -> None:
@@ -229,31 +220,25 @@ def train(trainer: Trainer, start: Path | None) -> None:
             keep.writing = Path(out)
             trainer.save_model()
     except RunEnded as error:
-        end_with(error, trainer)
-    except Exception as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+        if error.everywhere:  # so that the launcher stops none before it has come here
+            trainer.accelerator.wait_for_everyone()
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (RuntimeError, OSError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             sys.exit(explain_out_of_memory(trainer, error))
         if ended := keep.explain_failed_write(error):
-            end_with(ended, trainer)
+            sys.exit(f"{Path(sys.argv[0]).name}: {ended}")
         raise
-
-
-def end_with(error: RunEnded, trainer: Trainer) -> None:
-    """End this process with a run's last sentence."""
-    if error.everywhere:  # so that the launcher stops none before it has come here
-        trainer.accelerator.wait_for_everyone()
-    sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 def explain_out_of_memory(trainer: Trainer, error: Exception) -> str:
     """The step, the size of its passes, and the flags that need less memory."""
-    args = trainer.args
-    size = f"{args.per_device_train_batch_size} per pass"
+    args, size = trainer.args, f"{trainer.args.per_device_train_batch_size} per pass"
     if hasattr(args, "num_generations"):
-        rollout = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
-        size = f"{size}; rollouts of {rollout} questions x {args.num_generations} completions"
-    flags = "--activation_checkpointing true, --steps_per_generation 1, --use_peft true, CONFIG=conf/ds_zero3.json"
+        questions = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
+        size += f"; rollouts of {questions} questions x {args.num_generations} completions"
     return (
-        f"out of memory in step {trainer.state.global_step + 1} ({size}): {str(error).strip().partition(chr(10))[0]}\n"
-        f"These need less: {flags}"
+        f"out of memory in step {trainer.state.global_step + 1} ({size}): {str(error).strip().splitlines()[0]}\n"
+        "These need less: --activation_checkpointing true, --steps_per_generation 1, --use_peft true, "
+        "CONFIG=conf/ds_zero3.json"
     )

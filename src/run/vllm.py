@@ -1,15 +1,15 @@
 """Rollouts, and answers of an evaluation, by vLLM in this process (`--use_vllm true`, `--engine vllm`).
 
-TRL's own way of using vLLM knows images only, pushes weights under names that vLLM's Qwen2-Audio does not have, and
-repeats the prompt for each completion. Here:
+TRL's use of vLLM knows images only, pushes weights under names that vLLM's Qwen2-Audio does not have, and repeats the
+prompt for each completion. Here:
 
     prompt    one per question, with n = G; vLLM expands its single <|AUDIO|> as the processor does: asserted
-    sampling  as the trainer scores: the same temperature, nothing cut off that it does not know of (`check_vllm`), no
-              <|AUDIO|> on either side (`audio_token_forbidden`), in the dtype of the trainer's passes
-    weights   the trainer's, adapters merged, before the first rollout after a step; caches of others are reset
+    sampling  as the trainer scores: same temperature, nothing cut off (`check_vllm`), no <|AUDIO|> on either side
+              (`audio_token_forbidden`), in the dtype of the trainer's passes
+    weights   the trainer's, adapters merged, before the first rollout after a step; caches are reset
     chance    from PyTorch's generator: a run follows from its seed
 
-Every process has its own engine for its own questions. Shapes: N questions, G generations, B = N * G completions.
+Every process has its own engine for its own questions. Shapes: N questions, G generations, C completion tokens.
 """
 
 import math
@@ -32,7 +32,7 @@ from trl.distributed import DistributedBackend
 
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch
-from evaluation.answers import EncodedQuestions
+from evaluation.answers import Complete, EncodedQuestions
 from model.qwen2_audio import HEAD, audio_token_id, base_model, end_ids
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.rollout import Rollout, pad_completions
@@ -104,22 +104,22 @@ def correct(trainer: AudioGRPOTrainer, rollout: Rollout, sampled: torch.Tensor) 
     by_sequence = args.vllm_importance_sampling_mode.startswith("sequence")
     ratio = (difference.sum(dim=2, keepdim=True) if by_sequence else difference).exp()
     low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
-    if args.vllm_importance_sampling_mode.endswith("truncate"):
-        rollout.importance = ratio.clamp(min=low, max=high)
-    else:
-        outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
-        rollout.importance = ratio.masked_fill(outside, 0.0)
-    weights = rollout.importance.expand_as(mask)[mask] if mask.any() else torch.ones(1, device=mask.device)
-    apart = difference.abs()[mask] if mask.any() else torch.zeros(1, device=mask.device)
+    bounded = ratio if low is None and high is None else ratio.clamp(min=low, max=high)
+    truncates = args.vllm_importance_sampling_mode.endswith("truncate")
+    rollout.importance = bounded if truncates else ratio * (bounded == ratio)
+    shown = mask if mask.any() else torch.ones_like(mask)  # all completions may be masked
+    apart, weights = difference.abs()[shown], rollout.importance.expand_as(mask)[shown]
     found = torch.stack([apart.mean(), apart.max(), weights.min(), weights.mean(), weights.max()])
-    found = gather(found[None])  # (processes, 5)
-    names = ("logp_difference/mean", "logp_difference/max")
-    values = [found[:, 0].mean(), found[:, 1].max()]
-    for name, value in zip(names, values, strict=True):
-        trainer._metrics["train"][f"sampling/sampling_{name}"].append(value.item())
-    ratios = {"min": found[:, 2].min(), "mean": found[:, 3].mean(), "max": found[:, 4].max()}
-    for name, value in ratios.items():
-        trainer._metrics["train"][f"sampling/importance_sampling_ratio/{name}"].append(value.item())
+    means, least, most = (reduce(gather(found[None]), dim=0) for reduce in (torch.mean, torch.amin, torch.amax))
+    metrics = {
+        "sampling_logp_difference/mean": means[0],
+        "sampling_logp_difference/max": most[1],
+        "importance_sampling_ratio/min": least[2],
+        "importance_sampling_ratio/mean": means[3],
+        "importance_sampling_ratio/max": most[4],
+    }
+    for name, value in metrics.items():
+        trainer._metrics["train"][f"sampling/{name}"].append(value.item())
     return rollout
 
 
@@ -146,7 +146,8 @@ class Engine:
             stop_token_ids=trainer.eos_token_ids,
             detokenize=False,
         )
-        with unchanged_random_state(args.device):  # vLLM seeds the generators
+        with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):  # vLLM seeds the generators
+            states = random.getstate(), np.random.get_state()
             self.llm = start(
                 base,
                 trainer.accelerator,
@@ -159,27 +160,27 @@ class Engine:
                 max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
                 logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
             )
-            if args.vllm_enable_sleep_mode:
-                self.llm.sleep(level=2)
-            trainer.accelerator.wait_for_everyone()
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+        if args.vllm_enable_sleep_mode:
+            self.llm.sleep(level=2)
+        trainer.accelerator.wait_for_everyone()
 
     def sample(self, questions: Batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """G completions of each question; as the trainer's `sample`."""
         trainer, sleeps = self.trainer, self.trainer.args.vllm_enable_sleep_mode
-        if trainer.state.global_step != self.step:
-            self.push_weights()
-            self.step = trainer.state.global_step
         if sleeps:
-            self.llm.wake_up(tags=["kv_cache"])
+            torch.cuda.empty_cache()  # the engine takes memory beside the trainer's
+            self.llm.wake_up()
+        if sleeps or trainer.state.global_step != self.step:  # level 2 of sleep drops the weights
+            gather_params = DistributedBackend(trainer.accelerator).gather_params
+            push(self.llm, merged_tensors(trainer.model, gather_params))
+            self.step = trainer.state.global_step
         generations, sampling = trainer.group_size, self.sampling.clone()
         sampling.n = generations
-        prompts = [
-            ids[kept].tolist() for ids, kept in zip(questions.input_ids, questions.attention_mask.bool(), strict=True)
-        ]
-        outputs = ask(self.llm, prompts, questions.waves, self.placeholder, sampling)
-        if sleeps:  # level 2 drops the weights
+        outputs = ask(self.llm, unpadded(questions), questions.waves, self.placeholder, sampling)
+        if sleeps:
             self.llm.sleep(level=2)
-            self.step = None
         completions = [completion for output in outputs for completion in output.outputs]
         logps = [[next(iter(drawn.values())).logprob for drawn in one.logprobs] for one in completions]
         rows = [torch.tensor([math.nan if value is None else value for value in row]) for row in logps]
@@ -188,14 +189,6 @@ class Engine:
         ids = [list(one.token_ids) for one in completions]
         padded = pad_completions(ids, generations, trainer.processing_class.tokenizer.pad_token_id, device)
         return questions.to(device), *padded
-
-    def push_weights(self) -> None:
-        """Give the engine the model's weights; to be called in all processes."""
-        if self.trainer.args.vllm_enable_sleep_mode:
-            torch.cuda.empty_cache()  # the engine takes memory beside the trainer's
-            self.llm.wake_up(tags=["weights"])
-        gather_params = DistributedBackend(self.trainer.accelerator).gather_params
-        push(self.llm, merged_tensors(self.trainer.model, gather_params))
 
     def close(self) -> None:
         """Shut the engine down when no process needs the others any more. It ends their process group, which one that
@@ -208,29 +201,28 @@ class GreedyEngine:
 
     llm = None  # vLLM's `LLM`, started for the first model
 
-    def complete_with(self, model: PreTrainedModel, questions: EncodedQuestions, on_cpu: bool):
+    def __init__(self, on_cpu: bool):
+        self.on_cpu = on_cpu
+
+    def __call__(self, model: PreTrainedModel, questions: EncodedQuestions) -> Complete:
         """A function for `answer_batches`; a `ValueError` if the model is not of the first one's size."""
         from vllm import SamplingParams
 
+        run, placeholder = questions.run, audio_token_id(model)
         if self.llm is None:
             self.size = model.num_parameters()
-            self.llm = start(model, PartialState(), on_cpu, dtype=model.dtype, max_num_seqs=questions.run.batch_size)
+            self.llm = start(model, PartialState(), self.on_cpu, dtype=model.dtype, max_num_seqs=run.batch_size)
         if model.num_parameters() != self.size:
             raise ValueError(f"{model.name_or_path}: vLLM was started for a model of another size; evaluate it alone")
         push(self.llm, ((checkpoint_name(name), tensor.data) for name, tensor in model.named_parameters()))
-        placeholder, processor = audio_token_id(model), questions.processor
+        forbidden, ends = {placeholder: FORBIDDEN}, end_ids(questions.processor)
         sampling = SamplingParams(
-            temperature=0,
-            max_tokens=questions.run.max_new_tokens,
-            logit_bias={placeholder: FORBIDDEN},
-            stop_token_ids=end_ids(processor),
+            temperature=0, max_tokens=run.max_new_tokens, logit_bias=forbidden, stop_token_ids=ends
         )
 
         def complete(indices: list[int], batch: Batch) -> list[list[int]]:
-            prompts = [
-                ids[kept].tolist() for ids, kept in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
-            ]
-            outputs = ask(self.llm, prompts, list(map(questions.clip, indices)), placeholder, sampling)
+            clips = list(map(questions.clip, indices))
+            outputs = ask(self.llm, unpadded(batch), clips, placeholder, sampling)
             return [list(output.outputs[0].token_ids) for output in outputs]
 
         return complete
@@ -321,18 +313,6 @@ def audio_token_forbidden(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         del vars(head)["bias"]
-
-
-@contextmanager
-def unchanged_random_state(device: torch.device) -> Iterator[None]:
-    """Restore all random states after this context."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def merged_tensors(
