@@ -1,6 +1,6 @@
-"""What the tests hold on a CPU, on this machine's device, with figures: how far the fast way is from the slow one.
+"""How far the fast way is from the slow one on this machine's device, in figures.
 
-    python benchmarks/correctness.py --json correctness.json        every line says ok or FAILED; exits 1 if one failed
+    python benchmarks/correctness.py --json checks.json      prints ok or FAILED for each check; exits 1 if one failed
 
 The shared prompt against row by row (`tests/row_by_row.py`), log-probs and gradients in float32; in bfloat16 both
 against float32. TRL's fused head against plain logits. Greedy rollouts, by each engine that is installed, against
@@ -29,6 +29,7 @@ from steps import (
     build,
     build_grpo,
     build_processor_of_30_seconds,
+    close,
     make_questions,
     write_record,
 )
@@ -44,15 +45,15 @@ from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.shared_prompt import pack, score, unpack
 
 ROUNDING = 1e-4  # in float32: of log-probs, whose size is about 10; of gradients and steps as a share
-# In bfloat16, the shared prompt may be so many times as far from float32 as row by row is (root mean square).
+# How many times farther from float32 than row by row the shared prompt may be in bfloat16 (root mean square).
 AS_GOOD = 1.25
-Check = tuple[str, float, float]  # what, the difference found, the largest that is right
+Check = tuple[str, float, float]  # name, difference, largest difference allowed
 
 
 def shared_prompt(model, batch: Batch, ids: torch.Tensor) -> torch.Tensor:
     """(N, G, C) log-probs as the trainer computes them."""
-    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids), [ids[0].numel()] * len(ids))
-    return unpack(score(model, model, packed, batch.audio_inputs).log_probs, packed, *ids.shape[1:]).view(ids.shape)
+    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids))
+    return unpack(score(model, model, packed, batch.audio_inputs).log_probs, packed, *ids.shape[1:])
 
 
 def by_rows(model, batch: Batch, ids: torch.Tensor) -> torch.Tensor:
@@ -69,7 +70,7 @@ def run(way: Callable, model, batch: Batch, ids: torch.Tensor) -> tuple[torch.Te
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """As a share of what is expected."""
+    """The norm of the difference, as a share of the expected norm."""
     return float((found - expected).norm() / expected.norm())
 
 
@@ -92,7 +93,7 @@ def check_passes(model, batch: Batch, ids: torch.Tensor) -> Iterator[Check]:
 @torch.no_grad()
 def check_head(model, batch: Batch, ids: torch.Tensor) -> Iterator[Check]:
     """TRL's fused head, a Triton kernel on GPUs, on a packed row."""
-    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids), [ids[0].numel()] * len(ids))
+    packed = pack(batch.input_ids, batch.attention_mask, ids, torch.ones_like(ids))
     fused = score(model, model, packed, batch.audio_inputs)
     with needed_frames_only(model):
         logits = model(
@@ -109,25 +110,20 @@ def check_head(model, batch: Batch, ids: torch.Tensor) -> Iterator[Check]:
 
 
 def check_rollouts(trainer: AudioGRPOTrainer, engine: str) -> Iterator[Check]:
-    """Greedy ones; the trainer's model is in float32."""
-    G = trainer.num_generations
-    rows = [trainer.train_dataset[i] for i in range(trainer.args.questions_per_step) for _ in range(G)]
-    config = deepcopy(trainer.generation_config)  # another engine's sampling is not in it
+    """Greedy rollouts; the trainer's model is in float32."""
+    rows = [trainer.train_dataset[i] for i in range(trainer.args.questions_per_step)]
+    config = deepcopy(trainer.generation_config)  # does not hold vLLM's settings
     config.do_sample, config.min_new_tokens = False, trainer.max_completion_length
     trainer.model.train()
-    found = trainer._generate_and_score_completions(rows)["completion_ids"].flatten(0, 1)
-    expected = row_by_row.generate(
-        trainer.model,
-        row_by_row.as_inputs(trainer._questions),
-        G,
-        generation_config=config,
-    )
-    different = float((found != expected).float().mean())
+    rollout = trainer.roll_out(rows)
+    inputs = row_by_row.as_inputs(rollout.questions)
+    expected = row_by_row.generate(trainer.model, inputs, trainer.num_generations, generation_config=config)
+    different = float((rollout.ids.flatten(0, 1) != expected).float().mean())
     yield f"rollouts, {engine}, greedy, float32: share of tokens that differ", different, 0.0
 
 
 def check_engines(folder: Path, on_gpu: bool) -> Iterator[Check]:
-    """Two steps on given completions, by `tests/train_on_fixed_completions.py`, under ZeRO and without."""
+    """Two steps of `tests/train_on_fixed_completions.py`, under ZeRO and without."""
     text = "What is in the audio? ['dog', 'cat', 'bell'] <answer>dog</answer>"
     build_demo_model(folder / "model", build_processor([text], seconds=30, mel_bins=128), initializer_range=0.2)
     question = {"question_text": "What is in it?", "multi_choice": ["dog", "cat", "bell"], "dataset_name": "AVQA"}
@@ -168,7 +164,7 @@ def check_all(settings: Settings, folder: Path) -> Iterator[Check]:
             greedy=True,
         )
         yield from check_rollouts(trainer, engine)
-        trainer.close()
+        close(trainer)
     asked = rows[: settings.questions]
     batch = encode(processor, asked["prompt"], [load_audio(path) for path in asked["audio_path"]]).to(settings.device)
     shape = settings.questions, settings.generations, settings.completion
@@ -184,9 +180,9 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the model, which has random weights")
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if on_gpu else "cpu"))
-    parser.add_argument("--json", type=Path, help="write what was found to this file, too")
+    parser.add_argument("--json", type=Path, help="also write the record to this file")
     args = parser.parse_args()
-    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are float32's, as products are
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions in float32 round to TF32
     settings = Settings(size=args.size, generations=4, device=args.device)
     checks = []
     with tempfile.TemporaryDirectory() as folder:

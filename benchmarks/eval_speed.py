@@ -5,12 +5,11 @@
     python benchmarks/eval_speed.py --size 7b                       Qwen2-Audio-7B's shape with random weights, on a GPU
 
 One line for each limit on new tokens. The small model's answers all reach it; the last limit is measured again with the
-end tokens' logits doubled: answers then end after any number of tokens, about 100 on average.
+end tokens' logits doubled: answers then end after different numbers of tokens, about 100 on average.
 
 Plain loop: file order, one process, clips decoded in line, batches of 32 padded to the longest, the processor and
 `model.generate` as their documentation uses them; greedy, with the same limit on new tokens. Loading the model is not
-counted. The two take turns. Prints how many of the answers are equal: in float32 all but near ties, which only one of
-the two settles.
+counted. The two take turns. Prints how many of the answers are equal: in float32 all but near ties.
 """
 
 # ruff: noqa: E402
@@ -37,9 +36,10 @@ from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import build_chat
 from dataset.prompt import build_question
 from dataset.questions import Benchmark, load_questions
-from evaluation.answers import EncodedQuestions, answer_batches, default_workers, load_clips
+from evaluation.answers import EncodedQuestions, answer_batches, complete_with
+from evaluation.checkpoints import load_model
+from evaluation.clips import measure_clips
 from evaluation.results import Run
-from model.checkpoints import load_model
 from model.qwen2_audio import end_ids
 from model.tiny import build_demo_model, build_processor
 from step_time import describe_machine
@@ -67,7 +67,7 @@ def make_questions(folder: Path, count: int) -> Path:
 
 
 def run_plain(model, processor, benchmark: Benchmark, style: str, max_new_tokens: int, batch_size: int = 32) -> dict:
-    """The loop that one would write first: {id: completion}."""
+    """The plain loop: {id: completion}."""
     completions = {}
     for start in range(0, len(benchmark.questions), batch_size):
         questions = benchmark.questions[start : start + batch_size]
@@ -93,15 +93,14 @@ def run_plain(model, processor, benchmark: Benchmark, style: str, max_new_tokens
     return completions
 
 
-def run_ours(
-    model, processor, benchmark: Benchmark, style: str, max_new_tokens: int, batch_size: int, workers: int
-) -> dict:
-    """What `test_mmau.py` does between loading the model and writing the results, the check of all clips included."""
+def run_ours(model, processor, benchmark: Benchmark, style: str, max_new_tokens: int, batch_size: int) -> dict:
+    """The work of `test_mmau.py` between loading the model and writing the results, with the check of all clips."""
     run = Run(style=style, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    clips = load_clips(benchmark.questions, run.channels)
-    questions = EncodedQuestions(benchmark.questions, clips, processor, run)
+    samples = measure_clips(benchmark.questions, run.channels)
+    questions = EncodedQuestions(benchmark.questions, samples, processor, run)
     completions = {}
-    answer_batches(model, questions, questions.batches(), workers, completions.update, "ours", quiet=True)
+    complete = complete_with(model, questions)
+    answer_batches(complete, questions, questions.batches(), completions.update, "ours", quiet=True)
     return {id_: completion.text for id_, completion in completions.items()}
 
 
@@ -119,7 +118,7 @@ def measure(loops: dict[str, Callable[[], dict]], repeats: int) -> dict:
 
 
 def to_line(found: dict) -> str:
-    """What `measure` found, in words."""
+    """The result of `measure` as text."""
     number = found["questions"]
     each = [f"{name} {took:.1f} s, {number / took:.2f} questions/s" for name, took in found["seconds"].items()]
     plain, ours = found["seconds"].values()
@@ -145,11 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Questions per second, against the plain loop.")
     parser.add_argument("--model_path", help="default: a small model with random weights")
     parser.add_argument("--size", choices=list(SIZES), help="of a model with random weights instead, made in place")
-    parser.add_argument("--json", type=Path, help="write what was found to this file, too")
+    parser.add_argument("--json", type=Path, help="also write the record to this file")
     parser.add_argument("--data_file", help="MMAU's questions, clips beside them; default: synthetic ones")
     parser.add_argument("--questions", type=int, default=96, help="how many, from the file's start")
     parser.add_argument("--batch_size", type=int, default=32, help="ours; the plain loop's is 32")
-    parser.add_argument("--workers", type=int, help="ours; default: as test_mmau.py has it")
     parser.add_argument(
         "--max_new_tokens", type=int, nargs="+", default=[12, 64, 256], help="a trained model's answers take about 12"
     )
@@ -157,8 +155,6 @@ def main() -> None:
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     dtype, device = (torch.bfloat16, torch.device("cuda")) if on_gpu else (torch.float32, torch.device("cpu"))
-    if args.workers is None:
-        args.workers = default_workers(device.type)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         benchmark = load_questions(args.data_file or make_questions(folder, args.questions))
@@ -174,7 +170,7 @@ def main() -> None:
             asked = (model, processor, benchmark, "answer", limit)
             loops = {
                 "plain loop": lambda asked=asked: run_plain(*asked),
-                "ours": lambda asked=asked: run_ours(*asked, args.batch_size, args.workers),
+                "ours": lambda asked=asked: run_ours(*asked, args.batch_size),
             }
             found = measure(loops, args.repeats)
             print(f"{limit} tokens{ending}: {to_line(found)}", flush=True)

@@ -1,9 +1,9 @@
 """How a step's cost grows with completions per question, clips, completions' length and questions: one at a time around
 the defaults of `step_time.py`, whose options it takes.
 
-    python benchmarks/scaling.py --repeats 1           measures what is not there yet, then draws docs/img/scaling.png
+    python benchmarks/scaling.py --repeats 1           measures what is missing, then draws docs/img/scaling.png
 
-Every measurement is a record of its own in the folder of `--records`, so that what was cut off goes on; one of other
+Every measurement is a file in the folder of `--records`: a run that was interrupted continues. A record with other
 settings is measured again.
 """
 

@@ -3,10 +3,10 @@
     python benchmarks/step_time.py                                     70 M random weights, on a CPU or the GPU
     python benchmarks/step_time.py --size 7b --checkpointing --json step.json      Qwen2-Audio-7B's shape, made in place
 
-The three (`steps.py`) take turns; medians. All completions have the full length. Beside the seconds of each phase stand
-the matrix operations that it needs, and its floor (`floor.py`): the least time that they could take at the rates that
-this device was measured at just before; and how often the host waits for the device. Waiting where phases begin and end
-is this script's own; what `Trainer` logs between steps is left out.
+The three contenders (`steps.py`) take turns; seconds are medians. All completions have the full length. The table gives
+for each phase its seconds, the matrix operations that it needs, and its floor (`floor.py`): the least time that they
+take at the rates of this device, measured just before. The script waits for the device where phases begin and end,
+which is not counted among the host's waits; `Trainer`'s logging between steps is not part of a step.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 
 from floor import PHASES, ROW_BY_ROW, SHARED, SUPERVISED, WAYS, count, measure_rates
-from steps import ENGINES, SIZES, Phases, Settings, build_contenders, count_waits_and_memory, write_record
+from steps import ENGINES, SIZES, Phases, Settings, build_contenders, close, count_waits_and_memory, write_record
 
 
 def measure(settings: Settings, repeats: int) -> dict:
-    """The record of a comparison: settings, machine, rates; of each way medians of its phases, and what was counted."""
+    """The record of a comparison: settings, machine, rates, and for each contender medians of its phases and counts."""
     device = settings.device
     rates = measure_rates(device, settings.dtype)
     taken: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         contenders = build_contenders(settings, Path(folder), steps=repeats + 2)
-        for contender in contenders.values():  # kernels are chosen, the optimizer's state is made
+        for contender in contenders.values():  # chooses kernels, makes the optimizer's state
             contender.step(Phases(device))
         watched = {way: count_waits_and_memory(contender, device) for way, contender in contenders.items()}
         for _ in range(repeats):
@@ -37,16 +37,13 @@ def measure(settings: Settings, repeats: int) -> dict:
                 contender.step(phases := Phases(device))
                 taken[way].append(dict(phases.seconds))
         one = contenders[SHARED]
-        one.trainer.close()
-        config, stepped, parameters = (
-            one.base.config,
-            one.stepped,
-            sum(weight.numel() for weight in one.base.parameters()),
-        )
+        close(one.trainer)
+        config, stepped = one.base.config, one.stepped
+        parameters = sum(weight.numel() for weight in one.base.parameters())
     ways = {}
     for way in WAYS:
         work = count(config, settings.shape, way, stepped, settings.dtype.itemsize, settings.lora)
-        if way == SHARED and settings.engine != "built-in":  # an engine's rollout is timed as a whole
+        if way == SHARED and settings.engine != "built-in":  # vLLM's rollout is timed as a whole
             work["decoding"] += work.pop("encoder") + work.pop("prefill")
         totals = [sum(step.values()) for step in taken[way]]
         ways[way] = {
@@ -67,7 +64,7 @@ def measure(settings: Settings, repeats: int) -> dict:
 
 
 def describe_settings(settings: Settings) -> dict:
-    """As JSON has them."""
+    """The settings as values of JSON."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
     return plain | {"prompt": settings.shape.prompt}
@@ -84,7 +81,7 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def prefixed(number: float) -> str:
-    """Three digits, and the prefix of a unit.
+    """A number with three digits and the prefix of its unit.
 
     >>> prefixed(1_234_000), prefixed(5e14)
     ('1.23 M', '500 T')
@@ -136,7 +133,7 @@ def to_lines(record: dict) -> list[str]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of `Settings`, by which all benchmarks of a step go."""
+    """Add the options of `Settings`, which all benchmarks of a step take."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the model, which has random weights")
     parser.add_argument("--questions", type=int, default=2, help="per process and optimizer step; the paper's is 2")
@@ -146,9 +143,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--completion", type=int, default=16, help="tokens of each completion, at least 2")
     parser.add_argument("--lora", action="store_true", help="train adapters, as --use_peft true does")
     parser.add_argument("--checkpointing", action="store_true", help="as --activation_checkpointing true")
-    parser.add_argument(
-        "--engine", choices=list(ENGINES), default="built-in", help="what makes this project's rollouts"
-    )
+    parser.add_argument("--engine", choices=list(ENGINES), default="built-in", help="of this project's rollouts")
     parser.add_argument(
         "--processes", type=int, help="that share the optimizer, as under ZeRO; default: 8 for 7b, else 1"
     )

@@ -1,9 +1,9 @@
-"""The three that are compared, and how one optimizer step of theirs is taken, timed and counted: GRPO row by row, this
+"""The three contenders of the benchmarks, and one optimizer step of each, timed and counted: GRPO row by row, this
 project's GRPO, and supervised fine-tuning on the same questions.
 
-All are real trainers on one model, driven through their own methods as `Trainer.train` drives them; logging, callbacks
-and the schedule are left out. Row by row is TRL's trainer with what TRL, ms-swift and the original do: prompt and audio
-of a question G times, whole windows of 30 s, in rollout, reference and policy pass.
+All are real trainers on one model. Steps call the trainers' own methods as `Trainer.train` does, without logging,
+callbacks and schedule. Row by row is what TRL, ms-swift and the original do: prompt and audio of a question G times,
+whole windows of 30 s, in rollout, reference and policy pass.
 
 Shapes: N questions, G generations, P prompt tokens, C completion tokens.
 """
@@ -35,26 +35,26 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2AudioProcessor
-from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 import row_by_row
-from arguments import AudioModelConfig
 from dataset.audio import SAMPLE_RATE
-from dataset.encode import count_audio_tokens, count_text_tokens
+from dataset.encode import Batch, count_audio_tokens, count_text_tokens
 from dataset.prompt import build_solution
 from dataset.rows import write_whole
 from floor import ROW_BY_ROW, SHARED, SUPERVISED, Shape, now
 from model import branches, generation
 from model.qwen2_audio import base_model, freeze_parts
 from model.tiny import build_model, build_processor
-from model.without_storage import PeakMemory
+from run.arguments import AudioModelConfig
 from train import RecipeConfig
 from train_sft import SFTRecipeConfig
 from trainer import grpo_trainer
 from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.rollout import Rollout
 from trainer.sft_trainer import AudioSFTTrainer
 from utils.rewards import accuracy_reward, format_reward
+from without_storage import PeakMemory
 
 # Widths, depths and vocabularies; `7b` is Qwen2-Audio-7B's.
 SIZES = {
@@ -68,7 +68,7 @@ SIZES = {
         intermediate_size=11_008, initializer_range=0.02,
     ),
 }  # fmt: skip
-# How rollouts are made: settings of `RecipeConfig`. `--engine` and `correctness.py` go by it.
+# Engines of rollouts: settings of `RecipeConfig`.
 ENGINES: dict[str, dict] = {"built-in": {}}
 if find_spec("vllm"):
     ENGINES["vllm"] = {"use_vllm": True, "vllm_mode": "colocate", "top_k": 0}
@@ -76,7 +76,7 @@ if find_spec("vllm"):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """The model and the work of a step."""
 
     size: str = "small"  # one of SIZES
     questions: int = 2  # N, per process and optimizer step
@@ -105,7 +105,7 @@ def build_processor_of_30_seconds() -> Qwen2AudioProcessor:
 
 
 def build(settings: Settings, processor: Qwen2AudioProcessor):
-    """The model with random weights, made on its device, in its dtype; with adapters if these are what is trained."""
+    """The model with random weights, on its device and in its dtype; with adapters if `settings.lora`."""
     torch.manual_seed(0)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(settings.dtype)
@@ -125,8 +125,8 @@ def build(settings: Settings, processor: Qwen2AudioProcessor):
 
 
 def make_questions(folder: Path, settings: Settings, processor: Qwen2AudioProcessor, steps: int) -> Dataset:
-    """N questions with clips of their own, again for each of `steps`. Prompts and answers have exactly the tokens asked
-    for: digits, each of which is a token of its own."""
+    """N questions with N clips, repeated for each of `steps`. Prompts and answers have exactly the tokens that
+    `settings` state: each digit is one token."""
     rng = np.random.default_rng(0)
     (least,) = count_text_tokens(processor, [""])
     if settings.text < least:
@@ -148,45 +148,44 @@ def make_questions(folder: Path, settings: Settings, processor: Qwen2AudioProces
                 "row": number,
             }
         )
-    return Dataset.from_list(rows * (steps + 1))  # a batch is fetched ahead
+    return Dataset.from_list(rows * (steps + 1))  # the loader fetches a batch ahead
 
 
 class RowByRow(AudioGRPOTrainer):
-    """This project's trainer, with rollouts and log-probs as they are elsewhere."""
+    """This project's trainer, with every completion in a separate row for rollouts and log-probs."""
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+    def sample(self, questions: Batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        questions = questions.to(self.accelerator.device)
         kwargs = {"generation_kwargs": self.generation_kwargs}
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **kwargs) as model:
-            completions = row_by_row.generate(
-                model,
-                row_by_row.as_inputs(self._questions),
-                num_generations,
-                generation_config=self.generation_config,
-            )
-        return completions.tolist(), None  # all of the full length
+            inputs = row_by_row.as_inputs(questions)
+            ids = row_by_row.generate(model, inputs, self.group_size, generation_config=self.generation_config)
+        ids = ids.unflatten(0, (len(questions), self.group_size))  # all of the full length
+        return questions, ids, torch.ones_like(ids)
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **wanted
-    ):
-        """TRL's own, whose calls of the model get the clips: each once for every completion."""
-        base = base_model(model)
-        clips = row_by_row.with_mask(**self._clips)
-        prompts = {"input_ids": input_ids, "attention_mask": attention_mask, **clips}
-        window = row_by_row.whole_windows(base, prompts)
-        clips = {key: window[key].repeat_interleave(self.num_generations, dim=0) for key in row_by_row.AUDIO_INPUTS}
-        chunks = zip(*(clip.split(batch_size or len(input_ids)) for clip in clips.values()), strict=True)
+    def log_probs(self, model, rollout: Rollout, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """TRL's own method, whose calls of the model get each clip once for every completion."""
+        base, (questions, generations, length) = base_model(model), rollout.ids.shape
+        at_once = self.args.per_device_train_batch_size
+        window = row_by_row.whole_windows(base, row_by_row.as_inputs(rollout.questions))
+        rows = row_by_row.repeat_rows(window, generations)
+        ids = torch.cat([rows["input_ids"], rollout.ids.flatten(0, 1)], dim=1)
+        mask = torch.cat([rows["attention_mask"], rollout.mask.flatten(0, 1)], dim=1)
+        chunks = zip(*(rows[key].split(at_once) for key in row_by_row.AUDIO_INPUTS), strict=True)
 
         def add_clips(backbone, args, kwargs):
-            return args, kwargs | dict(zip(clips, next(chunks), strict=True))
+            return args, kwargs | dict(zip(row_by_row.AUDIO_INPUTS, next(chunks), strict=True))
 
         with base.model.register_forward_pre_hook(add_clips, with_kwargs=True):
-            return GRPOTrainer._get_per_token_logps_and_entropies(
-                self, model, input_ids, attention_mask, logits_to_keep, batch_size, **wanted
-            )
+            found = self._get_per_token_logps_and_entropies(model, ids, mask, length, at_once, compute_entropy=entropy)
+        logps, entropies = (
+            value if value is None else value.unflatten(0, (questions, generations)) for value in found[:2]
+        )
+        return logps * rollout.mask, entropies
 
 
 class Phases:
-    """Seconds of each phase, less those of phases within it. Where one begins or ends, the device is waited for."""
+    """Seconds of each phase, without those of phases within it. A phase begins and ends when the device is idle."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -215,7 +214,7 @@ class Phases:
         self._since = moment
 
     def timed(self, name: str | Callable[..., str], function: Callable) -> Callable:
-        """`function` as a phase of this name, or of that which `name` gives for its arguments."""
+        """`function` as a phase with this name; `name` may be a function of its arguments."""
 
         @wraps(function)
         def wrapper(*args, **kwargs):
@@ -226,9 +225,9 @@ class Phases:
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts the operators after which the host waits for the device: a value is asked for (`.item()`), a shape follows
-    from values (`nonzero`, boolean indices), or a tensor is copied to the host, or from it unless that is said not to
-    block (an index, too). On a CPU copies cannot be told; on a GPU, those within `torch.tensor` cannot."""
+    """Counts the operators after which the host waits for the device: it reads a value (`.item()`), a shape depends on
+    values (`nonzero`, boolean indices), or a blocking copy of a tensor to or from the host (an index, too). Not counted
+    are copies on a CPU, and on a GPU those within `torch.tensor`."""
 
     _aten = torch.ops.aten
     WAITING = {
@@ -263,12 +262,12 @@ class Synchronisations(TorchDispatchMode):
 
 
 class Contender:
-    """One of those that are compared: a trainer, its batches, and the optimizer that all of them step."""
+    """A trainer, its batches, and the optimizer, which all contenders share."""
 
     def __init__(self, trainer, optimizer: torch.optim.Optimizer):
         self.trainer, self.optimizer, self.model = trainer, optimizer, trainer.model
         self.base = base_model(trainer.model)
-        self.forward = self.base.forward  # with the head that this trainer has given it
+        self.forward = self.base.forward  # with this trainer's head
         self.batches = iter(trainer.get_train_dataloader())
 
     @property
@@ -291,11 +290,11 @@ class Contender:
                 trainer._get_grad_norm(self.model, grad_norm=trainer._clip_grad_norm(self.model))
                 self.optimizer.step()
                 self.model.zero_grad()
-            trainer.state.global_step += 1  # by which an engine beside the trainer knows that weights have changed
+            trainer.state.global_step += 1  # an engine's sign that weights have changed
 
     @contextmanager
     def _watched(self, phases: Phases) -> Iterator[None]:
-        """Within this context, what the trainer does is attributed to phases."""
+        """Within this context, the trainer's work is attributed to phases."""
         trainer, base = self.trainer, self.base
 
         def policy_or_reference(*args, **kwargs) -> str:
@@ -314,14 +313,15 @@ class Contender:
         ]
         if isinstance(trainer, AudioGRPOTrainer):
             parts += [
-                (trainer, "_generate_single_turn", "decoding"),
+                (trainer, "load", "data"),
+                (trainer, "sample", "decoding"),
                 (generation, "encode_clips", "encoder"),
                 (grpo_trainer, "encode_clips", "encoder"),
                 (branches, "prefill", "prefill"),
-                (trainer, "_calculate_rewards", "rewards"),
-                (trainer, "_get_per_token_logps_and_entropies", policy_or_reference),
+                (trainer, "reward", "rewards"),
+                (trainer, "log_probs", policy_or_reference),
             ]
-        if isinstance(trainer, RowByRow):  # whose rollouts are `generate` alone
+        if isinstance(trainer, RowByRow):
             parts += [(base, "forward", model_in_rollout), (base.model.audio_tower, "forward", encoder_in_rollout)]
         with ExitStack() as stack:
             for owner, name, phase in parts:
@@ -330,7 +330,7 @@ class Contender:
 
 
 def build_contenders(settings: Settings, folder: Path, steps: int) -> dict[str, Contender]:
-    """Those of WAYS by their names, on one model, with data for so many steps; their files go to `folder`."""
+    """The contenders of WAYS on one model, with data for so many steps; files are written to `folder`."""
     processor = build_processor_of_30_seconds()
     rows = make_questions(folder, settings, processor, steps)
     model = build(settings, processor)
@@ -338,7 +338,7 @@ def build_contenders(settings: Settings, folder: Path, steps: int) -> dict[str, 
     optimizer = build_optimizer(model, settings.processes)
     grpo = model, reference, rows, processor, folder
     sft = SFTRecipeConfig(str(folder), **common(settings))
-    return {  # each is made before the next trainer gives the model another head
+    return {  # the next trainer gives the model another head
         ROW_BY_ROW: Contender(build_grpo(RowByRow, replace(settings, engine="built-in"), *grpo), optimizer),
         SHARED: Contender(build_grpo(AudioGRPOTrainer, settings, *grpo), optimizer),
         SUPERVISED: Contender(AudioSFTTrainer(model, sft, rows, processor), optimizer),
@@ -349,18 +349,19 @@ def build_grpo(
     kind: type[AudioGRPOTrainer], settings: Settings, model, reference, rows, processor, folder: Path, greedy=False
 ):
     """A GRPO trainer of this kind with the paper's recipe; completions have the full length."""
-    engine = ENGINES[settings.engine]
+    engine = dict(ENGINES[settings.engine])
+    use_vllm = engine.pop("use_vllm", False)
     kwargs = {"min_new_tokens": settings.completion, "do_sample": not greedy}
     args = RecipeConfig(
         str(folder),
         num_generations=settings.generations,
         max_completion_length=settings.completion,
-        generation_kwargs=None if engine else kwargs,
+        generation_kwargs=None if use_vllm else kwargs,
         shuffle_dataset=False,
         **common(settings),
         **engine,
     )
-    if engine:  # which reads configuration and processor from where the model came from
+    if use_vllm:  # vLLM reads configuration and processor from where the model came from
         base = base_model(model)
         base.config.architectures = [type(base).__name__]
         base.config.save_pretrained(folder)
@@ -370,11 +371,16 @@ def build_grpo(
     # TRL would load the reference from where the model came from.
     with patch("trl.trainer.grpo_trainer.create_model_from_path", lambda *args, **kwargs: reference):
         trainer = kind(model, [accuracy_reward, format_reward], args, rows, processor)
-    if engine:
-        trainer.vllm.sampling.min_tokens = settings.completion
+    if use_vllm:
+        from run.vllm import sample_by_vllm
+
+        args.use_vllm = True
+        sample_by_vllm(trainer)
+        sampling = trainer.sample.__self__.sampling
+        sampling.min_tokens = settings.completion
         if greedy:
-            trainer.vllm.sampling.top_k = 1
-    if settings.lora:  # TRL's copy of adapters that come with a model; new ones' reference is the base
+            sampling.top_k = 1
+    if settings.lora:  # TRL copies adapters that come with a model; here the reference is the base
         trainer.model.delete_adapter("ref")
     return trainer
 
@@ -383,7 +389,7 @@ def common(settings: Settings) -> dict:
     """Arguments of all trainers."""
     return {
         "use_cpu": settings.device.type == "cpu",
-        "bf16": False,  # the weights are in what they are in, as under an engine
+        "bf16": False,  # no autocast, as under an engine
         "activation_checkpointing": settings.checkpointing,
         "questions_per_step": settings.questions,
         "report_to": "none",
@@ -392,7 +398,7 @@ def common(settings: Settings) -> dict:
 
 
 def build_optimizer(model: torch.nn.Module, processes: int) -> torch.optim.Optimizer:
-    """AdamW on one process's share of the trained weights, as ZeRO has it: tensors are taken while they fit into it."""
+    """AdamW on one process's share of the trained weights, as under ZeRO: the first tensors that fit into the share."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     room = sum(parameter.numel() for parameter in trained) // processes
     share = []
@@ -404,15 +410,16 @@ def build_optimizer(model: torch.nn.Module, processes: int) -> torch.optim.Optim
 
 
 def count_waits_and_memory(contender: Contender, device: torch.device) -> tuple[int, int]:
-    """(times that the host waits for the device, most bytes held at once) of a step, which is slower for being watched:
-    on a GPU the allocator says what is held, on a CPU every operator is followed."""
+    """(how often the host waits for the device, most bytes held at once) in a step. Counting slows the step down."""
     reference = getattr(contender.trainer, "ref_model", None)
     models = [model for model in (contender.model, reference) if model is not None]
     held = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     held += [leaf for leaf in tree_leaves(dict(contender.optimizer.state)) if isinstance(leaf, torch.Tensor)]
     waits = Synchronisations(device)
     if device.type == "cuda":
-        others = torch.cuda.memory_allocated(device) - sum(tensor.nbytes for tensor in held)  # of the other contenders
+        others = torch.cuda.memory_allocated(device) - sum(
+            tensor.nbytes for tensor in held
+        )  # held by the other contenders
         torch.cuda.reset_peak_memory_stats(device)
         with waits:
             contender.step(Phases(device))
@@ -422,6 +429,11 @@ def count_waits_and_memory(contender: Contender, device: torch.device) -> tuple[
     return waits.count, memory.peak
 
 
+def close(trainer) -> None:
+    """Shut down the trainer's engine, if it has one."""
+    getattr(trainer, "close", lambda: None)()
+
+
 def write_record(path: Path, record: dict) -> None:
-    """As JSON, whole or not at all."""
+    """Write JSON, whole or not at all."""
     write_whole(path, json.dumps(record, indent=1) + "\n")

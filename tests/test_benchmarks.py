@@ -15,9 +15,9 @@ import scaling
 import step_time
 import steps
 from floor import ROW_BY_ROW, SHARED, SUPERVISED, Shape, count
-from model.without_storage import without_storage
 from running import run, skip_without_compiler
 from steps import Phases, Settings, Synchronisations
+from without_storage import without_storage
 
 TINY = [
     "--size",

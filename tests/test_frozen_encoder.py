@@ -1,17 +1,18 @@
-"""An encoder of which nothing is trained runs once per question, in the rollout; losses, gradients and weights are those
-of a run in which it runs in every pass."""
+"""A frozen encoder runs once per question, in the rollout. Losses, gradients and weights are those of a run in which it
+runs in every pass."""
 
 import pytest
 import torch
 from peft import LoraConfig
 from trl import GRPOConfig
 
-from arguments import AudioModelConfig
 from dataset.dataset import load_train_dataset
-from test_grpo_trainer import first_rows, length_reward
+from run.arguments import LINEAR_LAYERS
+from run.resample import resample_uniform_groups
+from test_grpo_trainer import length_reward, roll_out
 from trainer.grpo_trainer import AudioGRPOTrainer
 
-EVERYWHERE = AudioModelConfig().lora_target_modules
+EVERYWHERE = list(LINEAR_LAYERS)
 LANGUAGE_MODEL = r".*language_model.*\.(q|v|down)_proj"
 
 
@@ -44,7 +45,7 @@ def watch_encoders(trainer) -> list[int]:
     ],
 )
 def test_it_runs_once_and_the_run_is_bitwise_the_same(small_model, questions, tmp_path, targets, freeze, checkpointing):
-    """Two steps on one batch of rollouts (`num_iterations`), so that the second's gradients tell of the first's."""
+    """The second step is on the same rollouts: its losses depend on the gradients of the first."""
     found = []
     for once in (True, False):
         trainer = make_trainer(
@@ -55,7 +56,7 @@ def test_it_runs_once_and_the_run_is_bitwise_the_same(small_model, questions, tm
         trainer.encodes_once = once
         rows = watch_encoders(trainer)
         trainer.train()
-        # Of 2 questions: the rollout; and else old log-probs, reference, and two iterations, recomputed or not.
+        # 2 questions: in the rollout only, or also for old log-probs, the reference and two iterations.
         assert sum(rows) == 2 if once else sum(rows) >= 2 * 5
         steps = [
             {key: value for key, value in entry.items() if "time" not in key and "second" not in key}
@@ -69,7 +70,7 @@ def test_it_runs_once_and_the_run_is_bitwise_the_same(small_model, questions, tm
 
 
 def test_an_encoder_with_adapters_that_are_trained_runs_in_every_pass(small_model, questions, tmp_path):
-    """The default targets reach into it."""
+    """The default targets include the encoder's layers."""
     trainer = make_trainer(small_model, questions, tmp_path, EVERYWHERE, [], max_steps=1)
     rows = watch_encoders(trainer)
     trainer.train()
@@ -78,27 +79,29 @@ def test_an_encoder_with_adapters_that_are_trained_runs_in_every_pass(small_mode
 
 
 def test_frozen_adapters_stay_frozen_after_the_references_pass(small_model, questions, tmp_path):
-    """PEFT switches all adapters off for it, and then all on again: their gradients would count where they are clipped."""
+    """PEFT makes all adapters trainable after that pass: their gradients would count in gradient clipping."""
     trainer = make_trainer(small_model, questions, tmp_path, EVERYWHERE, ["language_model"])
-    trainer.model.train()
-    trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
+    roll_out(trainer, 2)
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name and "audio_tower" in name for name in trained)
 
 
-def test_clips_of_other_lengths_are_padded_with_their_questions(small_model, questions, tmp_path):
-    """A uniform group's clip gives way to a longer one."""
+def test_encoded_clips_of_different_lengths_are_joined(small_model, questions, tmp_path):
+    """A longer clip replaces that of a uniform group."""
     trainer = make_trainer(small_model, questions, tmp_path, None, ["audio_encoder"])
     trainer.reward_funcs = [
         lambda completions, audio_path, **_: [float(i % 2 * (p[-5] in "67")) for i, p in enumerate(audio_path)]
     ]
-    trainer.max_resample_rounds = 8
-    trainer.model.train()
+    resample_uniform_groups(trainer, rounds=8)
     rows = watch_encoders(trainer)
-    batch = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
-    assert len(rows) >= 4 and trainer._metrics["train"]["groups/uniform_share_left"] == [0]
-    tokens = (batch["prompt_ids"][:, 0] == trainer.model.config.audio_token_id).sum(dim=1).tolist()
-    for clip, count in zip(batch["encoded_clips"], tokens, strict=True):  # (W, A)
+    rollout = roll_out(trainer, 2)
+    assert len(rows) >= 4 and not (rollout.advantages == 0).all(dim=1).any()
+    clips, ids = rollout.questions.input_features, rollout.questions.input_ids
+    assert rollout.questions.encoded and len(clips) == 2
+    tokens = (ids == trainer.model.config.audio_token_id).sum(dim=1).tolist()
+    for clip, count in zip(clips, tokens, strict=True):  # (W, A)
         assert (clip[:, :count] != 0).any(dim=0).all() and (clip[:, count:] == 0).all()
-    trainer.current_gradient_accumulation_steps, rows[:] = 1, []
-    assert torch.isfinite(trainer._compute_loss(trainer.model, batch)) and not rows
+    rows.clear()
+    trainer.current_gradient_accumulation_steps = 1
+    rollout.mean_tokens = rollout.mask.sum()
+    assert torch.isfinite(trainer.compute_loss(trainer.model, rollout)) and not rows

@@ -1,9 +1,8 @@
-"""The trainer on a small real model: rollouts, steps, what runs how often, checkpoints, and what is refused."""
+"""The trainer on a small real model: rollouts, steps, how often its parts run, checkpoints, refused settings."""
 
 import json
 from shutil import copytree
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -12,20 +11,20 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, Trai
 from trl import GRPOConfig
 
 import row_by_row
-from ask import ask
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
+from dataset.encode import count_tokens_of_frames
 from dataset.prompt import load_style
-from dataset.rows import DataError
 from model.branches import draw
 from model.qwen2_audio import PARTS, freeze_parts, load_processor
 from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.rollout import Rollout
 from trainer.sft_trainer import AudioSFTTrainer
 from utils.rewards import accuracy_reward, format_reward
 
 
 def length_reward(completions, **kwargs) -> list[float]:
-    """Differs within most groups, also for a model that knows nothing: the share of letters before the middle."""
+    """The share of letters before the middle of the alphabet: differs within most groups of an untrained model."""
     return [sum(c < "n" for c in text) / max(len(text), 1) for text in completions]
 
 
@@ -43,26 +42,22 @@ def make_trainer(model, data, output_dir, style="answer", rewards=None, **settin
     )
 
 
-def first_rows(trainer, questions: int, generations: int) -> list[dict]:
-    return [trainer.train_dataset[i] for i in range(questions) for _ in range(generations)]
+def first_rows(trainer, questions: int) -> list[dict]:
+    return [trainer.train_dataset[i] for i in range(questions)]
 
 
-@pytest.fixture
-def count_calls():
-    """Counts the forward passes of a module, and the rows of each."""
-    handles, rows = [], []
+def roll_out(trainer, questions: int) -> Rollout:
+    """A training rollout of the first questions."""
+    trainer.model.train()
+    return trainer.roll_out(first_rows(trainer, questions))
 
-    def watch(module, argument):
-        def hook(module, args, kwargs, output):
-            value = kwargs.get(argument, args[0] if args else None)
-            rows.append(len(value))
 
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        return rows
-
-    yield watch
-    for handle in handles:
-        handle.remove()
+def count_clips(*models) -> list[int]:
+    """The number of clips in each of the encoders' passes from now on."""
+    clips: list[int] = []
+    for model in models:
+        model.model.audio_tower.conv1.register_forward_hook(lambda module, args, output: clips.append(len(output)))
+    return clips
 
 
 @pytest.mark.parametrize("generations", [2, 5])
@@ -76,55 +71,49 @@ def test_greedy_rollouts_equal_plain_generate(small_model, questions, tmp_path, 
         per_device_train_batch_size=4 * generations,
         **greedy,
     )
-    trainer.model.train()
-    output = trainer._generate_and_score_completions(first_rows(trainer, 4, generations))  # ragged prompts and clips
+    rollout = roll_out(trainer, 4)  # prompts and clips of different lengths
     expected = row_by_row.generate(
         trainer.model,
-        row_by_row.as_inputs(trainer._questions),
+        row_by_row.as_inputs(rollout.questions),
         generations,
         generation_config=trainer.generation_config,
     )
-    mask = output["completion_mask"].flatten(0, 1).bool()
-    assert torch.equal(output["completion_ids"].flatten(0, 1)[mask], expected[:, : mask.shape[1]][mask])
-    first_of_group = output["completion_ids"][:, :1].expand_as(output["completion_ids"])
-    assert torch.equal(output["completion_ids"], first_of_group), "greedy completions of a group are the same"
-    assert len({tuple(row.tolist()) for row in output["completion_ids"][:, 0]}) > 1, "all questions got one answer"
+    mask = rollout.mask.flatten(0, 1).bool()
+    assert torch.equal(rollout.ids.flatten(0, 1)[mask], expected[:, : mask.shape[1]][mask])
+    assert torch.equal(rollout.ids, rollout.ids[:, :1].expand_as(rollout.ids)), "greedy completions differ in a group"
+    assert len({tuple(row.tolist()) for row in rollout.ids[:, 0]}) > 1, "all questions got one answer"
 
 
 def test_sampled_rollouts_equal_plain_sampling(small_model, questions, tmp_path, monkeypatch):
-    """The same random numbers draw the same completions: the distribution, and what limits it, are the same."""
+    """The same random numbers draw the same completions."""
     limits = dict(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.1)
-    length = {"min_new_tokens": 8}  # no row leaves, whose random numbers the plain way would go on to draw
+    length = {"min_new_tokens": 8}  # plain sampling draws random numbers for ended rows, too
     trainer = make_trainer(
         small_model, questions, tmp_path, max_completion_length=8, generation_kwargs=length, **limits
     )
-    trainer.model.train()
     torch.manual_seed(3)
-    output = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
+    rollout = roll_out(trainer, 2)
     torch.manual_seed(3)
     monkeypatch.setattr(torch, "multinomial", lambda shares, num_samples: draw(shares.log())[:, None])
     expected = row_by_row.generate(
-        trainer.model, row_by_row.as_inputs(trainer._questions), 4, generation_config=trainer.generation_config
+        trainer.model, row_by_row.as_inputs(rollout.questions), 4, generation_config=trainer.generation_config
     )
-    assert torch.equal(output["completion_ids"].flatten(0, 1), expected)
-    assert len({tuple(row.tolist()) for row in output["completion_ids"][0]}) > 1
+    assert torch.equal(rollout.ids.flatten(0, 1), expected)
+    assert len({tuple(row.tolist()) for row in rollout.ids[0]}) > 1
 
 
-def test_encoder_and_prompt_run_once_per_question(small_model, questions, tmp_path, count_calls, monkeypatch):
+def test_encoder_and_prompt_run_once_per_question(small_model, questions, tmp_path, monkeypatch):
     import dataset.encode as module
 
     decoded = []
     load_audio = module.load_audio
-    monkeypatch.setattr(module, "load_audio", lambda path, *rest: decoded.append(path) or load_audio(path, *rest))
+    monkeypatch.setattr(module, "load_audio", lambda path, **how: decoded.append(path) or load_audio(path, **how))
     trainer = make_trainer(small_model, questions, tmp_path)
-    trainer.model.train()
-    policy = count_calls(trainer.model.model.audio_tower.conv1, "input")
-    reference = count_calls(trainer.ref_model.model.audio_tower.conv1, "input")
-    assert policy is reference
-    output = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
+    clips = count_clips(trainer.model, trainer.ref_model)
+    rollout = roll_out(trainer, 2)
     trainer.current_gradient_accumulation_steps = 1
-    trainer._compute_loss(trainer.model, output)
-    assert sum(policy) == 3 * 2, "rollout, reference pass and policy pass: one encoder row per question each"
+    trainer.compute_loss(trainer.model, rollout)
+    assert sum(clips) == 3 * 2, "rollout, reference pass and policy pass: one clip per question each"
     assert len(decoded) == len(set(decoded)) == 2
 
 
@@ -133,20 +122,19 @@ def test_a_step_equals_the_same_step_row_by_row(small_model, questions, tmp_path
     trainer = make_trainer(small_model, questions, tmp_path, beta=0.1)
     for parameter in trainer.ref_model.parameters():  # a reference that is not the policy, so that the KL is not 0
         parameter.data.mul_(1.05)
-    trainer.model.train()
-    batch = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
+    rollout = roll_out(trainer, 2)
     trainer.current_gradient_accumulation_steps = 1
-    loss = trainer._compute_loss(trainer.model, dict(batch))
+    loss = trainer.compute_loss(trainer.model, rollout)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
 
-    prompts, ids, mask = row_by_row.as_inputs(trainer._questions), batch["completion_ids"], batch["completion_mask"]
+    prompts, ids, mask = row_by_row.as_inputs(rollout.questions), rollout.ids, rollout.mask
     policy = row_by_row.log_probs(trainer.model, prompts, ids, mask)
     with torch.no_grad():
         reference = row_by_row.log_probs(trainer.ref_model, prompts, ids, mask)
     completions = trainer.processing_class.batch_decode(ids.flatten(0, 1), skip_special_tokens=True)
-    rows = first_rows(trainer, 2, 4)
+    rows = [row for row in first_rows(trainer, 2) for _ in range(4)]
     rewards = torch.tensor(
         [
             sum(values)
@@ -159,7 +147,7 @@ def test_a_step_equals_the_same_step_row_by_row(small_model, questions, tmp_path
         ]
     ).view(2, 4)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-    torch.testing.assert_close(batch["advantages"], advantages, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rollout.advantages, advantages, atol=1e-5, rtol=1e-4)
     assert advantages.abs().max() > 0.5
     kl = torch.exp(reference - policy) - (reference - policy) - 1
     per_token = -(torch.exp(policy - policy.detach()) * advantages[..., None] - 0.1 * kl)
@@ -186,8 +174,8 @@ def test_training_changes_the_encoder_but_not_its_positions(small_model, questio
     assert logged["grad_norm"] > 0
 
 
-def test_the_spread_that_is_logged_is_that_within_a_question(small_model, questions, tmp_path):
-    """As the paper's curve; two questions of other rewards, but each with equal ones, have none."""
+def test_group_reward_std_is_that_within_a_question(small_model, questions, tmp_path):
+    """As in the paper's curve: 0 where each question's completions have equal rewards."""
 
     def reward(completions, calls=[], **kwargs) -> list[float]:  # noqa: B006, it counts its calls
         calls.append(1)
@@ -200,49 +188,27 @@ def test_the_spread_that_is_logged_is_that_within_a_question(small_model, questi
     assert trainer.state.log_history[0]["reward_std"] > 1
 
 
-def test_a_clip_that_fails_in_training_is_named_and_its_question_replaced(small_model, tmp_path, caplog):
-    for i in range(4):
-        write_tone(tmp_path / f"{i}.wav", 1.0 + 0.1 * i)
-    rows = [QUESTION | {"answer": 0, "audio_path": f"{i}.wav"} for i in range(4)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trainer = make_trainer(
-        small_model, tmp_path / "train.jsonl", tmp_path / "out", gradient_accumulation_steps=2, max_steps=1
-    )
-    (tmp_path / "2.wav").write_text("the disk has failed since the run began")
-    trainer.train()
-    assert "2.wav: not an audio file" in caplog.text
-    assert trainer.state.log_history[0]["clips/replaced"] >= 1
-    for i in range(4):
-        (tmp_path / f"{i}.wav").unlink()
-    with pytest.raises(DataError, match="11 clips in a row.*no such audio file"):
-        trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
-
-
-def test_groups_stay_whole_through_trls_shuffle(small_model, questions, tmp_path):
+def test_micro_batches_hold_whole_groups(small_model, questions, tmp_path):
     trainer = make_trainer(
         small_model, questions, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=1
     )
-    seen = []
-    compute_loss = trainer._compute_loss
+    seen: list[Rollout] = []
+    compute_loss = trainer.compute_loss
 
-    def watch(model, inputs):
-        seen.append(dict(inputs))
-        return compute_loss(model, inputs)
+    def watch(model, rollout, *args, **kwargs):
+        seen.append(rollout)
+        return compute_loss(model, rollout, *args, **kwargs)
 
-    trainer._compute_loss = watch
+    trainer.compute_loss = watch
     trainer.train()
     assert len(seen) == 4
-    for batch in seen:
-        assert batch["completion_ids"].shape[:2] == (1, 4) and len(batch["input_features"]) == 1
-        assert (batch["prompt_ids"] == batch["prompt_ids"][:, :1]).all(), "one prompt in a group"
-        assert batch["advantages"].sum().abs() < 1e-4, "the advantages of a whole group sum to 0"
-    features = torch.cat([batch["input_features"] for batch in seen])
-    assert len(features.flatten(1).unique(dim=0)) == 4, "four different clips, none shown twice"
-    for batch in seen:  # each prompt beside its own clip: as many audio tokens as the clip has
-        tokens = (batch["prompt_ids"][0, 0] == trainer.model.config.audio_token_id).sum()
-        (frames,) = batch["frames"]
-        assert tokens == ((frames - 1) // 2 + 1 - 2) // 2 + 1
-        assert batch["tokens"] == [batch["completion_mask"].sum()]
+    assert len({rollout.rows[0]["audio_path"] for rollout in seen}) == 4, "a question is shown twice"
+    for rollout in seen:
+        assert rollout.ids.shape[:2] == (1, 4) and len(rollout.questions) == 1
+        assert rollout.advantages.sum().abs() < 1e-4, "the advantages of a whole group sum to 0"
+        # The prompt belongs to its clip: it has as many audio tokens as the clip.
+        tokens = (rollout.questions.input_ids == trainer.model.config.audio_token_id).sum()
+        assert tokens == count_tokens_of_frames(*rollout.questions.frames)
 
 
 def test_rollouts_never_sample_an_audio_token(small_model, questions, tmp_path):
@@ -250,26 +216,22 @@ def test_rollouts_never_sample_an_audio_token(small_model, questions, tmp_path):
     audio = trainer.model.config.audio_token_id
     assert trainer.generation_config.suppress_tokens == sorted([9, audio])
     with torch.no_grad():
-        trainer.model.lm_head.weight[audio] = trainer.model.lm_head.weight[5] * 4  # a model that would love to
-    trainer.model.train()
-    output = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
-    assert not (output["completion_ids"] == audio).any() and not (output["completion_ids"] == 9).any()
+        trainer.model.lm_head.weight[audio] = trainer.model.lm_head.weight[5] * 4  # a likely token
+    ids = roll_out(trainer, 2).ids
+    assert not (ids == audio).any() and not (ids == 9).any()
 
 
 def test_either_end_token_ends_a_completion(small_model, questions, tmp_path):
     trainer = make_trainer(small_model, questions, tmp_path, max_completion_length=64, top_k=0)
     tokenizer = trainer.processing_class.tokenizer
     ends = set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
-    assert set(trainer.eos_token_ids) == ends
-    trainer.model.train()
     with torch.no_grad():
         trainer.model.lm_head.weight.zero_()  # every token is as likely as any other
     found = set()
     for _ in range(20):
-        output = trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
-        lengths = output["completion_mask"].sum(2)
-        for ids, length in zip(output["completion_ids"].flatten(0, 1), lengths.flatten(), strict=True):
-            assert not set(ids[: length - 1].tolist()) & ends, "nothing follows the first end token"
+        rollout = roll_out(trainer, 2)
+        for ids, length in zip(rollout.ids.flatten(0, 1), rollout.lengths.flatten(), strict=True):
+            assert not set(ids[: length - 1].tolist()) & ends, "a token follows the first end token"
             found |= {int(ids[length - 1])} & ends
         if found == ends:
             break
@@ -311,8 +273,12 @@ def test_evaluation_runs_on_whole_groups(small_model, questions, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(per_device_train_batch_size=6, gradient_accumulation_steps=2), "whole groups of 4: use 4"),
-        (dict(use_transformers_continuous_batching=True), "cannot take audio"),
+        (
+            dict(per_device_train_batch_size=6, gradient_accumulation_steps=2),
+            "--per_device_train_batch_size 6 .* use 4",
+        ),
+        (dict(use_transformers_continuous_batching=True), "--use_transformers_continuous_batching"),
+        (dict(loss_type="sapo"), "--loss_type sapo"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(small_model, questions, tmp_path, settings, message):
@@ -323,7 +289,7 @@ def test_settings_that_cannot_work_are_refused(small_model, questions, tmp_path,
 def test_evaluation_batches_must_hold_whole_groups(small_model, questions, tmp_path):
     args = GRPOConfig(str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True)
     args.eval_strategy, args.per_device_eval_batch_size = "steps", 12  # TRL itself checks the sum over processes only
-    with pytest.raises(ValueError, match="per_device_eval_batch_size 12 .* use 8"):
+    with pytest.raises(ValueError, match="--per_device_eval_batch_size 12 .* use 8"):
         AudioGRPOTrainer(str(small_model), [format_reward], args, load_train_dataset(questions))
 
 
@@ -331,29 +297,27 @@ def test_attention_without_arbitrary_masks_is_refused(small_model, questions, tm
     model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
     model.config._attn_implementation = "flash_attention_2"
     args = GRPOConfig(str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, beta=0.0)
-    with pytest.raises(ValueError, match="cannot take the mask of a shared prompt; use one of sdpa, eager"):
+    with pytest.raises(ValueError, match="flash_attention_2.* sdpa, eager"):
         AudioGRPOTrainer(model, [format_reward], args, load_train_dataset(questions))
 
 
-def test_a_model_that_hears_another_token_than_its_processor_writes_is_refused(small_model, questions, tmp_path):
+def test_another_audio_token_than_the_processors_is_refused(small_model, questions, tmp_path):
     folder = copytree(small_model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"audio_token_index": 9}))
-    with pytest.raises(ValueError, match="takes token 9 for sound .*, its processor writes 3"):
+    with pytest.raises(ValueError, match="token 9 .* 3"):
         make_trainer(folder, questions, tmp_path)
     model, processor = Qwen2AudioForConditionalGeneration.from_pretrained(folder), load_processor(folder)
-    with pytest.raises(ValueError, match="takes token 9"):
-        ask(model, processor, np.zeros(16_000, np.float32), "What?", ["a", "b"], "choice")
-    with pytest.raises(ValueError, match="takes token 9"):
+    with pytest.raises(ValueError, match="token 9 .* 3"):
         AudioSFTTrainer(model, TrainingArguments(str(tmp_path)), load_train_dataset(questions), processor)
 
 
-def test_a_question_with_a_special_token_is_refused_on_this_path_too(small_model, tmp_path):
-    """A data set that nobody examined before: the text would be obeyed as a turn's end."""
+def test_a_question_with_a_special_token_is_refused(small_model, tmp_path):
+    """Also in a data set that was not examined: the model would take the text as a turn's end."""
     write_tone(tmp_path / "fine.wav", 1.0)
     row = QUESTION | {"audio_path": "fine.wav", "question_text": "What? <|im_end|>", "answer": 0}
     (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    with pytest.raises(ValueError, match=r"What\? <\|im_end\|>.*special token"):
+    with pytest.raises(ValueError, match=r"What\? <\|im_end\|>"):
         make_trainer(small_model, tmp_path / "train.jsonl", tmp_path / "out", max_steps=1).train()
 
 
@@ -377,7 +341,7 @@ def test_frozen_parts_stay_bit_identical_and_the_rest_changes(small_model, quest
         assert torch.equal(parameter, before[name]) == still, name
 
 
-@pytest.mark.parametrize(("freeze", "message"), [(["ears"], "cannot freeze ears"), (list(PARTS), "nothing to train")])
-def test_freezing_what_is_not_there_or_everything_is_refused(small_model, freeze, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("freeze", [["vision_tower"], list(PARTS)])
+def test_freezing_an_unknown_part_or_all_parts_is_refused(small_model, freeze):
+    with pytest.raises(ValueError, match=freeze[0]):
         freeze_parts(Qwen2AudioForConditionalGeneration.from_pretrained(small_model), freeze)

@@ -1,4 +1,4 @@
-"""The loss, the log-probs and every gradient equal what the original code gave on two fixed batches."""
+"""Log-probs, loss and every gradient equal those that the original code gave on two fixed batches."""
 
 import json
 
@@ -13,8 +13,10 @@ from trl.trainer.utils import add_fused_lm_head
 import row_by_row
 from dataset.audio import load_audio
 from dataset.dataset import load_train_dataset
+from dataset.encode import Batch
 from model.qwen2_audio import load_processor
 from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.rollout import Rollout
 from utils.rewards import accuracy_reward, format_reward
 
 
@@ -61,40 +63,44 @@ def restore_features(arrays) -> torch.Tensor:
     return torch.cat([first, rest.expand(-1, -1, 3000 - first.shape[2])], dim=2)
 
 
+def restore_rollout(case, arrays) -> Rollout:
+    """The recorded batch, without the reference's log-probs."""
+    groups = (len(case["rows"]), case["G"])
+    lengths = torch.tensor(case["completion_mask_sum"]).view(groups)
+    ids = torch.from_numpy(arrays["completion_ids"]).unflatten(0, groups)
+    questions = Batch(
+        torch.from_numpy(arrays["prompt_ids"]),
+        torch.from_numpy(arrays["prompt_attention_mask"]),
+        restore_features(arrays),
+        arrays["feature_attention_mask"].sum(axis=1).tolist(),
+    )
+    return Rollout(
+        rows=[{} for _ in case["rows"]],
+        questions=questions,
+        ids=ids,
+        mask=(torch.arange(ids.shape[2]) < lengths[..., None]).long(),
+        lengths=lengths,
+        ended=torch.ones_like(lengths, dtype=torch.bool),
+        rewards=torch.tensor(case["rewards_per_func"]).unflatten(0, groups),
+        advantages=torch.tensor(case["advantages"]).view(groups),
+    )
+
+
 @pytest.mark.parametrize("name", ["b1_g8", "b2_g4_fixed"])
 def test_loss_and_gradients_equal_the_originals(recorded, tmp_path, name):
     folder, cases = recorded
     case, arrays, gradients = cases[name]
     trainer = make_trainer(folder, tmp_path, case)
-    questions, generations = len(case["rows"]), case["G"]
-    lengths = torch.tensor(case["completion_mask_sum"])
-    completion_ids = torch.from_numpy(arrays["completion_ids"])
-    completion_mask = (torch.arange(completion_ids.shape[1]) < lengths[:, None]).long()
-    prompt_ids = torch.from_numpy(arrays["prompt_ids"]).repeat_interleave(generations, 0)
-    prompt_mask = torch.from_numpy(arrays["prompt_attention_mask"]).repeat_interleave(generations, 0)
-    frames = arrays["feature_attention_mask"].sum(axis=1).tolist()
-    clips = {"input_features": restore_features(arrays), "frames": frames}
-    trainer._clips = clips
-    rows = (torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1))
+    rollout = restore_rollout(case, arrays)
     with torch.no_grad():
-        reference, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, *rows, completion_ids.shape[1])
-        policy, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *rows, completion_ids.shape[1])
-    mask = completion_mask.bool()
-    for computed, key in ((policy, "per_token_logps"), (reference, "ref_per_token_logps")):
-        torch.testing.assert_close(computed[mask], torch.tensor(case[key])[mask], atol=1e-4, rtol=0)
+        policy, _ = trainer.log_probs(trainer.model, rollout)
+        rollout.ref_logps = trainer.reference_log_probs(rollout)
+    mask = rollout.mask.flatten(0, 1).bool()
+    for computed, key in ((policy, "per_token_logps"), (rollout.ref_logps, "ref_per_token_logps")):
+        torch.testing.assert_close(computed.flatten(0, 1)[mask], torch.tensor(case[key])[mask], atol=1e-4, rtol=0)
 
-    batch = {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
-        "advantages": torch.tensor(case["advantages"]),
-        "ref_per_token_logps": reference,
-    }
-    grouped = {key: value.unflatten(0, (questions, generations)) for key, value in batch.items()}
     trainer.current_gradient_accumulation_steps = 1
-    tokens = lengths.view(questions, generations).sum(dim=1).tolist()
-    loss = trainer._compute_loss(trainer.model, grouped | clips | {"tokens": tokens})
+    loss = trainer.compute_loss(trainer.model, rollout)
     assert loss.item() == pytest.approx(case["loss"], abs=1e-6)
     loss.backward()
 

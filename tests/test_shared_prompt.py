@@ -1,4 +1,4 @@
-"""The shared prompt equals the row-by-row path: log-probs, gradients, rollouts. No reference material needed."""
+"""The shared prompt gives the log-probs and gradients of completions in separate rows."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def model(request):
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2AudioForConditionalGeneration(config).train()
-    with torch.no_grad():  # away from the initialization's near-uniform output, so that a wrong mask shows
+    with torch.no_grad():  # the initial model is near uniform: a wrong mask would not show
         for parameter in model.parameters():
             parameter.mul_(3.0)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
@@ -36,7 +36,7 @@ def model(request):
 
 
 def make_batch(questions: int, generations: int, length: int, seed: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """Ragged prompts with clips of different lengths, ragged completions (some of one token, some of full length)."""
+    """Prompts, clips and completions of different lengths; some completions have one token, some the full length."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high, *shape):
@@ -61,16 +61,11 @@ def make_batch(questions: int, generations: int, length: int, seed: int) -> tupl
     return prompts, ids, mask
 
 
-def count_tokens(mask: torch.Tensor) -> list[int]:
-    """Completion tokens (N, G, C) of each group."""
-    return mask.sum(dim=(1, 2)).tolist()
-
-
 def log_probs_shared(model, prompts: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask, count_tokens(mask))
+    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
     frames = prompts["feature_attention_mask"].sum(dim=1).tolist()
     outputs = score(model, model, packed, {"input_features": prompts["input_features"], "frames": frames})
-    return unpack(outputs.log_probs, packed, ids.shape[1], ids.shape[2]).view(ids.shape)
+    return unpack(outputs.log_probs, packed, *ids.shape[1:])
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -84,7 +79,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 )
 def test_log_probs_and_gradients_equal_row_by_row(model, questions, generations, length):
     prompts, ids, mask = make_batch(questions, generations, length, seed=generations)
-    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))  # as advantages would weigh them
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))  # in the place of advantages
     shared = log_probs_shared(model, prompts, ids, mask)
     (shared * weights).sum().backward()
     shared_gradients = gradients(model)
@@ -100,7 +95,7 @@ def test_log_probs_and_gradients_equal_row_by_row(model, questions, generations,
 
 
 def test_gradients_with_activation_checkpointing_are_the_same(model):
-    """The encoder's steps are recomputed in the backward pass, outside of the context that made them."""
+    """The backward pass recomputes the encoder outside the context that registered its hooks."""
     prompts, ids, mask = make_batch(3, 2, 6, seed=3)
     found = []
     for checkpointing in (False, True):
@@ -120,26 +115,26 @@ def test_a_completion_depends_on_no_other_completion(model):
     before, after = log_probs_shared(model, prompts, ids, mask), log_probs_shared(model, prompts, changed, mask)
     untouched = [0, 2, 3]
     torch.testing.assert_close(before[:, untouched], after[:, untouched], atol=1e-5, rtol=1e-5)
-    assert (before[:, 1] - after[:, 1]).abs().max() > 1e-2, "the model is too uniform for these tests to mean anything"
+    assert (before[:, 1] - after[:, 1]).abs().max() > 1e-2, "the model is too uniform to show a wrong mask"
 
 
-def test_the_device_checks_what_the_host_is_told(model):
-    """Nothing is read from it for that."""
+def test_right_padded_prompts_are_refused():
+    prompt, ids = torch.tensor([[1, 2, PAD]]), torch.tensor([[[11, 12], [21, PAD]]])
+    with pytest.raises(RuntimeError, match="left-padded"):
+        pack(prompt, (prompt != PAD).long(), ids, (ids != PAD).long())
+
+
+def test_a_prompt_with_more_audio_tokens_than_its_clip_is_refused(model):
     prompts, ids, mask = make_batch(2, 2, 4, seed=1)
-    tokens = prompts["input_ids"], prompts["attention_mask"], ids, mask
-    with pytest.raises(RuntimeError, match="left-padded"):
-        pack(*tokens, [count - 1 for count in count_tokens(mask)])
-    with pytest.raises(RuntimeError, match="left-padded"):
-        pack(*(rows.flip(-1) for rows in tokens), count_tokens(mask))
     prompts["input_ids"][0, -1] = AUDIO
-    with pytest.raises(RuntimeError, match="not as many"):
+    with pytest.raises(RuntimeError, match="audio tokens"):
         log_probs_shared(model, prompts, ids, mask)
 
 
 def test_the_example_of_the_docstring():
     prompt = torch.tensor([[PAD, 1, 2, 3]])
     ids = torch.tensor([[[11, 12, 13], [21, 22, PAD]]])
-    packed = pack(prompt, (prompt != PAD).long(), ids, (ids != PAD).long(), [5])
+    packed = pack(prompt, (prompt != PAD).long(), ids, (ids != PAD).long())
     assert packed.input_ids.tolist() == [[PAD, 1, 2, 3, 11, 12, 3, 21]]
     assert packed.position_ids.tolist() == [[0, 0, 1, 2, 3, 4, 2, 3]]
     assert packed.labels.tolist() == [[11, 12, 13, 21, 22]]
@@ -147,14 +142,14 @@ def test_the_example_of_the_docstring():
     seen = ["".join("x" if cell else "." for cell in row) for row in packed.sees[0].tolist()]
     assert seen == drawn
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
-    assert unpack(values, packed, generations=2, length=3).tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert unpack(values, packed, generations=2, length=3).tolist() == [[[1, 2, 3], [4, 5, 0]]]
 
 
-def test_masked_completions_cost_nothing_and_give_zero(model):
+def test_masked_completions_take_no_place_and_give_zero(model):
     prompts, ids, mask = make_batch(2, 3, 6, seed=9)
     mask[0, 1] = 0  # as mask_truncated_completions does
     mask[1] = 0  # a whole group
-    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask, count_tokens(mask))
+    packed = pack(prompts["input_ids"], prompts["attention_mask"], ids, mask)
     assert packed.source.shape[1] == mask[0].sum()
     assert (packed.labels[1] == IGNORE).all()
     shared = log_probs_shared(model, prompts, ids, mask)

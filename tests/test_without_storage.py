@@ -1,7 +1,7 @@
-"""Placement of the full-size model's passes, on a device that this machine lacks: a tensor that is left on the CPU, or
-has another dtype than its partner, stops them here as it would on a GPU, without the memory of 8.4 B parameters.
+"""The passes of the full-size model on a fake device: a tensor that is left on the CPU, or has another dtype than its
+partner, raises here as it would on a GPU, without the memory of 8.4 B parameters.
 
-Leaves out what a device computes by its own kernels (TRL's fused head has one of Triton's), and autocast.
+Not covered: kernels of a device (TRL's fused head has one for Triton), and autocast.
 """
 
 from contextlib import nullcontext
@@ -18,13 +18,14 @@ import model.generation
 import row_by_row
 import trainer.grpo_trainer
 from dataset.encode import Batch, join
-from model.generation import Greedy, embed_tokens, generate, prefill, score
-from model.qwen2_audio import base_model, encode_clips, group_by_length, pad_clips
-from model.without_storage import place, without_storage
-from steps import Synchronisations
+from evaluation.decoding import Greedy, score
+from memory_table import Settings, build, decode_last, longest_questions, policy_pass
+from model.generation import embed_tokens, generate, prefill
+from model.qwen2_audio import base_model, encode_clips, pad_clips
 from trainer.grpo_trainer import AudioGRPOTrainer
-from trainer.memory import Settings, build, decode_last, longest_questions, policy_pass
+from trainer.rollout import Rollout
 from trainer.shared_prompt import unpack
+from without_storage import place, without_storage
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
@@ -34,14 +35,14 @@ END = 0  # token that ends an answer
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """A device that no build of PyTorch lacks; the fused head asks for its autocast, which it has not."""
-    asked = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": device != "lazy" and asked(device))
+    """A device that every build of PyTorch knows. It has no autocast, which the fused head asks for."""
+    is_enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": device != "lazy" and is_enabled(device))
     return torch.device("lazy:0")
 
 
 class EqualDtypes(TorchDispatchMode):
-    """Products of two dtypes raise, as they do with real tensors; fake ones multiply anything."""
+    """Raises for products of two dtypes, as real tensors do; fake ones do not."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in PRODUCTS:
@@ -52,7 +53,7 @@ class EqualDtypes(TorchDispatchMode):
 
 
 def full_size(shared, layers: int) -> tuple[nn.Module, dict[str, int]]:
-    """Qwen2-Audio-7B, all of its 32 layers or fewer, as the trainer has it, on the meta device; and its sizes."""
+    """Qwen2-Audio-7B with so many layers, as the trainer has it, on the meta device; and its sizes."""
     config = AutoConfig.from_pretrained(shared / "models" / "qwen2-audio-7b-no-weights")
     config.audio_config.encoder_layers = config.text_config.num_hidden_layers = layers
     config.text_config.layer_types = config.text_config.layer_types[:layers]
@@ -60,12 +61,12 @@ def full_size(shared, layers: int) -> tuple[nn.Module, dict[str, int]]:
 
 
 def questions_of(model, *seconds: float) -> Batch:
-    """A question for each length of a clip, as the loader joins them."""
+    """A question for each length of a clip."""
     questions = []
     for length in seconds:
         settings = replace(S, questions=1, seconds=length, prompt=round(40 * length))
-        questions.append(row_by_row.as_inputs(longest_questions(model, settings, torch.device("cpu"))))
-    return join(questions, pad_id=1).to(model.device)
+        questions.append(row_by_row.as_inputs(longest_questions(model, settings)))
+    return join(questions, pad_id=1)
 
 
 def policy(model, batch: Batch) -> None:
@@ -74,22 +75,26 @@ def policy(model, batch: Batch) -> None:
     assert {(gradient.device, gradient.dtype) for gradient in gradients} == {(model.device, torch.bfloat16)}
 
 
-def log_probs(model, batch: Batch, batch_size: int | None = None, **state) -> torch.Tensor:
-    """As the trainer takes them, with attributes of another `state` than a rollout's."""
+def log_probs(model, batch: Batch) -> torch.Tensor:
+    """The trainer's own method, a question at a time."""
+    ids = batch.input_ids.new_ones(len(batch), S.generations, S.completion)
+    mask, scores = torch.ones_like(ids), torch.zeros(len(batch), S.generations, device=model.device)
+    sampled = Rollout([{}] * len(batch), batch, ids, mask, mask.sum(2), scores > 0, scores[..., None], scores)
     accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=nullcontext)
-    trainer = object.__new__(AudioGRPOTrainer)  # with what the method reads
-    vars(trainer).update(accelerator=accelerator, ref_model=None, _reference=None, use_vllm=False)
-    vars(trainer).update({"_clips": batch.audio_inputs, "_tokens": [], "_idle": []} | state)
-    ids = batch.input_ids.repeat_interleave(S.generations, dim=0)
-    ids = torch.cat([ids, ids.new_ones(len(ids), S.completion)], dim=1)
-    return trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), S.completion, batch_size)[0]
+    self = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(per_device_train_batch_size=S.generations))
+    return AudioGRPOTrainer.log_probs(self, model, sampled)[0]
 
 
 def reference(model, batch: Batch) -> None:
-    """A question at a time."""
     with torch.no_grad():
-        logps = log_probs(model.eval(), batch, batch_size=S.generations)
-    assert logps.shape == (len(batch) * S.generations, S.completion) and logps.device == model.device
+        logps = log_probs(model.eval(), batch)
+    assert logps.shape == (len(batch), S.generations, S.completion) and logps.device == model.device
+
+
+def encoder(model, batch: Batch) -> None:
+    """Clips that the rollout encodes, and a policy pass on them."""
+    clips = encode_clips(model.model, batch.input_features, batch.frames)
+    policy_pass(model, batch.encoded_as(pad_clips(clips)), S).backward()
 
 
 def rollout(model, batch: Batch) -> None:
@@ -101,22 +106,22 @@ def rollout(model, batch: Batch) -> None:
 
 
 def evaluation(model, batch: Batch) -> None:
-    """The long question's answer ends first, so its row leaves."""
+    """The long question's answer ends first."""
     batch = questions_of(model, 10, 4)
     greedy = Greedy(model, batch)
 
     def choose(logits, rows, completions) -> torch.Tensor:
-        assert greedy(logits, rows, completions).device == model.device  # which tokens these are, nobody knows
+        assert greedy(logits, rows, completions).device == model.device  # fake tokens have no values
         return torch.tensor([END if row == 0 and completions[0] else 7 for row in rows], device=model.device)
 
-    with torch.no_grad():  # `__wrapped__`: without inference mode, which fake tensors do not bear
+    with torch.no_grad():  # `__wrapped__`: without inference mode
         answers = generate.__wrapped__(model.eval(), batch, [END], 4, choose)
         logps = score.__wrapped__(model, batch.take([1]), [[7, 8, END], [9, END]])
     assert answers == [[7, END], [7, 7, 7, 7]]
     assert logps.shape == (2,) and logps.device == model.device
 
 
-PASSES = [policy, reference, rollout, evaluation]
+PASSES = [policy, reference, encoder, rollout, evaluation]
 
 
 @pytest.mark.slow
@@ -126,17 +131,17 @@ def test_every_pass_of_the_full_size_model_stays_on_its_device(shared, elsewhere
     with without_storage() as memory, EqualDtypes():
         place(model, elsewhere)
         for run_pass in PASSES:
-            run_pass(model, longest_questions(model, S, model.device))
+            run_pass(model, longest_questions(model, S))
         assert memory.peak > sizes["weights"]
 
 
-@pytest.mark.parametrize("run_pass", [policy, reference, rollout])
+@pytest.mark.parametrize("run_pass", [policy, reference, encoder, rollout])
 @pytest.mark.parametrize("misplaced", ["input_features", "input_ids", "weight"])
 def test_a_mixture_of_devices_is_found(shared, elsewhere, run_pass, misplaced):
     model, _ = full_size(shared, layers=2)
     with without_storage():
         place(model, elsewhere)
-        batch = longest_questions(model, S, model.device)
+        batch = longest_questions(model, S)
         if misplaced == "weight":
             place(next(m for m in model.modules() if isinstance(m, nn.Linear)), "cpu")
         else:
@@ -152,32 +157,7 @@ def test_a_mixture_of_dtypes_is_found(shared, elsewhere):
         layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
         layer.weight = nn.Parameter(layer.weight.detach().float())
         with pytest.raises(RuntimeError, match="dtype"):
-            policy(model, longest_questions(model, S, model.device))
-
-
-@pytest.mark.parametrize("way", ["plain", "eager", "frozen encoder", "a group left out", "supervised"])
-def test_a_policy_pass_never_waits_for_the_device(shared, elsewhere, way):
-    """Forward and backward, with clips of several lengths. Left out, since they do it on real tensors of a GPU alone:
-    TRL's fused head picks the positions with a label, and in supervised training transformers looks for padding."""
-    model, _ = full_size(shared, layers=2)
-    model.set_attn_implementation("eager" if way == "eager" else "sdpa")
-    with without_storage():
-        place(model, elsewhere)
-        batch = questions_of(model, 10, 9.5, 4)
-        assert len(group_by_length(batch.frames)) == 2 and len(set(batch.frames)) == 3
-        state = {"_tokens": [S.generations * S.completion] * len(batch)}
-        if way == "frozen encoder":
-            encoded = encode_clips(model.model, batch.input_features, batch.frames)
-            state["_clips"] = {"encoded_clips": pad_clips(encoded), "frames": batch.frames}
-        if way == "a group left out":
-            entropies = torch.zeros(len(batch), S.generations, S.completion, device=elsewhere)
-            state |= {"_idle": [False, True, False], "_rollout_entropies": entropies}
-        with Synchronisations(elsewhere) as waits:
-            if way == "supervised":
-                policy_pass(model, batch, replace(S, supervised=True)).backward()
-            else:
-                log_probs(model, batch, **state).sum().backward()
-    assert waits.count == 0
+            policy(model, longest_questions(model, S))
 
 
 def ids_left_behind(model, ids):
@@ -203,4 +183,4 @@ def test_code_that_leaves_a_tensor_on_the_cpu_is_found(
     with without_storage():
         place(model, elsewhere)
         with pytest.raises(RuntimeError, match="device"):
-            run_pass(model, longest_questions(model, S, model.device))
+            run_pass(model, longest_questions(model, S))

@@ -1,8 +1,8 @@
-"""Real passes of a model without storage: their shapes, dtypes, devices and memory, of 8.4 B parameters on a laptop.
+"""Real passes of a model without storage: shapes, dtypes, devices and memory of 8.4 B parameters on a laptop.
 
-`with without_storage() as memory:` tensors are torch's fake ones. Whatever mixes devices raises, as on a GPU; and
-`memory.live` and `memory.peak` are the bytes that the tensors would take. Leaves out what kernels allocate inside, and
-inference mode, in which torch does not make fake tensors of all: `torch.no_grad` holds the same.
+Within `without_storage() as memory` tensors are torch's fake ones. An operator on two devices raises, as on a GPU;
+`memory.live` and `memory.peak` are the bytes that real tensors would take. Memory that kernels allocate is not counted.
+Inference mode does not work with fake tensors; `torch.no_grad` holds the same memory.
 """
 
 import weakref
@@ -24,7 +24,7 @@ def without_storage() -> Iterator["PeakMemory"]:
 
 
 def place(model: nn.Module, device: str) -> None:
-    """Give a model that was made on the meta device fake tensors of a device; to be called `without_storage`."""
+    """Give a model on the meta device fake tensors of another device; call it within `without_storage`."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -36,17 +36,20 @@ def place(model: nn.Module, device: str) -> None:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Follows every storage that an operator makes, real or fake, until nobody holds it any more.
+    """Follows every storage that an operator makes, real or fake, until it is freed.
+
+    Args:
+        held: tensors that exist already.
 
     Attributes:
-        live, peak: bytes, now and at most (until somebody sets `peak` back).
+        live, peak: bytes, now and at most; `peak` may be reset.
     """
 
     def __init__(self, held: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.live = self.peak = 0
         self._followed = WeakIdKeyDictionary()
-        for tensor in held:  # made before
+        for tensor in held:
             self._follow(tensor)
 
     def _follow(self, tensor: torch.Tensor) -> None:
@@ -68,11 +71,8 @@ class PeakMemory(TorchDispatchMode):
 
 
 class KnownIntegers(TorchDispatchMode):
-    """Computes integers and booleans that follow from known ones, so that fake tensors can answer for their values.
-
-    Code asks for lengths (`int(mask.sum())`, `lengths.tolist()`); what depends on weights or features has no value, and
-    asking for one raises a KeyError.
-    """
+    """Computes integers and booleans that follow from known ones, so that code can read lengths from fake tensors
+    (`int(mask.sum())`, `lengths.tolist()`). Reading a value that depends on weights or features raises a KeyError."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class KnownIntegers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # more frequent than all others together
+        if func is torch.ops.prim.device.default:  # the most frequent call
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             with unset_fake_temporarily():
