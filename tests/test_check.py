@@ -514,19 +514,25 @@ def test_whole_numbers_have_a_bound():
             parse(word)
 
 
-def test_without_the_model_the_rest_is_checked_and_no_network_is_used(folder, capsys, monkeypatch):
-    from transformers import AutoProcessor
-
-    asked = []
-    load = AutoProcessor.from_pretrained
+def test_the_default_model_is_loaded_from_the_cache_only(folder, small_model, monkeypatch):
+    load, calls = AutoProcessor.from_pretrained, []
 
     def from_pretrained(name, **settings):
-        asked.append(settings["local_files_only"])
-        return load("nobody/has-this-model", **settings)
+        calls.append((name, settings["local_files_only"]))
+        return load(small_model)
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "preprocessor_config.json")
+    path = str(write(folder, GOOD))
+    assert main([path]) == 0 == main([path, "--model_path", "some/model"])
+    assert calls == [(check_module.MODEL, True), ("some/model", False)]
+
+
+def test_without_the_model_the_rest_is_checked(folder, capsys, monkeypatch):
+    monkeypatch.setattr(check_module, "MODEL", "nobody/has-this-model")
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", None)  # not called
     rows = [GOOD] * 10 + [GOOD | {"answer": 9}] * 25
-    assert main([str(write(folder, *rows))]) == 1 and asked == [True]
+    assert main([str(write(folder, *rows))]) == 1
     out, err = capsys.readouterr()
     assert "--model_path" in err and "line 30: " in out and "line 31: " not in out and "--dropped_file" in out
 
