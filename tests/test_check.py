@@ -1,5 +1,5 @@
-"""check.py: every kind of bad row and clip is dropped with its own message, every odd but good one simply works; memory
-stays flat; what training gets is what `load_train_dataset` would have made of the good rows."""
+"""run/check.py: every kind of bad row and clip is dropped with its reason, every unusual but good one is kept, and memory
+stays flat."""
 
 import gc
 import json
@@ -478,17 +478,9 @@ def check(*arguments, **settings):
 
 
 @pytest.mark.slow
-def test_the_command(preloaded, folder, small_model, capsys):
+def test_the_command(folder, small_model, capsys):
     path = write(folder, GOOD, GOOD | {"audio_path": "gone.wav"}, GOOD)
-    process = check(
-        path,
-        "--model_path",
-        small_model,
-        "--deep",
-        "--workers",
-        2,
-        PRELOADED=preloaded,
-    )
+    process = check(path, "--model_path", small_model, "--deep", "--workers", 2)
     assert process.returncode == 1
     assert f"{path}, line 2: {folder / 'gone.wav'}: " in process.stdout
     assert "3 rows, 2 usable, 1 dropped" in process.stdout and "longest prompt" in process.stdout
