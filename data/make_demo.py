@@ -11,9 +11,8 @@
                                         choices, other rates and loudness, much noise, two sounds that no answer named
     data/demo/shifted-audios/           their clips
 
-Pitch, tempo, loudness, timbre and background noise are drawn anew for every clip, so that a held-out clip is a new one.
-A seed decides everything, on one machine down to the byte. The folder appears whole or not at all. Nothing here knows
-of models, prompts or rewards.
+Pitch, tempo, loudness, timbre and background noise are random for every clip, so held-out clips differ from training's.
+A seed gives the same bytes on the same machine. The folder appears whole or not at all.
 """
 
 import json
@@ -382,7 +381,7 @@ def make_demo(
     if min(counts := (warm_start, train, test, shifted)) < 1:
         raise ValueError(f"{', '.join(map(str, counts))} questions asked for: every file needs at least 1")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MMAU_FILE).is_file())):
-        raise ValueError(f"{out}: holds something else than demo data, so it is left alone; choose another --out")
+        raise ValueError(f"{out}: holds other data than the demo; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / "new"

@@ -4,16 +4,16 @@
 
     data/AVQA/train_qa.data             a row for each question whose clip is there
     data/AVQA/train_qa.dropped.jsonl    the others: id, video_name, reason, message
-    data/AVQA/wavs/                     clips that had to be made: 16 kHz mono 16-bit wav, ID_START.wav
+    data/AVQA/wavs/                     converted clips: 16 kHz mono 16-bit wav, ID_START.wav
 
 DIR, with its folders, holds wavs or videos named ID_START (`-HG3Omg_89c_000030.mp4`, `-HG3Omg_89c_30.wav`) or, where
 they are whole videos, ID; what follows the first dot does not matter. A file that libsndfile reads and that is no
 longer than the clip is used where it lies. The sound of any other is decoded with PyAV, which brings its own decoder;
 of a file longer than the clip, [START, START + 10 s] is taken.
 
-With --download, yt-dlp fetches the sound of what is missing, one video at a time; videos that are gone are recorded in
-DIR/gone.jsonl and not asked for again. Everything can be stopped and started again. Leaves out what only a model's
-processor can tell, such as the prompt's length: `src/run/check.py` does that.
+With --download, yt-dlp fetches the sound of missing clips, one video at a time; videos that are gone are recorded in
+DIR/gone.jsonl and not requested again. An interrupted run resumes when it is started again. `src/run/check.py` checks
+what needs a model's processor, such as the prompt's length.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ UNFINISHED = re.compile(r"\.part|\.ytdl$|\.tmp$")
 TO_DECODE = ("clip is no audio file", "longer than the clip")  # what PyAV may make a clip of
 INLINE = 32  # clips up to which worker processes would take longer to start than to help
 
-# What yt-dlp says of a video that will not come back, and of an address that is asking too much.
+# yt-dlp's messages for too many requests, and for a video that is gone for good.
 REFUSED = re.compile(r"not a bot|rate-limited|try again later|HTTP Error 429|Too Many Requests", re.IGNORECASE)
 GONE = re.compile(
     r"video (is )?(unavailable|not available|no longer available)|private video|been removed|been terminated"
@@ -71,7 +71,7 @@ Clip = tuple[str, int]  # YouTube id, start in s
 
 @dataclass
 class Ledger:
-    """Where every row of the annotations went."""
+    """Counts of the rows of the annotations."""
 
     read: int = 0
     left_out: int = 0  # by --relation
@@ -130,7 +130,7 @@ def index_media(folder: Path) -> dict[Clip | str, list[str]]:
 
 
 def find_clip(clip: Clip, candidates: list[str], wavs: Path, channels: str) -> str | DataError:
-    """The path of a clip's audio file, made where it has to be; or what is wrong with all of its `candidates`."""
+    """The path of a clip's audio file, converted if needed; or the first error of its `candidates`."""
     made = wavs / f"{clip[0]}_{clip[1]}.wav"
     if made.is_file() and isinstance(_is_the_clip(str(made)), str):
         return str(made)
@@ -150,7 +150,7 @@ def find_clip(clip: Clip, candidates: list[str], wavs: Path, channels: str) -> s
 
 
 def _is_the_clip(path: str) -> str | DataError:
-    """`path` itself where it can be used as it lies."""
+    """`path` itself if it can be used without conversion."""
     try:
         if (file := open_sound(path)) is None:  # as a video, whose sound is taken out once, not at every step
             return DataError(f"{path}: not an audio file that libsndfile can read", "clip is no audio file")
@@ -260,7 +260,7 @@ def _readable_first(paths: list[str]) -> list[str]:
 
 @contextmanager
 def _pool(workers: int) -> Iterator:
-    """`map`, in worker processes where there are to be any."""
+    """`map`, in `workers` processes if there are any."""
     if not workers:
         yield map
         return
@@ -333,7 +333,7 @@ def find_yt_dlp() -> list[str]:
 def fetch(command: list[str], video_id: str, folder: Path) -> tuple[str | None, str]:
     """Download the best sound of a video: (path, "") or (None, what yt-dlp said last).
 
-    A download that was broken off goes on where it was; yt-dlp waits a few seconds before each.
+    Resumes an interrupted download; yt-dlp waits a few seconds before each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--format", "bestaudio/best", "--no-playlist", "--no-progress", "--retries", "3", "--continue"]
@@ -388,10 +388,10 @@ def check_annotation(row, number: int) -> tuple[dict, Clip]:
 
 
 def prepare(args: Namespace) -> Ledger:
-    """Do it all; write the two files.
+    """Write the training file and the dropped rows.
 
     Raises:
-        ValueError: nothing can be read, or no row is left; then no training file is written.
+        ValueError: an input cannot be read, or no row is left; writes no training file then.
     """
     media_folder, out = Path(args.media), Path(args.out)
     if args.download:
@@ -437,7 +437,7 @@ def select_rows(rows: list, relations: list[str] | None, ledger: Ledger) -> Iter
 
 
 def _relative(path: str, out: Path) -> str:
-    """`path` as the training file names it: from its own folder where it lies below that, so that both can be moved."""
+    """`path` relative to the training file's folder if it is below it, so that both can be moved together."""
     path, folder = os.path.abspath(path), os.path.abspath(out.parent)
     return os.path.relpath(path, folder) if os.path.commonpath([path, folder]) == folder else path
 
@@ -464,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare_avqa.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare_avqa.py: stopped; started again, it goes on from here", file=sys.stderr)
+        print("prepare_avqa.py: interrupted; start it again to resume", file=sys.stderr)
         return 130
     print(ledger)
     print(f"{args.out}; what was dropped: {Path(args.out).with_suffix('.dropped.jsonl')}")

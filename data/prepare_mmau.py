@@ -7,9 +7,8 @@
     data/MMAU/mmau-test-mini.json, test-mini-audios/             the original release, which the paper used
     data/MMAU/v05.15.25/mmau-test-mini.json, test-mini-audios/   the revised one; its drafts: v05.15.25-draft/
 
-Which release it is, the questions tell; --release says it where they cannot, as for the full test's 9000 questions.
-Clips are written byte for byte, whatever their names claim. What is there already is not written again, so it can be
-stopped and started again. Leaves out decoding: `src/run/check.py --deep` does that.
+The questions tell the release; --release is needed if they do not, as for the full test's 9000 questions. Clips are
+written byte for byte. An interrupted run resumes when it is started again. `src/run/check.py --deep` decodes the clips.
 """
 
 import json
@@ -143,7 +142,7 @@ def choose_release(found: str, wanted: str | None) -> str:
     """
     release = found.partition(" ")[0]
     if release == UNKNOWN and wanted is None:
-        raise ValueError(f"the questions are {found}: say --release {ORIGINAL} or --release {REVISED}")
+        raise ValueError(f"the questions are {found}; set --release {ORIGINAL} or --release {REVISED}")
     if release != UNKNOWN and wanted not in (None, release):
         raise ValueError(f"the questions are of release {found}, not {wanted}")
     return wanted or release
@@ -250,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare_mmau.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare_mmau.py: stopped; started again, it goes on from here", file=sys.stderr)
+        print("prepare_mmau.py: interrupted; start it again to resume", file=sys.stderr)
         return 130
 
 

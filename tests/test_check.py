@@ -1,5 +1,5 @@
-"""check.py: every kind of bad row and clip is dropped with its own message, every odd but good one simply works; memory
-stays flat; what training gets is what `load_train_dataset` would have made of the good rows."""
+"""run/check.py: every kind of bad row and clip is dropped with its reason, every unusual but good one is kept, and memory
+stays flat."""
 
 import gc
 import json
@@ -478,17 +478,9 @@ def check(*arguments, **settings):
 
 
 @pytest.mark.slow
-def test_the_command(preloaded, folder, small_model, capsys):
+def test_the_command(folder, small_model, capsys):
     path = write(folder, GOOD, GOOD | {"audio_path": "gone.wav"}, GOOD)
-    process = check(
-        path,
-        "--model_path",
-        small_model,
-        "--deep",
-        "--workers",
-        2,
-        PRELOADED=preloaded,
-    )
+    process = check(path, "--model_path", small_model, "--deep", "--workers", 2)
     assert process.returncode == 1
     assert f"{path}, line 2: {folder / 'gone.wav'}: " in process.stdout
     assert "3 rows, 2 usable, 1 dropped" in process.stdout and "longest prompt" in process.stdout
@@ -514,19 +506,25 @@ def test_whole_numbers_have_a_bound():
             parse(word)
 
 
-def test_without_the_model_the_rest_is_checked_and_no_network_is_used(folder, capsys, monkeypatch):
-    from transformers import AutoProcessor
-
-    asked = []
-    load = AutoProcessor.from_pretrained
+def test_the_default_model_is_loaded_from_the_cache_only(folder, small_model, monkeypatch):
+    load, calls = AutoProcessor.from_pretrained, []
 
     def from_pretrained(name, **settings):
-        asked.append(settings["local_files_only"])
-        return load("nobody/has-this-model", **settings)
+        calls.append((name, settings["local_files_only"]))
+        return load(small_model)
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "preprocessor_config.json")
+    path = str(write(folder, GOOD))
+    assert main([path]) == 0 == main([path, "--model_path", "some/model"])
+    assert calls == [(check_module.MODEL, True), ("some/model", False)]
+
+
+def test_without_the_model_the_rest_is_checked(folder, capsys, monkeypatch):
+    monkeypatch.setattr(check_module, "MODEL", "nobody/has-this-model")
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", None)  # not called
     rows = [GOOD] * 10 + [GOOD | {"answer": 9}] * 25
-    assert main([str(write(folder, *rows))]) == 1 and asked == [True]
+    assert main([str(write(folder, *rows))]) == 1
     out, err = capsys.readouterr()
     assert "--model_path" in err and "line 30: " in out and "line 31: " not in out and "--dropped_file" in out
 

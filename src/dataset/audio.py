@@ -112,8 +112,8 @@ def _ffmpeg(path: str | Path, promised: float) -> Iterator[tuple[np.ndarray, int
     rate, decoded = 0, 0.0  # Hz, s
     options = {"protocol_whitelist": "none"}  # else the files that a playlist names would be opened
     try:
-        with open(path, "rb") as file, av.open(file, options=options, metadata_errors="ignore") as container:
-            stream = container.streams.get(audio=0)[0]
+        with open(path, "rb") as file, av.open(file, "r", options=options, metadata_errors="ignore") as container:
+            stream = container.streams.audio[0]
             if "mp4" in container.format.name and stream.duration and stream.time_base:
                 promised = float(stream.duration * stream.time_base)
             elif "webm" in container.format.name and len(container.streams) == 1:

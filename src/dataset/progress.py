@@ -1,15 +1,15 @@
-"""Progress on the terminal as a bar; elsewhere, as in a batch system's log, as a plain line now and then."""
+"""Progress as a bar on a terminal, and as plain lines in a log."""
 
 import sys
 from typing import TextIO
 
 from tqdm import tqdm
 
-SECONDS = 30  # between two lines where there is no terminal
+SECONDS = 30  # between two lines of a log
 
 
 class PlainLines:
-    """A stream that writes each state of a bar as a line of its own, without carriage returns."""
+    """A stream that writes each state of a bar as a line, without carriage returns."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -23,8 +23,7 @@ class PlainLines:
 
 
 def progress(*args, **kwargs) -> tqdm:
-    """tqdm's bar on standard error, with its arguments. Where that is no terminal, and the work takes less than
-    `SECONDS`, nothing is shown."""
+    """tqdm's bar on standard error. Without a terminal, shows nothing for work of less than `SECONDS`."""
     if not sys.stderr.isatty():
         kwargs = {"file": PlainLines(sys.stderr), "ascii": True, "delay": SECONDS, "mininterval": SECONDS} | kwargs
         kwargs |= {"maxinterval": 2 * SECONDS}

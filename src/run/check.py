@@ -115,8 +115,7 @@ class Examination:
     def check_share(self, max_dropped: float) -> None:
         """Raise a `ValueError` with the table if a larger share of the rows was dropped, or no row is usable."""
         if not self.usable or len(self.dropped) > max_dropped * self.rows:
-            found = f"{len(self.dropped)} of {self.rows} rows are unusable"
-            raise ValueError(f"{found}; correct them, or raise --max_dropped {max_dropped:g}\n{self.table()}")
+            raise ValueError(f"too many unusable rows for --max_dropped {max_dropped:g}; correct them\n{self.table()}")
 
 
 def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
@@ -214,13 +213,12 @@ def examine_clip(examined: Examined, rules: Rules) -> None:
 
 def _count_tokens(chunk: list[Examined], rules: Rules) -> None:
     """Set the prompts' tokens, or the error of a prompt or clip of a wrong length."""
-    longest = count_heard(rules.processor) if rules.cut_long_clips else sys.maxsize
-    prompts = [examined.prompt for examined in chunk]
-    text_tokens = count_text_tokens(rules.processor, prompts) if rules.processor and chunk else [0] * len(chunk)
-    for examined, tokens in zip(chunk, text_tokens, strict=True):
+    processor, limit = rules.processor, rules.max_prompt_length
+    longest = count_heard(processor) if rules.cut_long_clips else sys.maxsize
+    tokens = count_text_tokens(processor, [each.prompt for each in chunk]) if processor and chunk else [0] * len(chunk)
+    for examined, count in zip(chunk, tokens, strict=True):
         try:
-            samples = min(examined.samples, longest)
-            examined.tokens = check_prompt(examined.prompt, samples, tokens, rules.processor, rules.max_prompt_length)
+            examined.tokens = check_prompt(examined.prompt, min(examined.samples, longest), count, processor, limit)
         except DataError as error:
             examined.error = DataError(f"{examined.audio_path}: {error}", error.reason)
 
@@ -242,6 +240,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def load_processor(name: str | None) -> Any:
     """The processor that counts tokens; None for `none`, or for the default if it is not in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not name and not try_to_load_from_cache(MODEL, "preprocessor_config.json"):
+        print(f"prompt lengths are not checked: {MODEL} is not in the cache; set --model_path", file=sys.stderr)
+        name = "none"
     if name == "none":
         return None
     from transformers import AutoProcessor  # takes seconds
@@ -251,10 +254,7 @@ def load_processor(name: str | None) -> Any:
         count_heard(processor)  # fails for a model without audio
         return processor
     except (OSError, ValueError, AttributeError) as error:
-        if name:
-            raise ValueError(f"--model_path {name}: has no processor that loads; name another ({error})") from error
-        print(f"prompt lengths are not checked: {MODEL} is not in the cache; set --model_path", file=sys.stderr)
-        return None
+        raise ValueError(f"--model_path {name or MODEL}: no processor loads; name another ({error})") from error
 
 
 def main(argv: list[str] | None = None) -> int:
