@@ -297,7 +297,7 @@ def test_attention_without_arbitrary_masks_is_refused(small_model, questions, tm
     model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
     model.config._attn_implementation = "flash_attention_2"
     args = GRPOConfig(str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, beta=0.0)
-    with pytest.raises(ValueError, match="flash_attention_2.* sdpa, eager"):
+    with pytest.raises(ValueError, match="flash_attention_2"):
         AudioGRPOTrainer(model, [format_reward], args, load_train_dataset(questions))
 
 
