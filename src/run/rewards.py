@@ -145,7 +145,7 @@ def check_values(name: str, values, given: dict) -> None:
             f"reward {name}: returned {len(values)} values for {len(completions)} completions; {EXPECTED}"
         )
     for index, value in enumerate(values):
-        if value is None or isinstance(value, Real) and abs(value) <= LARGEST:
+        if value is None or isinstance(value, Real) and -LARGEST <= value <= LARGEST:  # type: ignore[operator]
             continue
         known = [f"{key} {given[key][index]!r:.200}" for key in ("row", "audio_path", "prompts") if key in given]
         raise RewardError(
