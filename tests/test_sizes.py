@@ -24,8 +24,9 @@ def count_lines(paths) -> int:
 
 def overridden_methods() -> list[str]:
     """Methods of `AudioGRPOTrainer` and its mixins that `GRPOTrainer` has, too."""
-    from trainer.grpo_trainer import AudioGRPOTrainer
     from trl import GRPOTrainer
+
+    from trainer.grpo_trainer import AudioGRPOTrainer
 
     own = [kind for kind in AudioGRPOTrainer.__mro__ if kind not in GRPOTrainer.__mro__]
     theirs = {name for kind in GRPOTrainer.__mro__[:-1] for name in vars(kind)}

@@ -161,12 +161,13 @@ def describe_error(error: Exception) -> str:
 
 
 def raise_in_all(error: Exception | None) -> None:
-    """Raise this process's error; where only another process has one, exit silently, since that one reports it."""
-    failed = gather_object([error is not None])
+    """Raise this process's error, else a `RewardError` of another process. Where another process has an error of a
+    reward's code, exit silently, since that process reports it."""
+    found = gather_object([error if error is None or isinstance(error, RewardError) else SystemExit(1)])
     if error is not None:
         raise error
-    if any(failed):
-        raise SystemExit(1)
+    for other in filter(None, found):
+        raise other
 
 
 def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:

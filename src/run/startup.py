@@ -17,7 +17,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.questions import Benchmark, load_questions
-from dataset.rows import hash_file
+from dataset.rows import DataError, hash_file
 from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
 from evaluation.mmau import evaluate
 from evaluation.processes import leave, run_on_all
@@ -230,6 +230,8 @@ def train(trainer: Trainer, start: Path | None) -> None:
             trainer.save_model()
     except RunEnded as error:
         end_with(error, trainer)
+    except DataError as error:  # no usable clip, or a reward's value
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except Exception as error:
         if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
             sys.exit(explain_out_of_memory(trainer, error))
