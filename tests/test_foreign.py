@@ -3,26 +3,19 @@
 import json
 import os
 import pickle
-import re
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from transformers import Qwen2AudioForConditionalGeneration
 
-import startup
-import train
-from dataset import check
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
 from dataset.questions import load_questions
-from model.checkpoints import (
+from evaluation.checkpoints import (
     FINGERPRINTS,
     IncompleteCheckpoint,
     check_whole,
@@ -32,9 +25,9 @@ from model.checkpoints import (
     load_model,
 )
 from model.qwen2_audio import load_processor
-from test_resume import make_trainer
-from trainer.curves import read_history
-from trainer.resume import RECORD, STATE, check_resumable, execute_nothing, finish
+from run.checkpoints import RECORD, STATE, finish, forbid_pickles, read_settings
+from run.curves import read_history
+from test_grpo_trainer import make_trainer
 
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\n"
 
@@ -62,7 +55,7 @@ def folder(small_model, tmp_path) -> Path:
 @pytest.mark.parametrize("known", [True, False], ids=["a type that is known", "one that is not"])
 @pytest.mark.parametrize("answer", ["n", "y"])
 def test_code_beside_a_model_is_not_executed(folder, marker, monkeypatch, known, answer):
-    """transformers asks at the terminal whether to run it, and takes a y."""
+    """transformers asks at the terminal whether to run it, and accepts a y."""
     monkeypatch.setattr("builtins.input", lambda *prompt: answer)
     for name in ("modeling_x.py", "configuration_x.py", "processing_x.py", "tokenization_x.py", "generate.py"):
         (folder / name).write_text(CODE.format(marker=str(marker)))
@@ -82,96 +75,54 @@ def test_code_beside_a_model_is_not_executed(folder, marker, monkeypatch, known,
                 {"model_type": "x"} if file == "config.json" else {"processor_class": "X", "tokenizer_class": "X"}
             )
         (folder / file).write_text(json.dumps(content))
-    for load in (
+    for use in (
         load_processor,
-        check.load_processor,
         check_whole,
-        lambda path: load_model(path, torch.float32, torch.device("cpu")),
+        load,
     ):
         try:
-            load(folder)
+            use(folder)
         except ValueError as error:
-            assert "trust_remote_code" not in str(error), "advice that is refused"
+            assert "trust_remote_code" not in str(error), "advice that this project refuses"
             assert not known, error
     assert not marker.exists()
 
 
-def test_pickled_weights_are_refused_with_the_command_that_converts_them(folder):
-    """In several files; the next test but one has one."""
-    folder = folder.rename(folder.with_name("it's a 'model' [1]"))
-    weights = load_file(folder / "model.safetensors")
+def load(folder: Path):
+    return load_model(folder, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("names", [["pytorch_model.bin"], [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]])
+def test_pickled_weights_are_refused(folder, marker, names):
     (folder / "model.safetensors").unlink()
-    parts = dict(list(weights.items())[:9]), dict(list(weights.items())[9:])
-    for i, part in enumerate(parts):
-        torch.save(part, folder / f"pytorch_model-0000{i}-of-00002.bin")
-    for use in (check_whole, fingerprint, lambda path: load_model(path, torch.float32, torch.device("cpu"))):
-        with pytest.raises((IncompleteCheckpoint, OSError)) as refused:
+    for name in names:
+        torch.save(Touch(marker), folder / name)
+    for use in (check_whole, fingerprint, load):
+        with pytest.raises(IncompleteCheckpoint, match="pytorch_model|weights"):
             use(folder)
-    with pytest.raises(IncompleteCheckpoint, match="its weights are a pickle") as refused:
-        check_whole(folder)
-    run(refused)
-    check_whole(folder)
-    converted = load_file(folder / "model.safetensors")
-    assert converted.keys() == weights.keys() and all(torch.equal(converted[k], weights[k]) for k in weights)
+    assert not marker.exists()
 
 
-def run(refused) -> subprocess.CompletedProcess:
-    """The command of the message, on this interpreter."""
-    program, *rest = shlex.split(re.search(r"convert it: (.*)", str(refused.value), re.DOTALL)[1])
-    assert program == "python"
-    return subprocess.run([sys.executable, *rest], capture_output=True, text=True, timeout=100)
-
-
-def test_the_command_does_not_execute_a_pickle(folder, marker):
-    (folder / "model.safetensors").unlink()
-    torch.save(Touch(marker), folder / "pytorch_model.bin")
-    with pytest.raises(IncompleteCheckpoint) as refused:
-        check_whole(folder)
-    assert "weights_only" in run(refused).stderr and not marker.exists()
-    assert not (folder / "model.safetensors").exists()
-
-
-def test_a_pickled_adapter_is_refused_too(small_model, folder, tmp_path, marker):
+def test_a_pickled_adapter_is_refused(small_model, tmp_path, marker):
     model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    adapter = tmp_path / "adapter"
-    weights = load_file(adapter / "adapter_model.safetensors")
-    (adapter / "adapter_model.safetensors").unlink()
-    torch.save(weights, adapter / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(Touch(marker), tmp_path / "adapter" / "adapter_model.bin")
     for use in (fingerprint, load_merged):
-        with pytest.raises(IncompleteCheckpoint, match=r"its weights are a pickle \(adapter_model") as refused:
-            use(adapter)
-    run(refused)
-    assert load_merged(adapter)
-
-
-def test_a_model_of_pickled_weights_does_not_start_a_run(folder, questions, tmp_path, monkeypatch):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    words = [
-        "--use_cpu",
-        "true",
-        "--model_name_or_path",
-        folder,
-        "--data_file",
-        questions,
-        "--output_dir",
-        tmp_path / "o",
-    ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-    with pytest.raises(SystemExit, match="its weights are a pickle"):
-        startup.run_training(train.make_parser(), None)
+        with pytest.raises(IncompleteCheckpoint, match="adapter_model.bin"):
+            use(tmp_path / "adapter")
+    assert not marker.exists()
 
 
 @pytest.fixture(scope="module")
 def step(small_model, questions, tmp_path_factory) -> Path:
     """The output of a run of one step."""
     out = tmp_path_factory.mktemp("step") / "run"
-    make_trainer(small_model, questions, out, max_steps=1).train()
+    make_trainer(small_model, questions, out, max_steps=1, save_steps=1).train()
     return out
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rollouts_0.pt"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_state_that_is_a_foreign_pickle_is_not_executed(step, small_model, questions, tmp_path, marker, name):
     shutil.copytree(step, tmp_path / "run")
     torch.save(Touch(marker), tmp_path / "run" / "checkpoint-1" / name)
@@ -181,14 +132,14 @@ def test_state_that_is_a_foreign_pickle_is_not_executed(step, small_model, quest
     assert not marker.exists()
 
 
-def test_so_it_is_for_an_engines_state_which_the_engine_itself_reads_as_any_pickle(tmp_path, marker, monkeypatch):
+def test_an_engines_state_is_not_executed(tmp_path, marker, monkeypatch):
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
-    execute_nothing(engine=True)
+    forbid_pickles()
     state = {
         "stage": ZeroStageEnum.weights, "scaler": LossScaler(2.0), "dynamic": DynamicLossScaler(4.0, 2.0, 1000, 1, 1, True),
         "part": fragment_address(numel=1, start=2), "tensor": torch.ones(2),
@@ -209,28 +160,26 @@ def test_json_that_is_nested_too_deep_breaks_no_reader(folder, questions, tmp_pa
     shutil.copytree(folder, checkpoint := tmp_path / "run" / "checkpoint-1")
     for name in (RECORD, STATE, FINGERPRINTS, "prompt_style.json"):
         (checkpoint / name).write_text(DEEP)
-    with pytest.raises(ValueError, match="prompt_style.json.*not JSON"):
-        load_style(checkpoint)
-    assert fingerprint(checkpoint) == fingerprint(folder), "a damaged record of hashes is written anew"
-    with pytest.raises(ValueError, match=f"{RECORD} is damaged"):
-        check_resumable(checkpoint)
-    with pytest.raises(ValueError, match="not JSON"):
-        finish(checkpoint, None)
-    with pytest.raises(FileNotFoundError, match="no trainer_state.json"):
+    assert fingerprint(checkpoint) == fingerprint(folder), "a damaged record of hashes is written again"
+    for read, name in ((load_style, "prompt_style.json"), (read_settings, RECORD), (read_state, STATE)):
+        with pytest.raises(ValueError, match=name):
+            read(checkpoint)
+    with pytest.raises((ValueError, OSError), match=STATE):
         read_history(tmp_path / "run")
-    for name, said in (
-        ("config.json", "config.json is missing or cut off"),
-        ("adapter_config.json", "adapter_config.json"),
-    ):
+    for name in ("config.json", "adapter_config.json"):
         (checkpoint / name).write_text(DEEP)
-        with pytest.raises(IncompleteCheckpoint, match=said):
+        with pytest.raises(IncompleteCheckpoint, match=name):
             check_whole(checkpoint)
         (checkpoint / name).write_text("{}")
-    with pytest.raises(IncompleteCheckpoint, match="names no base model"):
+    with pytest.raises(IncompleteCheckpoint, match="base_model_name_or_path"):
         find_base(checkpoint)
     (tmp_path / "rows.jsonl").write_text(questions.read_text() + DEEP + "\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 9: not JSON"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 9"):
         load_train_dataset(tmp_path / "rows.jsonl")
     (tmp_path / "rows.json").write_text("[" + DEEP)
-    with pytest.raises(ValueError, match=r"rows\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"rows\.json"):
         load_questions(tmp_path / "rows.json")
+
+
+def read_state(checkpoint: Path):
+    return finish(checkpoint, SimpleNamespace(output_dir=str(checkpoint.parent), max_steps=1))

@@ -10,26 +10,33 @@ from transformers import Qwen2AudioForConditionalGeneration
 import row_by_row
 import train
 import train_sft
-from arguments import check_quantised
 from dataset.dataset import load_train_dataset
-from model.checkpoints import load_model
+from evaluation.checkpoints import load_model
 from model.qwen2_audio import base_model, load_processor
-from test_grpo_trainer import first_rows
+from run.arguments import parse
+from run.startup import Prepared
+from test_grpo_trainer import roll_out
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, an optional package, which is not installed")
 
 
+PARTS = {
+    train: (train.DataArguments, train.RewardArguments, train.RecipeConfig, train.AudioModelConfig),
+    train_sft: (train_sft.ChoiceDataArguments, train_sft.SFTRecipeConfig, train_sft.AudioModelConfig),
+}
+
+
 def build(module, small_model, questions, folder, *flags: str):
-    parsed = module.make_parser().parse_args_and_config(
-        [
+    parsed = parse(
+        PARTS[module],
+        argv=[
             "--use_cpu", "true", "--load_in_4bit", "true", "--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0",
             "--model_name_or_path", str(small_model), "--output_dir", str(folder), "--max_steps", "2", "--save_steps", "2",
             "--questions_per_step", "2", "--learning_rate", "1e-2", "--report_to", "none", *flags,
-        ]
+        ],
     )  # fmt: skip
-    check_quantised(parsed[-2], parsed[-1])
     dataset = load_train_dataset(questions, parsed[0].prompt_style)
-    return module.build_trainer(dataset, load_processor(small_model), None, *parsed)
+    return module.build(Prepared(str(small_model), dataset, load_processor(small_model), None, None, {}), *parsed)
 
 
 @pytest.fixture
@@ -52,21 +59,15 @@ def test_the_shared_prompt_equals_row_by_row_and_the_reference_is_the_base(grpo)
     for name, parameter in grpo.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
-    grpo.model.train()
-    batch = grpo._generate_and_score_completions(first_rows(grpo, 2, 4))
-    prompts, ids, mask = row_by_row.as_inputs(grpo._questions), batch["completion_ids"], batch["completion_mask"]
+    rollout = roll_out(grpo, 2)
+    prompts, ids, mask = row_by_row.as_inputs(rollout.questions), rollout.ids, rollout.mask
     with torch.no_grad():
         adapted = row_by_row.log_probs(grpo.model, prompts, ids, mask)
-        packed, _, _ = grpo._get_per_token_logps_and_entropies(
-            grpo.model,
-            torch.cat([batch["prompt_ids"], ids], dim=2).flatten(0, 1),
-            torch.cat([batch["prompt_mask"], mask], dim=2).flatten(0, 1),
-            ids.shape[2],
-        )
+        packed, _ = grpo.log_probs(grpo.model, rollout)
         with grpo.model.disable_adapter():
             expected = row_by_row.log_probs(grpo.model, prompts, ids, mask)
-    torch.testing.assert_close(packed.unflatten(0, (2, 4)) * mask, adapted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(batch["ref_per_token_logps"] * mask, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed * mask, adapted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rollout.ref_logps * mask, expected, atol=1e-4, rtol=1e-4)
     assert (adapted - expected).abs().max() > 0.05
 
 

@@ -60,7 +60,7 @@ def test_choice_style_is_the_question_and_its_options():
 
 def test_what_is_to_be_written():
     assert [STYLES[style].target("dog") for style in ("choice", "answer")] == ["dog", "<answer>dog</answer>"]
-    with pytest.raises(ValueError, match="style think cannot be learned"):
+    with pytest.raises(ValueError, match="think"):
         STYLES["think"].target("dog")
     completion = "<think>cat</think> <answer>cat</answer>"
     replies = [style.reply("dog", completion) for style in STYLES.values()]
@@ -129,7 +129,7 @@ def test_style_record(tmp_path):
     with pytest.raises(ValueError, match="prompt_style.json.*'loud'"):
         load_style(tmp_path)
     (tmp_path / "prompt_style.json").write_text("[]")
-    with pytest.raises(ValueError, match="write it anew or delete it"):
+    with pytest.raises(ValueError, match="prompt_style.json"):
         load_style(tmp_path)
-    with pytest.raises(ValueError, match="unknown prompt style"):
+    with pytest.raises(ValueError, match="loud"):
         save_style(tmp_path, "loud")

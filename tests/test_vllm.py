@@ -1,5 +1,5 @@
-"""Rollouts by vLLM: what they need of the trainer, and, where vLLM is installed (`sh setup_vllm.sh`), that they sample what the
-trainer scores, before and after its model has changed; and that evaluation by vLLM has the answers of the built-in engine."""
+"""Rollouts and evaluation by vLLM. Where vLLM is installed (`sh setup_vllm.sh`): it samples what the trainer scores,
+before and after the model has changed, and gives the built-in engine's answers."""
 
 import json
 from importlib.util import find_spec
@@ -13,16 +13,17 @@ from transformers import Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
 import row_by_row
-from arguments import AudioModelConfig
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
-from model.checkpoints import load_merged
+from evaluation.checkpoints import load_merged
 from model.qwen2_audio import PARTS, base_model
+from run.arguments import AudioModelConfig
+from run.vllm import Engine, audio_token_forbidden, check_vllm, merged_tensors, sample_by_vllm
 from running import free_port, run, skip_without_compiler
 from test_evaluate import make_rows, write_questions
 from test_grpo_trainer import first_rows, length_reward
-from trainer.grpo_trainer import AudioGRPOTrainer, check_rollout_engine
-from trainer.vllm_rollouts import merged_tensors
+from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.rollout import Rollout
 
 LORA = LoraConfig(
     r=4, target_modules=AudioModelConfig().lora_target_modules, task_type="CAUSAL_LM", init_lora_weights=False
@@ -37,12 +38,21 @@ def with_vllm(test):
 
 
 def make_trainer(model, questions, output_dir, use_vllm=True, peft_config=None, **settings) -> AudioGRPOTrainer:
+    """With vLLM attached, whose engine it keeps as `engine`."""
     defaults = dict(
         num_generations=4, per_device_train_batch_size=8, max_completion_length=12, beta=0.0, learning_rate=1e-2,
         bf16=False, use_cpu=True, report_to="none", max_steps=3, logging_steps=1, activation_checkpointing=False,
     )  # fmt: skip
-    args = GRPOConfig(str(output_dir), use_vllm=use_vllm, **defaults | settings)
-    return AudioGRPOTrainer(str(model), [length_reward], args, load_train_dataset(questions), peft_config=peft_config)
+    args = GRPOConfig(str(output_dir), **defaults | settings)
+    rows = load_train_dataset(questions)
+    trainer = AudioGRPOTrainer(str(model), [length_reward], args, rows, peft_config=peft_config)
+    if use_vllm:
+        sample_by_vllm(trainer)
+    return trainer
+
+
+def engine_of(trainer) -> Engine:
+    return trainer.sample.__self__
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +84,18 @@ def trainer(model_30s, long_questions, tmp_path_factory):
     made.close()
 
 
-def roll_out(trainer, new_step: bool = True) -> dict[str, torch.Tensor]:
+def roll_out(trainer, new_step: bool = True) -> Rollout:
     trainer.model.train()
     trainer.state.global_step += new_step
-    return trainer._generate_and_score_completions(first_rows(trainer, 2, 4))
+    return trainer.roll_out(first_rows(trainer, 2))
 
 
 def largest_difference(trainer, new_step: bool = True) -> float:
     """Of the log-probs of all sampled tokens, between trainer and vLLM; ten times the mean, if that is more."""
-    output = roll_out(trainer, new_step)
-    mask = output["completion_mask"].bool()
+    rollout = roll_out(trainer, new_step)
+    mask = rollout.mask.bool()
     assert mask.sum() > 16
-    found = (output["old_per_token_logps"] - output["sampling_per_token_logps"])[mask].abs()
+    found = (rollout.old_logps - engine_of(trainer).sampled)[mask].abs()
     return max(found.max().item(), 10 * found.mean().item())
 
 
@@ -96,45 +106,33 @@ def change(model, parts) -> None:
                 parameter += 0.3 * parameter.std() * torch.randn_like(parameter)
 
 
-# What the trainer does for it
+# Without vLLM
 
 
-def test_a_token_is_scored_by_what_is_left_without_the_audio_token(small_model, questions, tmp_path):
-    """Log-probs and entropies of the trainer's passes against plain logits, of which the audio token's is taken out."""
+def test_a_token_is_scored_without_the_audio_token(small_model, questions, tmp_path):
+    """Log-probs and entropies of the trainer's passes against plain logits without the audio token's."""
     trainer = make_trainer(small_model, questions, tmp_path, use_vllm=False, temperature=0.7)
     audio, head = trainer.model.config.audio_token_id, trainer.model.lm_head
     with torch.no_grad():
         head.weight[audio] = head.weight.mean(0) + 0.3  # no small share
-    batch = roll_out(trainer)
-    rows = [
-        torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], dim=2).flatten(0, 1)
-        for kind in ("ids", "mask")
-    ]
-    length = batch["completion_ids"].shape[2]
-
-    def score(use_vllm):
-        trainer.use_vllm = use_vllm
-        return trainer._get_per_token_logps_and_entropies(trainer.model, *rows, length, compute_entropy=True)[:2]
-
-    logps, entropies = score(True)
-    usual, _ = score(False)
-    inputs = row_by_row.as_inputs(trainer._questions), batch["completion_ids"], batch["completion_mask"]
-    mask = batch["completion_mask"].flatten(0, 1).bool()
-    torch.testing.assert_close(
-        usual, row_by_row.log_probs(trainer.model, *inputs, 0.7).flatten(0, 1), atol=1e-5, rtol=0
-    )
+    rollout = roll_out(trainer)
+    with audio_token_forbidden(trainer.model):
+        logps, entropies = trainer.log_probs(trainer.model, rollout, entropy=True)
+    usual, _ = trainer.log_probs(trainer.model, rollout)
+    inputs, mask = (row_by_row.as_inputs(rollout.questions), rollout.ids, rollout.mask), rollout.mask.bool()
+    torch.testing.assert_close(usual, row_by_row.log_probs(trainer.model, *inputs, 0.7), atol=1e-5, rtol=0)
     forward = head.forward
     head.forward = lambda hidden: forward(hidden).index_fill(-1, torch.tensor([audio]), -torch.inf)
-    expected = row_by_row.log_probs(trainer.model, *inputs, 0.7).flatten(0, 1)
+    expected = row_by_row.log_probs(trainer.model, *inputs, 0.7)
     assert (expected - usual)[mask].max() > 1e-3
     torch.testing.assert_close(logps[mask], expected[mask], atol=1e-5, rtol=0)
     assert (entropies[mask] > 0).all() and head.bias is None
     logps[mask].sum().backward()
-    assert head.weight.grad[audio].abs().max() == 0, "what cannot be drawn has no gradient"
+    assert head.weight.grad[audio].abs().max() == 0, "a token that cannot be drawn has no gradient"
 
 
 @pytest.mark.parametrize("adapters", [None, LORA])
-def test_tensors_that_are_pushed_are_those_of_a_checkpoint(small_model, questions, tmp_path, adapters):
+def test_pushed_tensors_are_those_of_a_checkpoint(small_model, questions, tmp_path, adapters):
     trainer = make_trainer(small_model, questions, tmp_path, use_vllm=False, peft_config=adapters)
     before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
     pushed = dict(merged_tensors(trainer.model, trainer._dist.gather_params))
@@ -150,35 +148,31 @@ def test_tensors_that_are_pushed_are_those_of_a_checkpoint(small_model, question
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "flag, value",
     [
-        (dict(vllm_mode="server"), "--vllm_mode server .* gets no clips; give --vllm_mode colocate"),
-        (dict(vllm_tensor_parallel_size=2), "--vllm_tensor_parallel_size 2 .* give --vllm_tensor_parallel_size 1"),
-        (dict(vllm_structured_outputs_regex="a"), "leave --vllm_structured_outputs_regex away"),
-        (dict(generation_kwargs={"seed": 1}), "leave --generation_kwargs away"),
-        (dict(top_k=50), "--top_k 50 .* give --top_k 0, or --vllm_importance_sampling_correction false"),
-        (dict(top_p=0.9), "--top_p 0.9 .* give --top_p 1, or"),
-        (dict(min_p=0.1), "--min_p 0.1 .* give --min_p 0, or"),
-        (dict(repetition_penalty=1.1), "give --repetition_penalty 1, or"),
-        (dict(loss_type="vespo"), "give --vllm_importance_sampling_mode token_truncate"),
+        ("vllm_mode", "server"), ("vllm_tensor_parallel_size", 2), ("vllm_structured_outputs_regex", "a"),
+        ("generation_kwargs", {"seed": 1}), ("top_k", 50), ("top_p", 0.9), ("min_p", 0.1), ("repetition_penalty", 1.1),
     ],
-)
-def test_settings_that_vllm_does_not_go_with_are_refused(tmp_path, settings, message):
-    args = GRPOConfig(str(tmp_path), use_vllm=True, bf16=False, use_cpu=True, **settings)
-    with pytest.raises(ValueError, match=message):
-        check_rollout_engine(args, quantised=False)
+)  # fmt: skip
+def test_settings_that_vllm_does_not_work_with(tmp_path, flag, value):
+    args = GRPOConfig(str(tmp_path), use_vllm=True, bf16=False, use_cpu=True, **{flag: value})
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        check_vllm(args, 1024)
+    if flag in ("top_k", "top_p", "min_p", "repetition_penalty"):
+        args.vllm_importance_sampling_correction = False
+        check_vllm(args, 1024)
 
 
-def test_settings_that_it_does_go_with(tmp_path):
-    args = GRPOConfig(str(tmp_path), use_vllm=True, bf16=False, use_cpu=True)
-    check_rollout_engine(args, quantised=False)
-    with pytest.raises(ValueError, match="not of 4 or 8 bits"):
-        check_rollout_engine(args, quantised=True)
-    args.vllm_importance_sampling_correction, args.top_k, args.top_p = False, 50, 0.9
-    check_rollout_engine(args, quantised=False)
+def test_quantised_weights_and_long_prompts_are_refused(tmp_path):
+    args = GRPOConfig(str(tmp_path), use_vllm=True, bf16=False, use_cpu=True, vllm_max_model_length=1280)
+    check_vllm(args, 1280 - args.max_completion_length)
+    with pytest.raises(ValueError, match="--vllm_max_model_length"):
+        check_vllm(args, 1281 - args.max_completion_length)
+    with pytest.raises(ValueError, match="--use_vllm"):
+        check_vllm(args, 256, quantised=True)
 
 
-# What vLLM does
+# With vLLM
 
 
 @with_vllm
@@ -195,7 +189,7 @@ def test_a_cache_that_is_not_reset_would_show(trainer, monkeypatch):
     for parts in (PARTS["language_model"], PARTS["audio_encoder"]):
         assert largest_difference(trainer) < AGREED
         with monkeypatch.context() as patched:
-            patched.setattr(trainer.vllm.llm, "reset_prefix_cache", lambda: None)
+            patched.setattr(engine_of(trainer).llm, "reset_prefix_cache", lambda: None)
             change(trainer.model, set(parts))
             assert largest_difference(trainer) > 100 * AGREED
     assert largest_difference(trainer) < AGREED
@@ -205,15 +199,15 @@ def test_a_cache_that_is_not_reset_would_show(trainer, monkeypatch):
 
 @with_vllm
 def test_greedy_rollouts_equal_the_built_in_ones(trainer, long_questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.vllm.sampling, "top_k", 1)
+    monkeypatch.setattr(engine_of(trainer).sampling, "top_k", 1)
     trainer.save_model(str(tmp_path / "saved"))
     greedy = dict(use_vllm=False, generation_kwargs={"do_sample": False})
     other = make_trainer(tmp_path / "saved", long_questions, tmp_path, **greedy)
-    for rows in (first_rows(trainer, 2, 4), first_rows(trainer, 4, 4)[8:]):
+    for rows in (first_rows(trainer, 2), first_rows(trainer, 4)[2:]):
         for one in (trainer, other):
             one.model.train()
             one.state.global_step += 1
-        found, expected = (one._generate_and_score_completions(rows)["completion_ids"] for one in (trainer, other))
+        found, expected = (one.roll_out(rows).ids for one in (trainer, other))
         assert torch.equal(found, expected)
         assert len({tuple(row.tolist()) for row in found[:, 0]}) > 1, "all questions got one answer"
 
@@ -223,7 +217,7 @@ def test_completions_follow_from_the_seed(trainer):
     drawn = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        drawn.append(roll_out(trainer, new_step=False)["completion_ids"])
+        drawn.append(roll_out(trainer, new_step=False).ids)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert len({tuple(row.tolist()) for row in drawn[0][0]}) > 1, "all completions of a group are one"
 
@@ -233,25 +227,24 @@ def test_no_audio_token_is_sampled(trainer, monkeypatch):
     audio = trainer.model.config.audio_token_id
     kept = trainer.model.lm_head.weight.detach().clone()
     with torch.no_grad():
-        trainer.model.lm_head.weight[audio] = 3 * kept[5]  # a model that would love to
-    output = roll_out(trainer)
-    assert not (output["completion_ids"] == audio).any()
+        trainer.model.lm_head.weight[audio] = 3 * kept[5]  # the most probable token
+    assert not (roll_out(trainer).ids == audio).any()
     with torch.no_grad():
         trainer.model.lm_head.weight.copy_(kept)
 
 
 @with_vllm
-def test_a_clip_that_is_not_forgotten_stops_the_run(trainer, monkeypatch):
-    """The other of the two caches, of which vLLM's two halves would disagree. The last test that uses this engine."""
+def test_a_kept_clip_stops_the_run(trainer, monkeypatch):
+    """vLLM's two halves disagree about the other cache, that of clips. The last test that uses this engine."""
     roll_out(trainer)
-    monkeypatch.setattr(trainer.vllm.llm.llm_engine, "reset_encoder_cache", lambda: None)
+    monkeypatch.setattr(engine_of(trainer).llm.llm_engine, "reset_encoder_cache", lambda: None)
     with pytest.raises(RuntimeError, match="Encoder cache miss"):
         roll_out(trainer)
 
 
 @with_vllm
 def test_adapters(model_30s, questions, tmp_path):
-    """In training itself: the difference is logged at every step, of which each changes the adapters."""
+    """In training: the difference is logged at every step, and every step changes the adapters."""
     trainer = make_trainer(model_30s, questions, tmp_path, peft_config=LORA)
     trainer.train()
     steps = [step for step in trainer.state.log_history if "reward" in step]
@@ -281,8 +274,8 @@ def test_a_run_on_two_processes(model_30s, questions, tmp_path, engine):
 
 
 @with_vllm
-def test_evaluation_has_the_built_in_answers_and_says_whose_they_are(tmp_path):
-    """Of two models, one of which would love to answer in audio tokens, and an adapter; by two processes; a clip is too long."""
+def test_evaluation_has_the_built_in_answers(tmp_path):
+    """Two processes; two models, one whose most probable token is the audio token, and an adapter; a clip too long."""
     from model.tiny import build_demo_model, build_processor
 
     rows, out = make_rows(8), tmp_path / "exp"
@@ -302,7 +295,6 @@ def test_evaluation_has_the_built_in_answers_and_says_whose_they_are(tmp_path):
     for engine in ("vllm", "built-in"):
         done = run("sh", "test_mmau.sh", *flags, ENGINE=engine, GPU_NUM=2, OUT_DIR=out, MMAU_DIR=file.parent)
         assert "Traceback" not in done.stdout, done.stdout
-    assert done.stdout.count("greedy by vllm (not byte-exact)") == 3, done.stdout
     answers = set()
     for step in (100, 200, 300):
         names = (f"test_{step}/res_mmau_mini_tokens-16{engine}.json" for engine in ("_vllm", ""))
@@ -314,15 +306,15 @@ def test_evaluation_has_the_built_in_answers_and_says_whose_they_are(tmp_path):
 
 @with_vllm
 def test_the_benchmark_takes_its_steps_with_this_engine(tmp_path, monkeypatch):
-    """Weights are pushed before every rollout: that is part of what it costs."""
+    """Weights are pushed before every rollout, which is part of its cost."""
     from floor import SHARED
     from steps import Phases, Settings, build_contenders
 
     settings = Settings("tiny", questions=1, generations=2, seconds=1, completion=3, engine="vllm")
     one = build_contenders(settings, tmp_path, steps=2)[SHARED]
     pushed = []
-    push = one.trainer.vllm.push_weights
-    monkeypatch.setattr(one.trainer.vllm, "push_weights", lambda: pushed.append(1) or push())
+    push = engine_of(one.trainer).push_weights
+    monkeypatch.setattr(engine_of(one.trainer), "push_weights", lambda: pushed.append(1) or push())
     for _ in range(2):
         one.step(phases := Phases(settings.device))
     assert len(pushed) == 2

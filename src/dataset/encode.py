@@ -99,8 +99,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         tensors = (self.input_ids, self.attention_mask, self.input_features)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(*moved, self.frames, self.encoded, self.waves)
+        ids, mask, features = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return replace(self, input_ids=ids, attention_mask=mask, input_features=features)
 
     def encoded_as(self, clips: torch.Tensor) -> Batch:
         """The same questions, with their clips (N, W, A) as the encoder made them."""

@@ -34,20 +34,15 @@ def recorded():
     try:
         yield
     except BaseException as error:
-        mistake = isinstance(error, SystemExit) and isinstance(error.code, str)
+        code = error.code if isinstance(error, SystemExit) else None
+        mistake = isinstance(code, str)
         if folder and (mistake or isinstance(error, Exception)):
-            record = (
-                time.monotonic(),
-                rank,
-                MISTAKE if mistake else 1,
-                error.code if mistake else traceback.format_exc(),
-            )
-            Path(folder, "partial" + rank).write_text(
-                json.dumps(record)
-            )  # the launcher may stop this process meanwhile
-            Path(folder, "partial" + rank).rename(Path(folder, rank))
+            record = time.monotonic(), rank, MISTAKE if mistake else 1, code if mistake else traceback.format_exc()
+            partial = Path(folder, "partial" + rank)
+            partial.write_text(json.dumps(record))  # the launcher may stop this process meanwhile
+            partial.rename(Path(folder, rank))
         elif mistake:
-            print(error.code, file=sys.stderr)
+            print(code, file=sys.stderr)
         if mistake:
             raise SystemExit(MISTAKE) from None
         raise
@@ -141,7 +136,7 @@ def main() -> int:
     for number_ in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number_, lambda sent, _: received.append(sent))
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup; a terminal that closes may send it twice
-        signal.signal(signal.SIGHUP, lambda *_: received or received.append(signal.SIGTERM))
+        signal.signal(signal.SIGHUP, lambda *_: received.extend([] if received else [signal.SIGTERM]))
     shared = dict(WORLD_SIZE=nodes * count, LOCAL_WORLD_SIZE=count, GROUP_RANK=node, MASTER_ADDR=host)
     if count > 1:
         shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", 1)  # torchrun's default

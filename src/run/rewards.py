@@ -98,11 +98,13 @@ def checked(function: Callable) -> Callable[..., list[float | None]]:
             values = call(function, given)
         except Exception as raised:
             error = raised
-        failed = gather_object([error is not None])
+        # All raise a wrong value; an error of a reward's code is left to its process, which has the traceback.
+        found = gather_object([error if error is None or isinstance(error, RewardError) else SystemExit(1)])
         if error is not None:
             raise error
-        if any(failed):  # another process reports its error
-            raise SystemExit(1)
+        for other in filter(None, found):
+            raise other
+        assert values is not None
         return values
 
     reward.__name__ = name_of(function)  # in the names of metrics
@@ -150,7 +152,7 @@ def check_values(name: str, values, given: dict) -> None:
         counts = f"{len(values)} values for {len(completions)} completions"
         raise RewardError(f"reward {name}: returned {counts}; {EXPECTED}")
     for index, value in enumerate(values):
-        if not (value is None or isinstance(value, Real) and abs(value) <= LARGEST):
+        if not (value is None or isinstance(value, Real) and -LARGEST <= value <= LARGEST):  # type: ignore[operator]
             known = [f"{key} {given[key][index]!r:.200}" for key in ("row", "audio_path", "prompts") if key in given]
             where = f"{completions[index]!r:.200} ({', '.join(known)})"
             raise RewardError(f"reward {name}: is {value!r:.80} for the completion {where}; {EXPECTED}")

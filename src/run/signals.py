@@ -7,6 +7,7 @@ saving: the launcher then kills its processes; a process without one restores th
 
 import os
 import signal
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -33,7 +34,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self):
         self.received = 0  # by this process
         self.stopped: str | None = None
-        self.usual: dict[int, object] = {}
+        self.usual: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.state, self.speaks = state, state.is_world_process_zero

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.questions import Benchmark, load_questions
-from dataset.rows import hash_file
+from dataset.rows import DataError, hash_file
 from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
 from evaluation.mmau import evaluate
 from evaluation.processes import leave, run_on_all
@@ -222,6 +222,8 @@ def train(trainer: Trainer, start: Path | None) -> None:
     except RunEnded as error:
         if error.everywhere:  # so that the launcher stops none before it has come here
             trainer.accelerator.wait_for_everyone()
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except DataError as error:  # no usable clip, or a reward's value
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except (RuntimeError, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

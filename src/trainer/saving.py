@@ -4,6 +4,8 @@ Saved are the weights under the base checkpoint's tensor names, whatever engine 
 they came, and the prompt style. What a run needs to resume is written by transformers' `Trainer`.
 """
 
+from typing import Any
+
 from peft import PeftModel
 
 from dataset.prompt import save_style
@@ -14,6 +16,7 @@ from model.qwen2_audio import base_model
 class SelfContainedCheckpoints:
     """Mixin that precedes the trainer class; `processing_class` is the processor."""
 
+    processing_class: Any
     prompt_style: str | None = None  # recorded in every checkpoint; None: no record
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
