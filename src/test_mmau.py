@@ -1,9 +1,9 @@
-"""Evaluate checkpoints on MMAU or MMAR: `sh test_mmau.sh` starts it; `--help` lists every flag.
+"""Evaluate checkpoints on MMAU or MMAR, in one process or in one per GPU under torchrun (`sh test_mmau.sh`).
 
     python src/test_mmau.py --model_path exp/model/checkpoint-* --data_file data/MMAU/mmau-test-mini.json
 
-In one process, or one per GPU under torchrun. A killed run continues, a finished checkpoint is skipped. See
-`evaluation/results.py` for the files that it writes, `utils/show_acc.py` for the table of them.
+A killed run continues, a finished checkpoint is skipped. `evaluation/results.py` lists the files that it writes, and
+`utils/show_acc.py` prints a table of them.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C exits at once, during the imports too: finished answers are on disk
+if __name__ == "__main__":  # Ctrl-C exits at once, even during imports: finished answers are on disk
     NOTICE = b"\ntest_mmau: interrupted; the same command continues from here\n" * (os.environ.get("RANK", "0") == "0")
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, NOTICE), os._exit(130)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads do not spin
@@ -69,13 +69,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def run(args: Namespace) -> int:
     """Evaluate all models on all question files, and return the exit status: 3 if some were skipped, 1 if all. Raises a
-    `ValueError` or `OSError` if questions cannot be read or asked, or two results would have one name."""
+    `ValueError` or `OSError` if questions cannot be read or asked, or two results would have the same name."""
     if args.out_file and len(args.data_file) > 1:
         raise ValueError("--out_file holds the results on one file of questions; pass a single --data_file")
     jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
     benchmarks = {file: load_questions(file, args.audio_dir) for file in args.data_file}
     if len({benchmark.name for benchmark in benchmarks.values()}) < len(args.data_file):
-        raise ValueError(f"--data_file {' '.join(args.data_file)}: results would have one name; evaluate one by one")
+        raise ValueError(
+            f"--data_file {' '.join(args.data_file)}: results would have one name; pass one file at a time"
+        )
     settings = Run(dtype=args.dtype, style=args.prompt_style, audio=args.hear, channels=args.audio_channels,
                    max_new_tokens=args.max_new_tokens, sample_seed=args.seed if args.sample else None,
                    allow_missing=args.allow_missing, batch_size=args.batch_size, engine=args.engine)  # fmt: skip

@@ -1,5 +1,5 @@
-"""MMAU's official score of records that hold predictions: digit for digit what `evaluation.py` of
-github.com/Sakshi113/MMAU (at 110127f) prints, its oddities included. MMAR's script derives from it.
+"""MMAU's official score of records with predictions: the same text, digit for digit, as `evaluation.py` of
+github.com/Sakshi113/MMAU (at 110127f) prints, oddities included. MMAR's script derives from it.
 
     python src/evaluation/mmau.py --input res_mmau_mini.json
 """
@@ -24,17 +24,16 @@ MODALITIES = TASKS + ("mix-sound-music", "mix-sound-speech", "mix-music-speech",
 LAYERS = ("Signal Layer", "Perception Layer", "Semantic Layer", "Cultural Layer")
 MATCH_RULE = "MMAU string_match at 110127f"  # decides whether an answer is right
 CUT_OFF = "model_cut_off"  # key of a record: whether the token limit cut the answer off
-RULE = "*" * 30
 
 
 def _words(text) -> set[str]:
-    """The lower-cased words by which MMAU compares texts: order, repetition and signs are lost."""
+    """The lower-cased words by which MMAU compares texts, without order, repetition and punctuation."""
     return set(re.findall(r"\b\w+\b", str(text).lower()))
 
 
 def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
     """Whether MMAU counts `prediction` as right: it has all words of the answer, and no other word of a wrong choice.
-    A permutation of the answer is right, and "not X" for X, "C" for "C#", "4" for "4/4", as in the original."""
+    As in the original, a permutation of the answer is right, and so are "not X" for X, "C" for "C#", "4" for "4/4"."""
     predicted, right = _words(prediction), _words(answer)
     if not predicted:
         return False
@@ -43,7 +42,7 @@ def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
 
 
 def named_choices(prediction: str, choices: list[str]) -> int:
-    """The number of choices that a prediction has all words of, without those contained in another one of them."""
+    """The number of choices whose words are all in the prediction, without those contained in another such choice."""
     named = {frozenset(_words(choice)) for choice in choices if _words(choice) <= _words(prediction)} - {frozenset()}
     return sum(not any(words < other for other in named) for words in named)
 
@@ -53,10 +52,10 @@ class Scores:
     """Right answers and questions: `groups` is {title: {name: [right, questions]}} in the order of the printed text."""
 
     groups: dict[str, dict[str, list[int]]]
-    matches: list[bool] = field(default_factory=list)  # for each record: whether it is right
-    no_choice: int = 0  # answers that name none of the choices: many of them show a bad prompt rather than a bad model
-    several: int = 0  # answers that name more than one
-    cut_off: int = 0  # answers that the token limit cut off
+    matches: list[bool] = field(default_factory=list)  # for each record, whether it is right
+    no_choice: int = 0  # answers that name no choice; many of them show a bad prompt rather than a bad model
+    several: int = 0  # answers that name several choices
+    cut_off: int = 0  # answers that reached the token limit
 
     @property
     def right(self) -> int:
@@ -75,10 +74,10 @@ class Scores:
         """The text that MMAU's script prints, with the final newline."""
         lines = []
         for title, group in self.groups.items():
-            lines += [RULE, f"{title}-wise Accuracy:"]
+            lines += ["*" * 30, f"{title}-wise Accuracy:"]
             lines += [_line(f"{name} :", right, questions) for name, (right, questions) in group.items()]
-        # Their script always prints 0 in the last line: it skips these records uncounted.
-        lines += [RULE, _line("Total Accuracy:", self.right, self.questions), RULE, "No prediction count: 0", ""]
+        lines += ["*" * 30, _line("Total Accuracy:", self.right, self.questions)]
+        lines += ["*" * 30, "No prediction count: 0", ""]  # always 0, since the original skips these records uncounted
         return "\n".join(lines)
 
 
@@ -95,9 +94,8 @@ def evaluate(records: list[dict]) -> Scores:
     """
     is_mmar = any("modality" in record for record in records)
     titles = {"Modality": MODALITIES, "Category": LAYERS} if is_mmar else {"Task": TASKS, "Difficulty": DIFFICULTIES}
-    scores = Scores(
-        {title: {name: [0, 0] for name in known} for title, known in (titles | {"Sub-category": ()}).items()}
-    )
+    titles |= {"Sub-category": ()}
+    scores = Scores({title: {name: [0, 0] for name in known} for title, known in titles.items()})
     for number, record in enumerate(records, start=1):
         where = f"record {number} ({record.get('id')})"
         prediction = get_prediction(record)
@@ -122,7 +120,7 @@ def evaluate(records: list[dict]) -> Scores:
 
 
 def get_prediction(record: dict) -> str | None:
-    """A record's prediction; `None` if it has none."""
+    """A record's prediction, or None."""
     return next((str(record[key]) for key in PREDICTION_KEYS if record.get(key) is not None), None)
 
 

@@ -1,9 +1,9 @@
-"""Examine the rows, clips and prompt lengths of a training or evaluation file before a run.
+"""Check the rows, clips and prompt lengths of a training or evaluation file before a run.
 
     python src/run/check.py data/AVQA/train_qa.data
     python src/run/check.py data/MMAU/mmau-test-mini.json --deep
 
-Lists bad rows by file and line, and counts them by reason. Clips are examined by their headers, with --deep by their
+Lists bad rows by file and line, and counts them by reason. Clips are checked by their headers, with --deep by their
 samples. Exit status: 0 if every row is usable, 1 if not, 2 if the file is unusable.
 """
 
@@ -20,13 +20,21 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, decode
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
-from dataset.encode import MAX_PROMPT_LENGTH, check_prompt, count_heard, count_text_tokens
-from dataset.progress import progress
+from dataset.encode import (
+    MAX_PROMPT_LENGTH,
+    check_clip_length,
+    check_no_special_token,
+    count_audio_tokens,
+    count_text_tokens,
+    window_samples,
+)
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question
 from dataset.questions import check_question, recognise_release, to_question
 from dataset.rows import DataError, Row, open_whole, read_lines, read_rows, starts_a_list
@@ -37,14 +45,14 @@ MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules for the rows of a file, and how to examine them."""
+    """What makes a row usable, and how to check it."""
 
     style: str = DEFAULT_STYLE
-    processor: Any = None  # the model's; None checks neither prompt lengths nor special tokens
+    processor: Any = None  # the model's; without one, neither prompt lengths nor special tokens are checked
     max_prompt_length: int | None = MAX_PROMPT_LENGTH  # tokens, audio included; None is no limit
     channels: str = "first"  # see `load_audio`
     cut_long_clips: bool = False  # accept clips over the window, which evaluation cuts
-    lenient: bool = False  # only note rows of an evaluation file that can be asked but break a rule
+    lenient: bool = False  # keep rows of an evaluation file that can be asked but break a rule, with a note
     deep: bool = False  # decode every clip: NaN, silence, clipping
     audio_dir: str | Path | None = None  # folder of an evaluation file's clips; default: the file's own
     workers: int | None = None  # threads that read clips; default: one per core, at least 8
@@ -168,12 +176,12 @@ def is_training_file(data_file: str | Path) -> bool:
 def _examine(data_file: str | Path, read: Callable[[Path], Iterator[Row]], rule: Callable, rules: Rules) -> Examination:
     """`rule` maps a parsed row and its number to prompt, audio path and notes, or raises a `DataError`."""
     examination = Examination(check_is_there(data_file))
-    rows = iter(progress(read(examination.file), disable=not rules.progress, unit=" rows"))
+    rows = iter(tqdm(read(examination.file), disable=None if rules.progress else True, unit=" rows"))
     bad_rows = open_whole(rules.dropped_file) if rules.dropped_file else nullcontext()
     with ThreadPool(rules.workers or max(8, os.cpu_count() or 1)) as pool, bad_rows as file:
         while chunk := [_read(row, rule) for row in islice(rows, 1000)]:  # bounds the memory
             pool.map(lambda examined: examine_clip(examined, rules), chunk, chunksize=16)
-            _count_tokens([examined for examined in chunk if not examined.error], rules)
+            _check_prompts([examined for examined in chunk if not examined.error], rules)
             for examined in chunk:
                 examination.enter(examined)
                 if examined.error and file:
@@ -199,8 +207,9 @@ def _read(row: Row, rule: Callable) -> Examined:
 
 
 def examine_clip(examined: Examined, rules: Rules) -> None:
-    """Set the clip's samples, notes and error, in a thread: headers wait for the disk, decoding releases the GIL."""
-    window = count_heard(rules.processor)
+    """Set the clip's samples, notes and error. Runs in threads, since headers wait for the disk, and decoding releases
+    the GIL."""
+    window = window_samples(rules.processor)
     try:
         samples = examined.samples = 0 if examined.error else count_samples(examined.audio_path)
         if samples > window and rules.cut_long_clips:
@@ -212,9 +221,9 @@ def examine_clip(examined: Examined, rules: Rules) -> None:
         examined.error = error
 
 
-def _count_tokens(chunk: list[Examined], rules: Rules) -> None:
-    """Set the prompts' tokens, or the error of a prompt or clip of a wrong length."""
-    longest = count_heard(rules.processor) if rules.cut_long_clips else sys.maxsize
+def _check_prompts(chunk: list[Examined], rules: Rules) -> None:
+    """Set the prompts' tokens, or the error of a prompt or clip with a wrong length."""
+    longest = window_samples(rules.processor) if rules.cut_long_clips else sys.maxsize
     prompts = [examined.prompt for examined in chunk]
     text_tokens = count_text_tokens(rules.processor, prompts) if rules.processor and chunk else [0] * len(chunk)
     for examined, tokens in zip(chunk, text_tokens, strict=True):
@@ -223,6 +232,20 @@ def _count_tokens(chunk: list[Examined], rules: Rules) -> None:
             examined.tokens = check_prompt(examined.prompt, samples, tokens, rules.processor, rules.max_prompt_length)
         except DataError as error:
             examined.error = DataError(f"{examined.audio_path}: {error}", error.reason)
+
+
+def check_prompt(text: str, samples: int, text_tokens: int, processor: Any, max_prompt_length: int | None) -> int:
+    """The length of a prompt in tokens, or 0 without a processor. Raises a `DataError` if `encode` would refuse text or
+    clip, or if the prompt, with `text_tokens` and a clip of `samples` at 16 kHz, is over `max_prompt_length`."""
+    check_clip_length(samples, processor)
+    if processor is None:
+        return 0
+    check_no_special_token(text, processor)
+    length = text_tokens + count_audio_tokens(samples, processor.feature_extractor.hop_length)
+    if max_prompt_length is not None and length > max_prompt_length:
+        message = f"the prompt has {length} tokens, over max_prompt_length {max_prompt_length}; "
+        raise DataError(message + "raise --max_prompt_length or remove the row", "prompt too long")
+    return length
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -248,11 +271,11 @@ def load_processor(name: str | None) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(name or MODEL, trust_remote_code=False, local_files_only=not name)
-        count_heard(processor)  # fails for a model without audio
+        window_samples(processor)  # fails for a model without audio
         return processor
     except (OSError, ValueError, AttributeError) as error:
         if name:
-            raise ValueError(f"--model_path {name}: has no processor that loads; name another ({error})") from error
+            raise ValueError(f"--model_path {name}: its processor cannot be loaded; name another ({error})") from error
         print(f"prompt lengths are not checked: {MODEL} is not in the cache; set --model_path", file=sys.stderr)
         return None
 
