@@ -75,9 +75,7 @@ def run(args: Namespace) -> int:
     jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
     benchmarks = {file: load_questions(file, args.audio_dir) for file in args.data_file}
     if len({benchmark.name for benchmark in benchmarks.values()}) < len(args.data_file):
-        raise ValueError(
-            f"--data_file {' '.join(args.data_file)}: results would have one name; pass one file at a time"
-        )
+        raise ValueError(f"--data_file {' '.join(args.data_file)}: results would have one name; pass one at a time")
     settings = Run(dtype=args.dtype, style=args.prompt_style, audio=args.hear, channels=args.audio_channels,
                    max_new_tokens=args.max_new_tokens, sample_seed=args.seed if args.sample else None,
                    allow_missing=args.allow_missing, batch_size=args.batch_size, engine=args.engine)  # fmt: skip

@@ -24,8 +24,8 @@ from .rows import DataError, get_field, read_lines
 NO_ROWS = "holds no rows; data/README.md shows the format"
 ROWS_PER_CHUNK = 10_000  # rows held as Python objects at a time
 
-# The prompt is plain text, not messages: `datasets` would fill the missing keys of message parts with None, and the chat
-# template would then miscount the audio.
+# Prompts are plain text. In messages `datasets` would fill missing keys with None, and the chat template would then
+# miscount the audio.
 SCHEMA = pa.schema(
     [
         ("prompt", pa.string()),  # the user's text, audio excluded
@@ -82,7 +82,7 @@ def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
 
 
 def read_fields(record: dict, folder: Path) -> tuple[str, list, str, str]:
-    """A parsed row -> question, choices, right choice, absolute audio path; raises a `DataError`. A relative path starts
+    """A parsed row -> question, choices, right choice, absolute audio path; raises a `DataError`. Relative paths start
     at the working directory if the clip is there, else at `folder`."""
     question = get_field(record, "question_text", str)
     choices = get_field(record, "multi_choice", list)

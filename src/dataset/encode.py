@@ -1,7 +1,5 @@
-"""Questions and clips -> the model's input tensors, for training and evaluation alike.
-
-The processor alone would pad every clip to a window of 30 s. The encoder masks the frames behind the audio, so they
-change nothing, and most are omitted here.
+"""Questions and clips -> the model's input tensors, for training and evaluation alike. The processor alone would pad
+every clip to 30 s. The encoder masks the frames behind the audio, so most of them are omitted here.
 
 Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames (as many as the longest clip needs).
 """
@@ -26,7 +24,6 @@ if TYPE_CHECKING:  # importing them takes seconds, and `check.py` without a mode
 MIN_SECONDS = 0.1  # two audio tokens; transformers 5 takes a single one for the unexpanded format of old processors
 WINDOW_SECONDS = 30  # longest clip of Qwen2-Audio
 MAX_PROMPT_LENGTH = 1024  # tokens; 10 s of audio are 250, its question about 60
-PROBE = " \n a text \n "  # placeholder text, used to find where the template inserts the question
 
 
 def count_audio_tokens(samples: int, hop_length: int = 160) -> int:
@@ -45,8 +42,8 @@ def count_tokens_of_frames(frames: int) -> int:
 
 
 def needed_frames(frames: int, window: int) -> int:
-    """The number of frames that the encoder needs of a clip with so many: those of its positions after convolution and
-    of one more, into which the convolutions reach. The positions are then the same as in a full window."""
+    """The number of frames that the encoder needs of a clip with so many: those of its positions after convolution, and
+    of one more into which the convolutions reach. The positions then equal those of a full window."""
     positions = (frames - 1) // 2 + 1
     return min(2 * (positions + 1), window)
 
@@ -117,8 +114,8 @@ class Batch:
 
 
 def load_and_encode(processor: Qwen2AudioProcessor, rows: list[dict], channels: str) -> Batch:
-    """Decode the clips of N rows of `load_train_dataset` in threads, and encode them with their prompts; raises as
-    `load_audio` and `encode`."""
+    """Decode the clips of N rows of a data set in threads, and encode them with their prompts. Raises as `load_audio`
+    and `encode`."""
     with ThreadPoolExecutor() as pool:
         clips = list(pool.map(partial(load_audio, channels=channels), [row["audio_path"] for row in rows]))
     return replace(encode(processor, [row["prompt"] for row in rows], clips), waves=clips)
@@ -132,12 +129,9 @@ def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndar
 
 
 def encode_question(processor: Qwen2AudioProcessor, text: str, clip: np.ndarray) -> BatchFeature:
-    """Encode one question with the frames that its clip needs, not a whole window: a third of the time for 10 s.
-
-    A frame covers 25 ms. With a little silence behind the clip, its frames equal those of the padded window to the last
-    bit. Raises as `encode`; the processor raises a `ValueError` if the audio tokens do not match the clip, so forward
-    passes do not check this again.
-    """
+    """Encode one question with the frames that its clip needs, not a whole window: a third of the time for 10 s. With a
+    little silence behind the clip, these frames equal those of the padded window to the last bit. Raises as `encode`;
+    the processor checks that the audio tokens match the clip."""
     check_no_special_token(text, processor)
     check_clip_length(len(clip), processor)
     extractor = processor.feature_extractor
@@ -170,11 +164,3 @@ def join(questions: list[BatchFeature], pad_id: int) -> Batch:
 def build_chat(processor: Qwen2AudioProcessor, text: str) -> str:
     """The whole prompt as text: system turn, user turn with the audio's placeholder and `text`, assistant header."""
     return processor.apply_chat_template(build_messages(text), add_generation_prompt=True, tokenize=False)
-
-
-def count_text_tokens(processor: Qwen2AudioProcessor, texts: list[str]) -> list[int]:
-    """Tokens of each user text's whole prompt, without those of its clip."""
-    before, found, after = build_chat(processor, PROBE).partition(PROBE)
-    # If the template inserts texts unchanged, it is filled in once: 40,000 times would take longer than tokenizing.
-    chats = [before + text + after if found else build_chat(processor, text) for text in texts]
-    return [len(ids) - 1 for ids in processor.tokenizer(chats)["input_ids"]]  # without the clip's placeholder

@@ -78,7 +78,7 @@ def build_question(question: str, choices: list, style: str = DEFAULT_STYLE) -> 
 
 
 def build_messages(text: str) -> list[dict]:
-    """One user turn for `apply_chat_template`, which only counts audio parts; the processor gets the clip separately."""
+    """One user turn for `apply_chat_template`, which only counts audio parts. The processor gets the clip itself."""
     return [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": text}]}]
 
 

@@ -4,8 +4,8 @@
     MMAR   id, audio_path, question, choices, answer, modality, category ...
     AVQA   see `dataset.py`; `question_relation` is used as the task
 
-Each is a JSON list or JSONL. MMAU's test-mini had 13 versions in two releases: the paper's, and v05.15.25, which revised
-a third of the questions. Scores on different releases are not comparable.
+Each is a JSON list or JSONL. MMAU's test-mini had 13 versions in two releases: the paper's, and v05.15.25, with a third
+of the questions revised. Scores on different releases are not comparable.
 """
 
 import hashlib

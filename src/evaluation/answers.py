@@ -11,15 +11,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from dataset.audio import load_audio
-from dataset.encode import (
-    Batch,
-    check_clip_length,
-    check_no_special_token,
-    count_audio_tokens,
-    count_text_tokens,
-    encode_question,
-    join,
-)
+from dataset.encode import Batch, check_clip_length, check_no_special_token, count_audio_tokens, encode_question, join
 from dataset.prompt import DEFAULT_STYLE, build_question
 from dataset.questions import Question
 from dataset.rows import DataError
@@ -28,6 +20,7 @@ from model.qwen2_audio import check_audio_token, end_ids
 
 from .clips import count_threads, swap_clips
 from .decoding import Greedy, Sampler, single_thread
+from .lengths import count_text_tokens
 from .results import Completion, Run
 
 # (indices of N questions, their batch) -> N lists of token ids
@@ -123,9 +116,8 @@ def answer_batches(
     process shows a progress bar unless `quiet`. Raises a `DataError` if a clip can no longer be decoded."""
     state, tokenizer, ends = PartialState(), questions.processor.tokenizer, end_ids(questions.processor)
     own = batches[state.process_index :: state.num_processes]
-    bar = tqdm(
-        total=sum(map(len, own)), desc=title, unit=" questions", disable=quiet or state.process_index > 0 or None
-    )
+    hidden = quiet or not state.is_main_process or None  # None hides the bar if stderr is no terminal
+    bar = tqdm(total=sum(map(len, own)), desc=title, unit=" questions", disable=hidden)
     with ThreadPoolExecutor(count_threads()) as pool, bar:
         ahead = [pool.map(questions.encode, indices) for indices in own[:1]]
         for indices, following in zip(own, [*own[1:], []], strict=False):  # `own` may be empty

@@ -1,15 +1,13 @@
 """Prompts through the model (`prefill`, for rollouts and evaluation), and the decoding loop of evaluation and `ask.py`.
 
-The loop replaces `model.generate`. Only a prompt's last position goes through the head, since all logits would be the
-largest tensor of an evaluation. The cache is not copied for every token, and a row leaves the batch with its last token.
-The model's `generation_config` is not used.
+The loop replaces `model.generate`: only a prompt's last position goes through the head, since all logits would be the
+largest tensor of an evaluation, the cache is not copied for every token, and a finished row leaves the batch.
 
 Shapes: N questions, R rows still being decoded, P prompt tokens (left-padded), T tokens, C completion tokens, H hidden
 size, D size of a head, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from transformers import Cache, DynamicLayer, Qwen2AudioForConditionalGeneration
@@ -28,7 +26,7 @@ def generate(
     batch: Batch,
     ends: list[int],
     max_new_tokens: int,
-    choose: Choose | None = None,
+    choose: Choose,
 ) -> list[list[int]]:
     """The completions of N prompts.
 
@@ -36,12 +34,11 @@ def generate(
         model: in evaluation mode, on the batch's device.
         ends: token ids that end a completion.
         max_new_tokens: the longest completion.
-        choose: picks the next tokens, by default the most probable ones. It must forbid `<|AUDIO|>` (`forbid_audio`).
+        choose: picks the next tokens, never `<|AUDIO|>` (`forbid_audio`).
 
     Returns:
         N lists of token ids, each with its end token if it was reached.
     """
-    choose = choose or partial(choose_best, model)
     completions: list[list[int]] = [[] for _ in batch.input_ids]
     rows = list(range(len(completions)))  # the question of each row of the shrinking batch
     mask, (hidden, cache) = batch.attention_mask, prefill(model, batch)
@@ -67,12 +64,6 @@ def generate(
         )
         hidden, positions = output.last_hidden_state[:, -1], positions + 1
     return completions
-
-
-def choose_best(model: Qwen2AudioForConditionalGeneration, logits: torch.Tensor, *_) -> torch.Tensor:
-    """The most probable tokens (R,), `<|AUDIO|>` excluded."""
-    forbid_audio(model, logits)
-    return logits.argmax(dim=1)
 
 
 def forbid_audio(model: Qwen2AudioForConditionalGeneration, logits: torch.Tensor) -> torch.Tensor:

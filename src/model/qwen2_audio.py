@@ -48,9 +48,7 @@ def load_processor(model: str | Path, processor: ProcessorMixin | None = None) -
     except Exception as error:  # libraries raise anything on damaged files, from KeyError to jinja2's errors
         message = f"its processor cannot be loaded ({type(error).__name__}: {error}); if damaged, get its files again"
         if "trust_remote_code" in str(error):  # libraries recommend to allow it
-            message = (
-                "its processor is code that comes with the model, which is never executed; use Qwen2-Audio's files"
-            )
+            message = "its processor is code that comes with the model, which is never executed; use Qwen2-Audio's"
         raise ValueError(f"{model}: {message}") from error
     if not isinstance(processor, Qwen2AudioProcessor):
         raise ValueError(f"{model}: its processor is a {type(processor).__name__}, not Qwen2-Audio's")
@@ -190,8 +188,8 @@ def _encode_group(encoder: Qwen2AudioEncoder, features: torch.Tensor, frames: li
 
 
 def as_attention_mask(sees: torch.Tensor, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The mask (N, 1, T, K) for attention from a boolean one: (N, T, K), or (N, 1, K) if it is the same for all queries.
-    `dtype` is that of the mask for `eager`."""
+    """The mask (N, 1, T, K) for attention from a boolean one: (N, T, K), or (N, 1, K) if all queries have the same. The
+    mask for `eager` is of `dtype`."""
     if config._attn_implementation == "eager":  # adds the mask to the scores
         return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
     return sees[:, None]

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object
+from evaluation.clips import measure_clips
 from transformers import Trainer
 from trl.models import unwrap_model_for_generation
 
@@ -17,7 +18,6 @@ from dataset.prompt import DEFAULT_STYLE
 from dataset.questions import Benchmark
 from dataset.rows import DataError, first_problems
 from evaluation.answers import EncodedQuestions, answer_batches, complete_with
-from evaluation.clips import measure_clips
 from evaluation.mmau import Scores, evaluate
 from evaluation.results import MAX_NEW_TOKENS, Completion, Run, to_records
 from model.qwen2_audio import base_model

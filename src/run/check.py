@@ -27,17 +27,11 @@ if not __package__:  # run as a script
 
 from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, decode
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
-from dataset.encode import (
-    MAX_PROMPT_LENGTH,
-    check_clip_length,
-    check_no_special_token,
-    count_audio_tokens,
-    count_text_tokens,
-    window_samples,
-)
+from dataset.encode import MAX_PROMPT_LENGTH, window_samples
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question
 from dataset.questions import check_question, recognise_release, to_question
 from dataset.rows import DataError, Row, open_whole, read_lines, read_rows, starts_a_list
+from evaluation.lengths import check_prompt, count_text_tokens
 from utils.flags import at_least
 
 MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
@@ -232,20 +226,6 @@ def _check_prompts(chunk: list[Examined], rules: Rules) -> None:
             examined.tokens = check_prompt(examined.prompt, samples, tokens, rules.processor, rules.max_prompt_length)
         except DataError as error:
             examined.error = DataError(f"{examined.audio_path}: {error}", error.reason)
-
-
-def check_prompt(text: str, samples: int, text_tokens: int, processor: Any, max_prompt_length: int | None) -> int:
-    """The length of a prompt in tokens, or 0 without a processor. Raises a `DataError` if `encode` would refuse text or
-    clip, or if the prompt, with `text_tokens` and a clip of `samples` at 16 kHz, is over `max_prompt_length`."""
-    check_clip_length(samples, processor)
-    if processor is None:
-        return 0
-    check_no_special_token(text, processor)
-    length = text_tokens + count_audio_tokens(samples, processor.feature_extractor.hop_length)
-    if max_prompt_length is not None and length > max_prompt_length:
-        message = f"the prompt has {length} tokens, over max_prompt_length {max_prompt_length}; "
-        raise DataError(message + "raise --max_prompt_length or remove the row", "prompt too long")
-    return length
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

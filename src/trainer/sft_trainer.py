@@ -1,5 +1,5 @@
-"""Supervised fine-tuning on the same questions, prompts and audio as GRPO: the baseline of the paper's title. This module
-makes the batches for transformers' `Trainer`. Only the answers' tokens count in the loss.
+"""Supervised fine-tuning on the same questions, prompts and audio as GRPO, the baseline of the paper's title. This
+module makes the batches for transformers' `Trainer`. Only the answers' tokens count in the loss.
 
 Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 """
@@ -62,8 +62,8 @@ class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
         return STYLES[row["style"]].target(extract_answer(row["solution"])) + self.processing_class.tokenizer.eos_token
 
     def collate(self, rows: list[dict]) -> dict[str, Any]:
-        """N rows -> `input_ids`, `attention_mask`, `position_ids` and `labels` (N, T), `input_features` (N, M, F), and a
-        list of N `frames`. Prompts are padded on the left, answers on the right. Labels are -100 except for the answer
+        """N rows -> `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T), `input_features` (N, M, F), and N
+        `frames` as a list. Prompts are padded on the left, answers on the right. Labels are -100 except for the answer
         and its end token."""
         rows, batch = self.load(rows)
         targets = [self.target(row) for row in rows]
