@@ -85,18 +85,17 @@ def run(args: Namespace) -> int:
         sweep = Sweep(benchmark, settings, suffix, args.device, args.force, args.vllm or complete_with)
         evaluated += run_sweep(sweep, jobs)
     if evaluated < total:
-        say(f"{total - evaluated} of {total} {'models' if len(benchmarks) == 1 else 'evaluations'} were skipped")
+        say(f"{total - evaluated} of {total} evaluations were skipped")
     return 0 if evaluated == total else 3 if evaluated else 1
 
 
 def main() -> int:
-    args = parse_args()
+    args, status = parse_args(), 1
     processes()
     try:
         status = run(args)
     except (ValueError, OSError) as error:
         say(f"test_mmau: {error}")
-        status = 1
     leave(args.vllm and args.vllm.close)
     return status
 

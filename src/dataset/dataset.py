@@ -26,23 +26,20 @@ ROWS_PER_CHUNK = 10_000  # rows held as Python objects at a time
 
 # Prompts are plain text. In messages `datasets` would fill missing keys with None, and the chat template would then
 # miscount the audio.
-SCHEMA = pa.schema(
-    [
-        ("prompt", pa.string()),  # the user's text, audio excluded
-        ("audio_path", pa.string()),  # absolute
-        ("solution", pa.string()),  # <answer>...</answer>
-        ("style", pa.string()),  # prompt style, for the format reward
-        ("row", pa.int64()),  # line number in the data file, from 1, for messages
-    ]
-)
+COLUMNS = {
+    "prompt": pa.string(),  # the user's text, audio excluded
+    "audio_path": pa.string(),  # absolute
+    "solution": pa.string(),  # <answer>...</answer>
+    "style": pa.string(),  # prompt style, for the format reward
+    "row": pa.int64(),  # line number in the data file, from 1, for messages
+}
+SCHEMA = pa.schema(COLUMNS)
 
 
 def load_train_dataset(data_file: str | Path, style: str = DEFAULT_STYLE, skip: Container[int] = ()) -> Dataset:
-    """Read a training file into the columns of `SCHEMA`, in file order, without the line numbers in `skip`.
-
-    The rows are written to an unnamed file in TMPDIR, so memory does not grow with their number. Raises a
-    `FileNotFoundError`, or a `ValueError` with file, line and remedy if a row is malformed or there are no rows.
-    """
+    """Read a training file into the columns of `SCHEMA`, in file order, without the line numbers in `skip`. The columns
+    are in an unnamed file in TMPDIR, so memory does not grow with the rows. Raises a `FileNotFoundError`, or a
+    `ValueError` with file, line and remedy if a row is malformed or there are none."""
     rows = _read_rows(check_is_there(data_file), style, skip)
     with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
         with pa.ipc.new_stream(file, SCHEMA) as writer:

@@ -17,11 +17,12 @@ from dataset.rows import read_records
 
 # Keys of a prediction: MMAU's script reads the first, its README documents the second, MMAR uses the third.
 PREDICTION_KEYS = ("model_output", "model_prediction", "answer_prediction")
-# Printed first and in this order, even without records; other groups follow.
+# Groups that are printed first and in this order, even without records. Other names follow.
 TASKS = ("sound", "music", "speech")
-DIFFICULTIES = ("easy", "hard", "medium")
-MODALITIES = TASKS + ("mix-sound-music", "mix-sound-speech", "mix-music-speech", "mix-sound-music-speech")
+MMAU = {"Task": TASKS, "Difficulty": ("easy", "hard", "medium"), "Sub-category": ()}
+MIXES = ("mix-sound-music", "mix-sound-speech", "mix-music-speech", "mix-sound-music-speech")
 LAYERS = ("Signal Layer", "Perception Layer", "Semantic Layer", "Cultural Layer")
+MMAR = {"Modality": TASKS + MIXES, "Category": LAYERS, "Sub-category": ()}
 MATCH_RULE = "MMAU string_match at 110127f"  # decides whether an answer is right
 CUT_OFF = "model_cut_off"  # key of a record: whether the token limit cut the answer off
 
@@ -71,19 +72,16 @@ class Scores:
         return 100 * self.right / self.questions if self.questions else float("nan")
 
     def __str__(self) -> str:
-        """The text that MMAU's script prints, with the final newline."""
-        lines = []
+        """The text that MMAU's script prints. Its last line is always 0, since it skips such records uncounted."""
+        text, rule = "", "*" * 30 + "\n"
         for title, group in self.groups.items():
-            lines += ["*" * 30, f"{title}-wise Accuracy:"]
-            lines += [_line(f"{name} :", right, questions) for name, (right, questions) in group.items()]
-        lines += ["*" * 30, _line("Total Accuracy:", self.right, self.questions)]
-        lines += ["*" * 30, "No prediction count: 0", ""]  # always 0, since the original skips these records uncounted
-        return "\n".join(lines)
+            counts = (_line(f"{name} :", right, questions) for name, (right, questions) in group.items())
+            text += f"{rule}{title}-wise Accuracy:\n{''.join(counts)}"
+        return f"{text}{rule}{_line('Total Accuracy:', self.right, self.questions)}{rule}No prediction count: 0\n"
 
 
 def _line(name: str, right: int, questions: int) -> str:
-    percent = right / questions * 100 if questions else 0
-    return f"{name} {percent:.2f}% over {questions} samples"
+    return f"{name} {right / max(questions, 1) * 100:.2f}% over {questions} samples\n"
 
 
 def evaluate(records: list[dict]) -> Scores:
@@ -92,9 +90,7 @@ def evaluate(records: list[dict]) -> Scores:
     Raises a `ValueError` if a record has no prediction (the official scripts silently omit it), no choices, a blank
     answer (as in MMAU's full test set), or a group that is no text.
     """
-    is_mmar = any("modality" in record for record in records)
-    titles = {"Modality": MODALITIES, "Category": LAYERS} if is_mmar else {"Task": TASKS, "Difficulty": DIFFICULTIES}
-    titles |= {"Sub-category": ()}
+    titles = MMAR if any("modality" in record for record in records) else MMAU
     scores = Scores({title: {name: [0, 0] for name in known} for title, known in titles.items()})
     for number, record in enumerate(records, start=1):
         where = f"record {number} ({record.get('id')})"

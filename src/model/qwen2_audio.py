@@ -39,8 +39,7 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def load_processor(model: str | Path, processor: ProcessorMixin | None = None) -> Qwen2AudioProcessor:
-    """A model's processor, or the given one, padding on the left. Raises a `ValueError` if it is damaged or another
-    model's."""
+    """A model's processor, or the given one, padding on the left; raises a `ValueError` if it cannot be used."""
     try:
         processor = processor or AutoProcessor.from_pretrained(model, trust_remote_code=False)
         if isinstance(processor, Qwen2AudioProcessor):
@@ -48,7 +47,7 @@ def load_processor(model: str | Path, processor: ProcessorMixin | None = None) -
     except Exception as error:  # libraries raise anything on damaged files, from KeyError to jinja2's errors
         message = f"its processor cannot be loaded ({type(error).__name__}: {error}); if damaged, get its files again"
         if "trust_remote_code" in str(error):  # libraries recommend to allow it
-            message = "its processor is code that comes with the model, which is never executed; use Qwen2-Audio's"
+            message = "its processor is code, and a model's code is never executed; use Qwen2-Audio's own processor"
         raise ValueError(f"{model}: {message}") from error
     if not isinstance(processor, Qwen2AudioProcessor):
         raise ValueError(f"{model}: its processor is a {type(processor).__name__}, not Qwen2-Audio's")
@@ -70,8 +69,8 @@ def audio_token_id(model) -> int:
 def check_audio_token(model, processor: Qwen2AudioProcessor) -> None:
     """Raise a `ValueError` if model and processor have different audio tokens."""
     if (written := processor.audio_token_id) != (read := audio_token_id(model)):
-        message = f"the model takes token {read} for sound (audio_token_index in its config.json), its processor writes"
-        raise ValueError(f"{message} {written}; get both from one model")
+        found = f"the model takes token {read} for sound (audio_token_index in its config.json)"
+        raise ValueError(f"{found}, its processor writes {written}; get both from one model")
 
 
 def base_model(model):
@@ -80,8 +79,8 @@ def base_model(model):
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Exclude `parts` (keys of `PARTS`) of a Qwen2-Audio and their adapters from training. Raises a `ValueError` for an
-    unknown part, or if nothing is left to train."""
+    """Exclude `parts` (keys of `PARTS`) and their adapters from training. Raises a `ValueError` for an unknown part, or
+    if nothing is left to train."""
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"cannot freeze {', '.join(sorted(unknown))}: the model's parts are {', '.join(PARTS)}")
     # The sinusoids are always frozen. transformers 5 loads them as trainable, but the original did not train them.

@@ -21,18 +21,17 @@ from .shared_prompt import IGNORE
 
 
 class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
-    """Supervised fine-tuning of a Qwen2-Audio, all of it or its adapters.
+    """Supervised fine-tuning of a Qwen2-Audio or its adapters.
 
     Args:
-        model: the loaded model, with adapters or not.
-        args: `transformers.TrainingArguments`; `remove_unused_columns` is turned off.
+        model: the loaded model, with or without adapters.
+        args: `remove_unused_columns` is turned off.
         train_dataset: from `load_train_dataset`, in one prompt style: `choice` or `answer`.
         audio_channels: `first` or `mean`, see `load_audio`.
         freeze: parts of the model that are not trained, of `PARTS`.
         **kwargs: passed to `transformers.Trainer`.
 
-    Raises:
-        ValueError: the prompt style asks for thoughts, which the data does not hold.
+    Raises a `ValueError` for a prompt style with thoughts, which the data does not hold.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The paper's two rewards, with TRL's signature: one float for each completion.
 
 `dataset/prompt.py` defines what an answer looks like. There is no `except`: an error in a grader must stop the run, not
-look like a bad model. The original's math-verify step is omitted on purpose, since it rewards wrong answers that share a
-number with the right one.
+look like a bad model. The original's math-verify step is omitted, since it rewards wrong answers that share a number
+with the right one.
 """
 
 from dataset.prompt import extract_answer, matches_format
