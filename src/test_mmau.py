@@ -35,8 +35,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--model_path", nargs="+", required=True, metavar="[LABEL=]MODEL", help="folders or hub names; results are "
         "named by LABEL, else by the step of checkpoint-300 or the folder's name")  # fmt: skip
-    add("--data_file", nargs="+", default=["data/MMAU/mmau-test-mini.json"],
-        help="questions: MMAU's JSON or MMAR's JSONL, one file or several")  # fmt: skip
+    add("--data_file", nargs="+", default=["data/MMAU/mmau-test-mini.json"], help="MMAU's JSON or MMAR's JSONL")
     add("--audio_dir", help="folder that the clips' paths are relative to; default: the folder of --data_file")
     add("--out_dir", help="results go to OUT_DIR/test_LABEL/; default: the folder that holds the checkpoint")
     add("--out_file", help="the results of a single model on a single file instead")

@@ -48,14 +48,12 @@ class Style:
         return thoughts + self.write(answer)
 
 
+ANSWERING = " Output the final answer in <answer> </answer>."
 THINKING = " Output the thinking process in <think> </think> and final answer in <answer> </answer>."
 STYLES = {
-    style.name: style
-    for style in (
-        Style("choice", "", ANYTHING, str),  # the paper's Prompt <1>
-        Style("answer", " Output the final answer in <answer> </answer>.", ANSWER, build_solution),  # <2>
-        Style("think", THINKING, THOUGHT_AND_ANSWER, build_solution, thinks=True),  # <3>
-    )
+    "choice": Style("choice", "", ANYTHING, str),  # the paper's Prompt <1>
+    "answer": Style("answer", ANSWERING, ANSWER, build_solution),  # <2>
+    "think": Style("think", THINKING, THOUGHT_AND_ANSWER, build_solution, thinks=True),  # <3>
 }
 DEFAULT_STYLE = "answer"
 

@@ -48,7 +48,7 @@ class Benchmark:
     @property
     def title(self) -> str:
         title = TITLES.get(self.name, f"questions in MMAU's format ({self.name.removeprefix('mmau_')})")
-        if self.name == "mmau_mini":  # an unknown release may be any questions, for instance the demo's
+        if self.name == "mmau_mini":  # questions of an unknown release may be any, for instance the demo's
             title = "questions in MMAU's format" if self.release == UNKNOWN else f"{title}, release {self.release}"
         return f"{title}, {len(self.questions)} questions ({self.digest})"
 
@@ -101,16 +101,13 @@ def _name(records: list[dict]) -> str:
 
 
 def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int]) -> Question:
-    """A parsed row -> `Question`; raises a `DataError` if it is none. `ids` maps the ids of earlier rows to their
-    numbers, and receives this row's."""
+    """A parsed row -> `Question`, or a `DataError`. `ids` maps ids of earlier rows to row numbers; this one is added."""
     if "question_text" in record:  # a training row
         question, choices, answer, audio_path = read_fields(record, audio_dir)
-        record = {
-            "id": str(record.get("id", number)), "audio_id": audio_path,
-            "question": question, "choices": [str(choice) for choice in choices], "answer": answer,
-            "task": str(record.get("question_relation", "all")), "difficulty": "",
-            "sub-category": str(record.get("question_type", "")),
-        }  # fmt: skip
+        task, kind = str(record.get("question_relation", "all")), str(record.get("question_type", ""))
+        record = {"id": str(record.get("id", number)), "audio_id": audio_path, "question": question}
+        record |= {"choices": list(map(str, choices)), "answer": answer}
+        record |= {"task": task, "difficulty": "", "sub-category": kind}
     get_field(record, "question", str, filled=True)
     get_field(record, "choices", list, filled=True)
     key = "audio_path" if "audio_path" in record and not record.get("audio_id") else "audio_id"

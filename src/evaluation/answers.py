@@ -1,6 +1,5 @@
 """Questions -> batches -> completions. All processes make the same batches, and each answers its share of them. Threads
-decode and encode a batch while the model answers the previous one. `decoding.py` chooses the tokens.
-"""
+decode and encode a batch while the model answers the previous one. `decoding.py` chooses the tokens."""
 
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from dataset.encode import Batch, check_clip_length, check_no_special_token, cou
 from dataset.prompt import DEFAULT_STYLE, build_question
 from dataset.questions import Question
 from dataset.rows import DataError
-from model.generation import Choose, generate
+from model.generation import generate
 from model.qwen2_audio import check_audio_token, end_ids
 
 from .clips import count_threads, swap_clips
@@ -92,14 +91,12 @@ def complete_with(model: PreTrainedModel, questions: EncodedQuestions) -> Comple
     """The built-in engine: greedy, or with `run.sample_seed` sampled as in the original. Raises a `ValueError` if model
     and processor have different audio tokens."""
     check_audio_token(model, questions.processor)
-    ends, run = end_ids(questions.processor), questions.run
+    ends, seed = end_ids(questions.processor), questions.run.sample_seed
 
     def complete(indices: list[int], batch: Batch) -> list[list[int]]:
-        batch = batch.to(model.device)
-        choose: Choose = Greedy(model, batch)
-        if run.sample_seed is not None:
-            choose = Sampler(model, batch, questions.names(indices), run.sample_seed)
-        return generate(model, batch, ends, run.max_new_tokens, choose)
+        batch, names = batch.to(model.device), questions.names(indices)
+        choose = Greedy(model, batch) if seed is None else Sampler(model, batch, names, seed)
+        return generate(model, batch, ends, questions.run.max_new_tokens, choose)
 
     return complete
 

@@ -51,12 +51,12 @@ class Rules:
     audio_dir: str | Path | None = None  # folder of an evaluation file's clips; default: the file's own
     workers: int | None = None  # threads that read clips; default: one per core, at least 8
     dropped_file: Path | None = None  # receives the bad rows as JSONL; removed if there are none
-    progress: bool = False  # show a bar
+    progress: bool = False  # show a bar if stderr is a terminal
 
 
 @dataclass
 class Examined:
-    """One row during the examination."""
+    """A row with what was found so far."""
 
     row: Row
     id: object = None
@@ -70,7 +70,7 @@ class Examined:
 
 @dataclass
 class Examination:
-    """Findings about a file; only numbers of rows are kept."""
+    """What was found in a file. Of usable rows only counts are kept."""
 
     file: Path
     kind: str = "training file"
@@ -90,8 +90,8 @@ class Examination:
     def enter(self, examined: Examined) -> None:
         """Count a row."""
         self.rows += 1
-        where, error = examined.row.where, examined.error
-        if error:
+        where = examined.row.where
+        if error := examined.error:
             self.dropped.append(examined.row.number)
             self.reasons[error.reason] += 1
             self.examples.setdefault(error.reason, f"{where}: {error}")
@@ -122,7 +122,7 @@ class Examination:
 
 
 def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
-    """Examine a training file. Raises a `FileNotFoundError`, or a `ValueError` if the file has no rows."""
+    """Check a training file. Raises a `FileNotFoundError`, or a `ValueError` if the file has no rows."""
 
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
         row = to_row(record, number, rules.style, Path(data_file).parent)
@@ -133,7 +133,7 @@ def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Exam
 
 
 def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
-    """As `examine_training_file`; as in evaluation, prompts may have any length, and clips over the window are cut."""
+    """As `examine_training_file`, but as in evaluation prompts may have any length, and long clips are cut."""
     audio_dir = Path(os.path.abspath(rules.audio_dir or Path(data_file).parent))
     records: list[dict] = []
     ids: dict[str, int] = {}
@@ -159,7 +159,7 @@ def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Ex
 
 
 def is_training_file(data_file: str | Path) -> bool:
-    """Whether a file is in AVQA's training format (JSONL without `choices`); a `ValueError` for AVQA's annotations."""
+    """Whether a file holds training rows (JSONL without `choices`). Raises a `ValueError` for AVQA's annotations."""
     with open(data_file, "rb") as file:
         head = file.read(2**16)
     if (is_list := starts_a_list(data_file)) and b'"multi_choice"' in head:
@@ -208,7 +208,7 @@ def examine_clip(examined: Examined, rules: Rules) -> None:
         samples = examined.samples = 0 if examined.error else count_samples(examined.audio_path)
         if samples > window and rules.cut_long_clips:
             examined.notes.append(f"clip over {window / SAMPLE_RATE:g} s, will be cut")
-        if samples and rules.deep and (samples <= window or rules.cut_long_clips):  # else it is refused anyway
+        if samples and rules.deep and (samples <= window or rules.cut_long_clips):  # longer clips are refused anyway
             if (abs(decode(examined.audio_path, rules.channels)[0]) >= 1 - 2**-15).mean() > 0.01:  # 16-bit full scale
                 examined.notes.append("clip overdriven (over 1% of its samples at full scale)")
     except DataError as error:
@@ -217,13 +217,14 @@ def examine_clip(examined: Examined, rules: Rules) -> None:
 
 def _check_prompts(chunk: list[Examined], rules: Rules) -> None:
     """Set the prompts' tokens, or the error of a prompt or clip with a wrong length."""
-    longest = window_samples(rules.processor) if rules.cut_long_clips else sys.maxsize
+    processor = rules.processor
+    longest = window_samples(processor) if rules.cut_long_clips else sys.maxsize
     prompts = [examined.prompt for examined in chunk]
-    text_tokens = count_text_tokens(rules.processor, prompts) if rules.processor and chunk else [0] * len(chunk)
-    for examined, tokens in zip(chunk, text_tokens, strict=True):
+    text_tokens = count_text_tokens(processor, prompts) if processor and chunk else [0] * len(chunk)
+    for examined, prompt, tokens in zip(chunk, prompts, text_tokens, strict=True):
         try:
             samples = min(examined.samples, longest)
-            examined.tokens = check_prompt(examined.prompt, samples, tokens, rules.processor, rules.max_prompt_length)
+            examined.tokens = check_prompt(prompt, samples, tokens, processor, rules.max_prompt_length)
         except DataError as error:
             examined.error = DataError(f"{examined.audio_path}: {error}", error.reason)
 
@@ -266,8 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         examine = examine_training_file if is_training_file(check_is_there(args.file)) else examine_evaluation_file
         rules = Rules(
             args.prompt_style, load_processor(args.model_path), args.max_prompt_length, args.audio_channels,
-            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, dropped_file=args.dropped_file,
-            progress=sys.stderr.isatty(),
+            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, dropped_file=args.dropped_file, progress=True,
         )  # fmt: skip
         examination = examine(args.file, rules)
     except (ValueError, OSError) as error:
