@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import av
 import numpy as np
 import soundfile
+from tqdm import tqdm
 
 from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound, resample
 from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
-from dataset.progress import progress
 from dataset.prompt import DEFAULT_STYLE
 from dataset.rows import DataError, read_json, read_records, write_whole
 from utils.flags import at_least
@@ -246,7 +246,7 @@ def find_clips(
     tasks = [(clip, _readable_first(media.get(clip, []) + media.get(clip[0], []))) for clip in clips]
     find = partial(_find_task, wavs=wavs, channels=channels)
     with _pool(workers if len(tasks) > INLINE else 0) as run:
-        found = progress(run(find, tasks), total=len(tasks), unit=" clips", desc="clips")
+        found = tqdm(run(find, tasks), total=len(tasks), unit=" clips", desc="clips", disable=None)
         return dict(zip(clips, found, strict=True))
 
 
@@ -297,7 +297,7 @@ def download_missing(clips: list[Clip], folder: Path, wavs: Path, channels: str)
             file.write(json.dumps({"id": video_id, "message": message}) + "\n")
 
     failures = 0
-    bar = progress(starts.items(), unit=" videos", desc="download")
+    bar = tqdm(starts.items(), unit=" videos", desc="download", disable=None)
     for video_id, wanted in bar:
         path, message = fetch(command, video_id, partial_folder)
         if path:

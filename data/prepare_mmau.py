@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from datasets import Audio, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from tqdm import tqdm
 
-from dataset.progress import progress
 from dataset.questions import ORIGINAL, REVISED, UNKNOWN, recognise_release, to_benchmark
 from dataset.rows import first_problems, read_records, write_whole
 
@@ -170,7 +170,7 @@ def lay_out(records: list[dict], clips: Iterable[tuple[str, bytes]], folder: Pat
     text = json.dumps(records, indent=2) + "\n"
     if question_file.is_file() and read_records(question_file) != records:
         raise ValueError(f"{question_file}: holds other questions; move it away, or choose another --out")
-    for name, content in progress(clips, unit=" clips"):
+    for name, content in tqdm(clips, unit=" clips", disable=None):
         if name in places and content:
             write_clip(places[name], content)
     if not question_file.is_file():

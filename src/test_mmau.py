@@ -1,9 +1,9 @@
-"""Evaluate checkpoints on MMAU or MMAR: `sh test_mmau.sh` starts it; `--help` lists every flag.
+"""Evaluate checkpoints on MMAU or MMAR, in one process or in one per GPU under torchrun (`sh test_mmau.sh`).
 
     python src/test_mmau.py --model_path exp/model/checkpoint-* --data_file data/MMAU/mmau-test-mini.json
 
-In one process, or one per GPU under torchrun. A killed run continues, a finished checkpoint is skipped. See
-`evaluation/results.py` for the files that it writes, `utils/show_acc.py` for the table of them.
+A killed run continues, a finished checkpoint is skipped. `evaluation/results.py` lists the files that it writes, and
+`utils/show_acc.py` prints a table of them.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C exits at once, during the imports too: finished answers are on disk
+if __name__ == "__main__":  # Ctrl-C exits at once, even during imports: finished answers are on disk
     NOTICE = b"\ntest_mmau: interrupted; the same command continues from here\n" * (os.environ.get("RANK", "0") == "0")
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, NOTICE), os._exit(130)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads do not spin
@@ -35,8 +35,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--model_path", nargs="+", required=True, metavar="[LABEL=]MODEL", help="folders or hub names; results are "
         "named by LABEL, else by the step of checkpoint-300 or the folder's name")  # fmt: skip
-    add("--data_file", nargs="+", default=["data/MMAU/mmau-test-mini.json"],
-        help="questions: MMAU's JSON or MMAR's JSONL, one file or several")  # fmt: skip
+    add("--data_file", nargs="+", default=["data/MMAU/mmau-test-mini.json"], help="MMAU's JSON or MMAR's JSONL")
     add("--audio_dir", help="folder that the clips' paths are relative to; default: the folder of --data_file")
     add("--out_dir", help="results go to OUT_DIR/test_LABEL/; default: the folder that holds the checkpoint")
     add("--out_file", help="the results of a single model on a single file instead")
@@ -69,13 +68,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def run(args: Namespace) -> int:
     """Evaluate all models on all question files, and return the exit status: 3 if some were skipped, 1 if all. Raises a
-    `ValueError` or `OSError` if questions cannot be read or asked, or two results would have one name."""
+    `ValueError` or `OSError` if questions cannot be read or asked, or two results would have the same name."""
     if args.out_file and len(args.data_file) > 1:
         raise ValueError("--out_file holds the results on one file of questions; pass a single --data_file")
     jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
     benchmarks = {file: load_questions(file, args.audio_dir) for file in args.data_file}
     if len({benchmark.name for benchmark in benchmarks.values()}) < len(args.data_file):
-        raise ValueError(f"--data_file {' '.join(args.data_file)}: results would have one name; evaluate one by one")
+        raise ValueError(f"--data_file {' '.join(args.data_file)}: results would have one name; pass one at a time")
     settings = Run(dtype=args.dtype, style=args.prompt_style, audio=args.hear, channels=args.audio_channels,
                    max_new_tokens=args.max_new_tokens, sample_seed=args.seed if args.sample else None,
                    allow_missing=args.allow_missing, batch_size=args.batch_size, engine=args.engine)  # fmt: skip
@@ -85,18 +84,17 @@ def run(args: Namespace) -> int:
         sweep = Sweep(benchmark, settings, suffix, args.device, args.force, args.vllm or complete_with)
         evaluated += run_sweep(sweep, jobs)
     if evaluated < total:
-        say(f"{total - evaluated} of {total} {'models' if len(benchmarks) == 1 else 'evaluations'} were skipped")
+        say(f"{total - evaluated} of {total} evaluations were skipped")
     return 0 if evaluated == total else 3 if evaluated else 1
 
 
 def main() -> int:
-    args = parse_args()
+    args, status = parse_args(), 1
     processes()
     try:
         status = run(args)
     except (ValueError, OSError) as error:
         say(f"test_mmau: {error}")
-        status = 1
     leave(args.vllm and args.vllm.close)
     return status
 

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from conftest import write_tone
-from dataset.audio import SAMPLE_RATE, MissingAudio, count_samples, load_audio, resample
+from dataset.audio import SAMPLE_RATE, count_samples, load_audio, resample
 from dataset.rows import DataError
 
 FORMATS = {
@@ -76,9 +76,8 @@ def test_files_without_audio_are_named(tmp_path):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         for read in (load_audio, count_samples):
-            error = refusal(read, tmp_path / name)
-            assert isinstance(error, MissingAudio) == (content is None)
-            assert error.reason == ("clip missing" if content is None else "clip is no audio file")
+            reason = refusal(read, tmp_path / name).reason
+            assert reason == ("clip missing" if content is None else "clip is no audio file")
 
 
 def test_folder_no_samples_and_not_a_number(tmp_path):

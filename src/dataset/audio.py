@@ -1,7 +1,7 @@
 """Audio file -> 16 kHz mono float32.
 
-The content decides how a file is decoded, not its name: 46 of MMAU's `.wav` files are MP3. libsndfile decodes what it
-can, FFmpeg (PyAV) the rest. A clip is as long as what decodes; if its header promises more, it was cut off.
+The content of a file decides how it is decoded, not its name: 46 of MMAU's `.wav` files are MP3. libsndfile decodes
+what it can, FFmpeg (PyAV) the rest. A clip is as long as what decodes; if its header promises more, it was cut off.
 """
 
 import os
@@ -18,44 +18,38 @@ from .rows import DataError
 
 SAMPLE_RATE = 16_000  # Hz, the rate of Qwen2-Audio's feature extractor
 CHANNELS = ("first", "mean")
-CUT_SECONDS = 0.1  # headers of some writers promise a little more than the file holds
-UNKNOWN_BYTES, UNKNOWN_FRAMES = 0x7E000000, 2**36 - 1  # lengths from here on are placeholders, as written to a pipe
-# libsndfile's note on a chunk that is shorter than its header says: `data : 160000 (should be 79978)`.
+CUT_SECONDS = 0.1  # some writers' headers promise a little more than the file holds
+UNKNOWN_BYTES, UNKNOWN_FRAMES = 0x7E000000, 2**36 - 1  # from here on, lengths are placeholders of files from a pipe
+# libsndfile's note on a chunk shorter than its header says: `data : 160000 (should be 79978)`.
 SHORT_CHUNK = re.compile(r"^ *(?:data|SSND|Data Size|BODY|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-MP3_LENGTH = re.compile(rb"\0{9}(?:Xing|Info|VBRI)")  # tag with the length; without it libsndfile guesses
+MP3_LENGTH = re.compile(rb"\0{9}(?:Xing|Info|VBRI)")  # tag with the length
 MP3_START = re.compile(rb"ID3|\xff[\xe0-\xff][\s\S]{2880}")  # less than two frames may be padding
 FILE_START = re.compile(rb"fLaC\0\0\0\x22|OggS\0\x02")
 
 
-class MissingAudio(DataError, FileNotFoundError):
-    """The audio file does not exist."""
-
-
 def load_audio(path: str | Path, channels: str = "first") -> np.ndarray:
     """Decode the `first` channel of a clip, as in the paper, or the `mean` of all to float32 (samples,) at 16 kHz.
-
-    Raises `MissingAudio`, or a `DataError` if the clip does not decode, is cut off or silent, or holds NaN or nothing.
-    """
+    Raises a `DataError` if the clip is missing, cut off or silent, does not decode, or holds NaN or nothing."""
     return resample(*decode(path, channels))
 
 
 def resample(mono: np.ndarray, rate: int) -> np.ndarray:
     """Resample float32 (samples,) from `rate` Hz to 16 kHz with `librosa.resample`, as the paper did."""
     if rate != SAMPLE_RATE:
-        import librosa  # takes seconds
+        import librosa  # here, since it takes seconds
 
         mono = librosa.resample(mono, orig_sr=rate, target_sr=SAMPLE_RATE)
     return np.ascontiguousarray(mono)
 
 
 def count_samples(path: str | Path) -> int:
-    """The number of samples that `load_audio` returns: by the header of an uncompressed file, else by decoding."""
+    """The number of samples that `load_audio` returns, from the header of an uncompressed file, else by decoding."""
     lengths, rates = zip(*((len(block), rate) for block, rate in _blocks(path, count_only=True)), strict=True)
     return -(-sum(lengths) * SAMPLE_RATE // rates[0])  # rounded up, as in librosa
 
 
 def decode(path: str | Path, channels: str = "first") -> tuple[np.ndarray, int]:
-    """As `load_audio`, but at the file's own rate: samples (samples,) and the rate in Hz."""
+    """As `load_audio`, but at the file's rate: float32 (samples,) and the rate in Hz."""
     if channels not in CHANNELS:
         raise ValueError(f"unknown audio channels {channels!r}; choose one of {', '.join(CHANNELS)}")
     parts = []
@@ -72,7 +66,7 @@ def decode(path: str | Path, channels: str = "first") -> tuple[np.ndarray, int]:
 def open_sound(path: str | Path) -> soundfile.SoundFile | None:
     """Open a file with libsndfile by its content alone; None if libsndfile does not know the format."""
     if not os.path.exists(path):
-        raise MissingAudio(f"{path!s:.500}: no such audio file; check the path, or remove its row", "clip missing")
+        raise DataError(f"{path!s:.500}: no such audio file; check the path, or remove its row", "clip missing")
     if not os.path.isfile(path) or not os.path.getsize(path):
         raise DataError(f"{path}: is a folder, a pipe or empty; name an audio file", "clip is no audio file")
     try:
@@ -84,9 +78,9 @@ def open_sound(path: str | Path) -> soundfile.SoundFile | None:
 
 
 def _blocks(path: str | Path, count_only: bool = False) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield at least one block of float32 (samples, channels) and its rate in Hz; with `count_only`, (samples, 0) where
-    the header is right. FFmpeg decodes files that do not end where libsndfile expects it: libsndfile guesses the length
-    of an MP3 without a tag from its first frame, and decodes only the first of several files in a row."""
+    """Yield at least one block of float32 (samples, channels) and its rate in Hz; with `count_only`, (samples, 0) if
+    the header is right. FFmpeg decodes files that do not end where libsndfile expects it, since libsndfile guesses the
+    length of an MP3 without a tag from its first frame, and decodes only the first of several concatenated files."""
     if (file := open_sound(path)) is None:
         yield from _ffmpeg(path, 0.0)
         return
@@ -99,7 +93,7 @@ def _blocks(path: str | Path, count_only: bool = False) -> Iterator[tuple[np.nda
         content = Path(path).read_bytes() if is_compressed else b""
         block = np.empty((frames if count_only and not is_compressed else 0, 0))
         with suppress(soundfile.LibsndfileError):
-            if not len(block):  # one read, since an MP3 decodes differently after a seek
+            if not len(block):  # in one read, since an MP3 decodes differently after a seek
                 block = file.read(frames, dtype="float32", always_2d=True)
         more = content and (len(FILE_START.findall(content)) > 1 or MP3_START.match(os.read(file.name, 4096)))
         if frames and len(block) == frames and not more:
@@ -110,7 +104,7 @@ def _blocks(path: str | Path, count_only: bool = False) -> Iterator[tuple[np.nda
 
 def _ffmpeg(path: str | Path, promised: float) -> Iterator[tuple[np.ndarray, int]]:
     rate, decoded = 0, 0.0  # Hz, s
-    options = {"protocol_whitelist": "none"}  # else the files that a playlist names would be opened
+    options = {"protocol_whitelist": "none"}  # without it, files that a playlist names would be opened
     try:
         with open(path, "rb") as file, av.open(file, "r", options=options, metadata_errors="ignore") as container:
             stream = container.streams.audio[0]

@@ -1,4 +1,4 @@
-"""JSONL rows in AVQA's training format -> `datasets.Dataset`. Nothing here opens or decodes audio.
+"""JSONL rows in AVQA's training format -> `datasets.Dataset`. Audio is not opened.
 
 One line of the file, as in the paper's repository (other keys are ignored):
 
@@ -6,8 +6,6 @@ One line of the file, as in the paper's repository (other keys are ignored):
      "dataset_name": "AVQA", "audio_path": "wavs/-HG3Omg_89c_30.wav"}
 
 `load_train_dataset` accepts every row that gives a prompt, as the original did; `check_choices` applies stricter rules.
-The columns are plain text and numbers: `datasets` would fill the keys of mixed message parts with None, and the chat
-template would then miscount the audio, so `prompt.build_messages` makes the messages later.
 """
 
 import hashlib
@@ -20,43 +18,49 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset
 
-from .prompt import DEFAULT_STYLE, build_question, build_solution, get_style
+from .prompt import DEFAULT_STYLE, build_question, build_solution
 from .rows import DataError, get_field, read_lines
 
 NO_ROWS = "holds no rows; data/README.md shows the format"
-ROWS_PER_CHUNK = 10_000  # held as Python objects at a time; the columns are Arrow's, on disk
+ROWS_PER_CHUNK = 10_000  # rows held as Python objects at a time
 
-SCHEMA = pa.schema(
-    [
-        ("prompt", pa.string()),  # the user's text, audio excluded
-        ("audio_path", pa.string()),  # absolute
-        ("solution", pa.string()),  # <answer>...</answer>
-        ("style", pa.string()),  # prompt style, for the format reward
-        ("row", pa.int64()),  # line number in the data file, from 1, for messages
-    ]
-)
+# Prompts are plain text. In messages `datasets` would fill missing keys with None, and the chat template would then
+# miscount the audio.
+COLUMNS = {
+    "prompt": pa.string(),  # the user's text, audio excluded
+    "audio_path": pa.string(),  # absolute
+    "solution": pa.string(),  # <answer>...</answer>
+    "style": pa.string(),  # prompt style, for the format reward
+    "row": pa.int64(),  # line number in the data file, from 1, for messages
+}
+SCHEMA = pa.schema(COLUMNS)
 
 
 def load_train_dataset(data_file: str | Path, style: str = DEFAULT_STYLE, skip: Container[int] = ()) -> Dataset:
-    """Read a training file into the columns of `SCHEMA`, in file order, without the line numbers in `skip`.
-
-    Raises a `FileNotFoundError`, or a `ValueError` with file, line and remedy if a row is not in the format or there
-    are no rows.
-    """
-    get_style(style)
-    data_file = check_is_there(data_file)
-
-    def rows() -> Iterator[dict]:
-        for row in read_lines(data_file):
-            try:
-                if row.number not in skip:
-                    yield to_row(row.parse(), row.number, style, data_file.parent)
-            except DataError as error:
-                raise ValueError(f"{data_file}, {row.where}: {error}") from error
-
-    if not len(dataset := _to_dataset(rows())):
+    """Read a training file into the columns of `SCHEMA`, in file order, without the line numbers in `skip`. The columns
+    are in an unnamed file in TMPDIR, so memory does not grow with the rows. Raises a `FileNotFoundError`, or a
+    `ValueError` with file, line and remedy if a row is malformed or there are none."""
+    rows = _read_rows(check_is_there(data_file), style, skip)
+    with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
+        with pa.ipc.new_stream(file, SCHEMA) as writer:
+            while chunk := list(islice(rows, ROWS_PER_CHUNK)):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=SCHEMA))
+        file.flush()
+        file.seek(0)
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]  # `datasets` would copy the whole table
+        dataset = Dataset(pa.ipc.open_stream(pa.memory_map(file.name)).read_all(), fingerprint=fingerprint)
+    if not len(dataset):
         raise ValueError(f"{data_file}: {NO_ROWS}")
     return dataset
+
+
+def _read_rows(data_file: Path, style: str, skip: Container[int]) -> Iterator[dict]:
+    for row in read_lines(data_file):
+        try:
+            if row.number not in skip:
+                yield to_row(row.parse(), row.number, style, data_file.parent)
+        except DataError as error:
+            raise ValueError(f"{data_file}, {row.where}: {error}") from error
 
 
 def check_is_there(data_file: str | Path) -> Path:
@@ -67,21 +71,16 @@ def check_is_there(data_file: str | Path) -> Path:
     return Path(data_file)
 
 
-def _to_dataset(rows: Iterator[dict]) -> Dataset:
-    """Rows -> a data set in an unnamed file in TMPDIR, so that memory does not grow with the number of rows."""
-    with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
-        with pa.ipc.new_stream(file, SCHEMA) as writer:
-            while chunk := list(islice(rows, ROWS_PER_CHUNK)):
-                writer.write_table(pa.Table.from_pylist(chunk, schema=SCHEMA))
-        file.flush()
-        file.seek(0)
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]  # `datasets` would copy the whole table
-        return Dataset(pa.ipc.open_stream(pa.memory_map(file.name)).read_all(), fingerprint=fingerprint)
+def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
+    """A parsed row -> a row of the data set; raises a `DataError` if it is not in the format."""
+    question, choices, answer, audio_path = read_fields(record, folder)
+    prompt, solution = build_question(question, choices, style), build_solution(answer)
+    return {"prompt": prompt, "audio_path": audio_path, "solution": solution, "style": style, "row": number}
 
 
 def read_fields(record: dict, folder: Path) -> tuple[str, list, str, str]:
     """A parsed row -> question, choices, right choice, absolute audio path; raises a `DataError`. Relative paths start
-    from the working directory if the clip is there, else from `folder`."""
+    at the working directory if the clip is there, else at `folder`."""
     question = get_field(record, "question_text", str)
     choices = get_field(record, "multi_choice", list)
     answer = get_field(record, "answer", int)
@@ -97,13 +96,6 @@ def read_fields(record: dict, folder: Path) -> tuple[str, list, str, str]:
     if not audio_path.is_absolute() and not os.path.exists(audio_path):
         audio_path = folder / audio_path
     return question, choices, str(choices[answer]), str(audio_path.absolute())
-
-
-def to_row(record: dict, number: int, style: str, folder: Path) -> dict:
-    """A parsed row -> a row of the data set; raises a `DataError` if it is not in the format."""
-    question, choices, answer, audio_path = read_fields(record, folder)
-    prompt, solution = build_question(question, choices, style), build_solution(answer)
-    return {"prompt": prompt, "audio_path": audio_path, "solution": solution, "style": style, "row": number}
 
 
 def check_choices(question: str, choices: list, key: str) -> list[str]:

@@ -1,6 +1,5 @@
 """The contract between model and grader: the question's wording, the required shape of an answer, and how an answer is
-read back. Each is defined here once, for training, reward and evaluation alike; no other module knows a tag, or does
-one thing or another by a style's name.
+read back, for training, reward and evaluation alike. No other module knows a tag or branches on a style's name.
 
 Sources: Prompts <1>, <2>, <3> of R1-AQA (arXiv 2503.11197) and the regular expressions of its released code.
 """
@@ -15,8 +14,7 @@ from .rows import read_json
 
 STYLE_FILE = "prompt_style.json"
 
-# The released code's expressions. It backs out of a match that fails; here the first place where a part matches stays
-# (`(?>`, `*+`), which finds the same, in time linear in the text's length.
+# The released code's expressions, without backtracking (`(?>`, `*+`): the same matches, in linear time.
 ANYTHING = re.compile(".*", re.DOTALL)
 ANSWER = re.compile("<answer>.*?</answer>", re.DOTALL)
 THOUGHT_AND_ANSWER = re.compile(r"<think>(?>.*?</think>\s*+<answer>).*?</answer>", re.DOTALL)
@@ -24,7 +22,7 @@ ANSWER_IN_A_LINE = re.compile("^(?>.*?<answer>)(.*?)</answer>", re.MULTILINE)
 
 
 def build_solution(answer) -> str:
-    """The right answer as a completion of style `answer`, the form in which AVQA's solutions are stored."""
+    """The right answer as a completion of style `answer`, the form in which solutions are stored."""
     return f"<answer>{answer}</answer>"
 
 
@@ -35,35 +33,33 @@ class Style:
     name: str
     instruction: str  # follows the question and its options
     shape: re.Pattern  # of a whole completion
-    write: Callable[[str], str]  # an answer, as it is to be written
-    thinks: bool = False  # before the answer
+    write: Callable[[str], str]  # answer -> completion
+    thinks: bool = False  # whether thoughts precede the answer
 
     def target(self, answer: str) -> str:
-        """What supervised fine-tuning is to write; a `ValueError` where that would be thoughts."""
+        """The completion for supervised fine-tuning; raises a `ValueError` for a style with thoughts."""
         if self.thinks:
             raise ValueError(f"the data holds no thoughts: style {self.name} cannot be learned; use choice or answer")
         return self.write(answer)
 
     def reply(self, answer: str, completion: str) -> str:
-        """`answer` as a whole completion, after the thoughts of `completion` where the style asks for any."""
+        """`answer` as a whole completion, after the thoughts of `completion` if the style asks for any."""
         thoughts = completion.partition("<answer>")[0] if self.thinks else ""
         return thoughts + self.write(answer)
 
 
+ANSWERING = " Output the final answer in <answer> </answer>."
 THINKING = " Output the thinking process in <think> </think> and final answer in <answer> </answer>."
 STYLES = {
-    style.name: style
-    for style in (
-        Style("choice", "", ANYTHING, str),  # the paper's Prompt <1>
-        Style("answer", " Output the final answer in <answer> </answer>.", ANSWER, build_solution),  # <2>
-        Style("think", THINKING, THOUGHT_AND_ANSWER, build_solution, thinks=True),  # <3>
-    )
+    "choice": Style("choice", "", ANYTHING, str),  # the paper's Prompt <1>
+    "answer": Style("answer", ANSWERING, ANSWER, build_solution),  # <2>
+    "think": Style("think", THINKING, THOUGHT_AND_ANSWER, build_solution, thinks=True),  # <3>
 }
 DEFAULT_STYLE = "answer"
 
 
 def get_style(name: str) -> Style:
-    """The style of this name, or a `ValueError` that lists the known ones."""
+    """The style of this name; raises a `ValueError` that lists the known ones."""
     if name not in STYLES:
         raise ValueError(f"unknown prompt style {name!r}: choose one of {', '.join(STYLES)}")
     return STYLES[name]
@@ -80,7 +76,7 @@ def build_question(question: str, choices: list, style: str = DEFAULT_STYLE) -> 
 
 
 def build_messages(text: str) -> list[dict]:
-    """One user turn for `apply_chat_template`, which only counts audio parts: the processor gets the clip by itself."""
+    """One user turn for `apply_chat_template`, which only counts audio parts. The processor gets the clip itself."""
     return [{"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": text}]}]
 
 
@@ -90,7 +86,7 @@ def matches_format(completion: str, style: str = DEFAULT_STYLE) -> bool:
 
 
 def extract_answer(completion: str) -> str:
-    """Read the answer back: the first `<answer>...</answer>` on one line, else the whole text; stripped.
+    """Read the answer back: the first `<answer>...</answer>` on one line, else the whole text, stripped.
 
     >>> extract_answer("<think>a bark</think> <answer> dog </answer>")
     'dog'
@@ -100,16 +96,16 @@ def extract_answer(completion: str) -> str:
 
 
 def save_style(folder: str | Path, style: str) -> None:
-    """Record in a checkpoint's folder the prompt style it was trained with, for evaluation to use by itself."""
+    """Record in a checkpoint's folder the prompt style of its training, which evaluation then uses by default."""
     (Path(folder) / STYLE_FILE).write_text(json.dumps({"prompt_style": get_style(style).name}) + "\n", encoding="utf-8")
 
 
 def load_style(folder: str | Path) -> str | None:
-    """The prompt style that `save_style` recorded, or None; a `ValueError` for a record that names no style."""
+    """The prompt style that `save_style` recorded, or None; raises a `ValueError` if the record names no style."""
     path = Path(folder) / STYLE_FILE
     if not path.is_file():
         return None
     try:
-        return get_style(read_json(path, "write it anew")["prompt_style"]).name
+        return get_style(read_json(path, "correct it")["prompt_style"]).name
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not name a prompt style ({error}); write it anew or delete it") from error
+        raise ValueError(f"{path} does not name a prompt style ({error}); correct or delete it") from error

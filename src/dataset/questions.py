@@ -4,8 +4,8 @@
     MMAR   id, audio_path, question, choices, answer, modality, category ...
     AVQA   see `dataset.py`; `question_relation` is used as the task
 
-Each is a JSON list or JSONL. MMAU's test-mini had 13 versions in two releases: the original of the paper, and
-v05.15.25, which revised a third of the questions. Scores of two releases do not compare.
+Each is a JSON list or JSONL. MMAU's test-mini had 13 versions in two releases: the paper's, and v05.15.25, with a third
+of the questions revised. Scores on different releases are not comparable.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from .dataset import check_choices, check_is_there, read_fields
 from .rows import DataError, first_problems, get_field, read_numbered
 
 ORIGINAL, REVISED, UNKNOWN = "original", "v05.15.25", "unrecognised"
-# Digest of the rows, see `recognise_release` -> release, and the day from which MMAU's repository had them.
+# digest of the rows (`recognise_release`) -> release, and the day from which MMAU's repository had them
 RELEASES = json.loads(Path(__file__).with_name("mmau_releases.json").read_text(encoding="utf-8"))
 TITLES = {"mmau_mini": "MMAU test-mini", "mmau": "MMAU test", "mmar": "MMAR"}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row."""
+    """One question of a benchmark."""
 
     id: str
     record: dict  # the row with MMAU's keys
@@ -36,11 +36,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A question file."""
+    """The questions of a file."""
 
     name: str  # for file names: mmau_mini, mmau, mmar, or mmau_SPLIT
     release: str  # see `recognise_release`
-    digest: str  # of the questions in any order; results compare only if it is equal
+    digest: str  # of the questions in any order; only results with equal digests are comparable
     has_answers: bool
     questions: list[Question]
     faults: list[str]  # rows that `check_question` refuses; they are asked and scored nevertheless
@@ -48,7 +48,7 @@ class Benchmark:
     @property
     def title(self) -> str:
         title = TITLES.get(self.name, f"questions in MMAU's format ({self.name.removeprefix('mmau_')})")
-        if self.name == "mmau_mini":  # an unknown release may be any questions, for instance the demo's
+        if self.name == "mmau_mini":  # questions of an unknown release may be any, for instance the demo's
             title = "questions in MMAU's format" if self.release == UNKNOWN else f"{title}, release {self.release}"
         return f"{title}, {len(self.questions)} questions ({self.digest})"
 
@@ -59,15 +59,15 @@ class Benchmark:
 
 
 def load_questions(path: str | Path, audio_dir: str | Path | None = None, skip: Container[int] = ()) -> Benchmark:
-    """Read a question file, without the row numbers in `skip`. `audio_dir` is the folder of the clips' relative paths,
-    by default the file's own. Raises as `to_benchmark`, and a `FileNotFoundError`."""
+    """Read a question file, without the row numbers in `skip`. The clips' relative paths start at `audio_dir`, by
+    default the file's folder. Raises as `to_benchmark`, and a `FileNotFoundError`."""
     records = read_numbered(path := check_is_there(path), skip)
     return to_benchmark(list(records.values()), path, Path(audio_dir or path.parent), list(records))
 
 
 def to_benchmark(records: list[dict], source: Path, audio_dir: Path, numbers: Sequence[int] | None = None) -> Benchmark:
     """Parsed rows -> `Benchmark`. `numbers` are the rows' numbers in the file `source`, by default all from 1. Raises a
-    `ValueError` with file and row if one is not a question or repeats an id, or if only some answers are blank."""
+    `ValueError` with file and row if a row is not a question or repeats an id, or if only some answers are blank."""
     if not records:
         raise ValueError(f"{source}: holds no questions; data/README.md shows the format")
     questions, faults, blank = [], [], []
@@ -101,9 +101,13 @@ def _name(records: list[dict]) -> str:
 
 
 def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int]) -> Question:
-    """A parsed row -> `Question`, or a `DataError`. `ids` maps earlier rows' ids to their numbers; gets this one's."""
-    if "question_text" in record:
-        record = _from_avqa(record, number, audio_dir)
+    """A parsed row -> `Question`, or a `DataError`. `ids` maps ids of earlier rows to their numbers, and gets this one."""
+    if "question_text" in record:  # a training row
+        question, choices, answer, audio_path = read_fields(record, audio_dir)
+        task, kind = str(record.get("question_relation", "all")), str(record.get("question_type", ""))
+        record = {"id": str(record.get("id", number)), "audio_id": audio_path, "question": question}
+        record |= {"choices": list(map(str, choices)), "answer": answer}
+        record |= {"task": task, "difficulty": "", "sub-category": kind}
     get_field(record, "question", str, filled=True)
     get_field(record, "choices", list, filled=True)
     key = "audio_path" if "audio_path" in record and not record.get("audio_id") else "audio_id"
@@ -113,17 +117,8 @@ def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int])
         id_ = f"{id_}-{_content_hash(record)[:8]}"
     if ids.setdefault(id_, number) != number:
         raise DataError(f"the id {id_} is that of row {ids[id_]} too; make it unique", "id repeated")
-    paths = (audio_dir / clip, audio_dir / Path(clip).name)  # clips may lie in `audio_dir` without their folder
+    paths = (audio_dir / clip, audio_dir / Path(clip).name)  # clips may be in `audio_dir` itself
     return Question(id_, record, str(next(filter(os.path.isfile, paths), paths[0])))
-
-
-def _from_avqa(record: dict, number: int, folder: Path) -> dict:
-    """A training row with MMAU's keys."""
-    question, choices, answer, audio_path = read_fields(record, folder)
-    texts = {"question": question, "choices": [str(choice) for choice in choices], "answer": answer}
-    task, kind = str(record.get("question_relation", "all")), str(record.get("question_type", ""))
-    tags = {"task": task, "difficulty": "", "sub-category": kind}
-    return {"id": str(record.get("id", number)), "audio_id": audio_path} | texts | tags
 
 
 def check_question(question: Question) -> list[str]:
@@ -137,7 +132,7 @@ def check_question(question: Question) -> list[str]:
 
 
 def recognise_release(records: list[dict]) -> str:
-    """Release and date of MMAU's test-mini that the rows are, in any order, as in `RELEASES`; else `unrecognised`."""
+    """Release and date of MMAU's test-mini, as in `RELEASES`, from its rows in any order; else `unrecognised`."""
     return RELEASES.get(_digest(map(_content_hash, records))[:16], UNKNOWN)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, TextIO
 
 
 class DataError(ValueError):
-    """A row or clip that cannot be used: the message says why and what to do, `reason` why in a few fixed words."""
+    """An unusable row or clip: the message says what is wrong and what to do, `reason` names the kind of error."""
 
     def __init__(self, message: str, reason: str = "unusable"):
         super().__init__(message)
@@ -19,7 +19,7 @@ class DataError(ValueError):
 
 
 class Row(NamedTuple):
-    """One row of a file, not parsed yet."""
+    """One row of a file, not yet parsed."""
 
     number: int  # from 1
     text: bytes
@@ -46,12 +46,12 @@ def read_lines(path: str | Path) -> Iterator[Row]:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a JSONL file, or of a JSON list, which is read as a whole with the errors of `read_json`."""
-    if starts_a_list(path):
-        rows = enumerate(read_json(path, "write a list, or one object per line"), start=1)
-        yield from (Row(number, json.dumps(value).encode(), f"row {number}") for number, value in rows)
-    else:
+    """The rows of a JSONL file, or of a JSON list, which is read as a whole and raises as `read_json`."""
+    if not starts_a_list(path):
         yield from read_lines(path)
+        return
+    for number, value in enumerate(read_json(path, "write a list, or one object per line"), start=1):
+        yield Row(number, json.dumps(value).encode(), f"row {number}")
 
 
 def read_records(path: str | Path) -> list[dict]:
@@ -60,7 +60,7 @@ def read_records(path: str | Path) -> list[dict]:
 
 
 def read_numbered(path: str | Path, skip: Container[int] = ()) -> dict[int, dict]:
-    """As `read_records`, but by row number, and without the rows in `skip`, which are not parsed."""
+    """As `read_records`, but by row number. Rows in `skip` are omitted, and not parsed."""
     records = {}
     for row in read_rows(path):
         try:
@@ -88,13 +88,13 @@ def read_json(path: str | Path, remedy: str):
 def _parse(text: bytes, remedy: str):
     try:
         return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of more digits than Python allows
+    except (ValueError, RecursionError) as error:  # ValueError also for a number with more digits than Python allows
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
         raise DataError(f"{reason} ({error}); {remedy}", reason) from error
 
 
 def get_field(record: dict, key: str, kind: type, filled: bool = False):
-    """`record[key]`; raises a `DataError` if it is missing, null, not of this type, or empty although `filled`."""
+    """`record[key]`; raises a `DataError` if it is missing, null, of another type, or empty although `filled`."""
     value = record.get(key)
     if value is None or (filled and value == kind()):
         what = "empty" if value is not None else "null" if key in record else "missing"
@@ -105,7 +105,7 @@ def get_field(record: dict, key: str, kind: type, filled: bool = False):
 
 
 def first_problems(problems: Iterable[str], shown: int = 20) -> str:
-    """The first problems, a line each, and the number of the others."""
+    """The first problems, one per line, and the number of the others."""
     lines = list(problems)
     return "\n  ".join(lines[:shown] + [f"... and {len(lines) - shown} more"] * (len(lines) > shown))
 
@@ -124,7 +124,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def open_whole(path: Path) -> Iterator[TextIO]:
-    """A file that gets its name once all is written; makes its folder."""
+    """A file that gets its name once it is complete. Its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,33 +1,25 @@
-"""Questions -> batches -> completions. All processes make the same batches, and each answers its share of them; threads
-decode and encode a batch while the model answers the one before. See `decoding.py` for how tokens are chosen.
-"""
+"""Questions -> batches -> completions. All processes make the same batches, and each answers its share of them. Threads
+decode and encode a batch while the model answers the previous one. `decoding.py` chooses the tokens."""
 
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from accelerate import PartialState
+from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from dataset.audio import load_audio
-from dataset.encode import (
-    Batch,
-    check_clip_length,
-    check_no_special_token,
-    count_audio_tokens,
-    count_text_tokens,
-    encode_question,
-    join,
-)
-from dataset.progress import progress
+from dataset.encode import Batch, check_clip_length, check_no_special_token, count_audio_tokens, encode_question, join
 from dataset.prompt import DEFAULT_STYLE, build_question
 from dataset.questions import Question
 from dataset.rows import DataError
-from model.generation import Choose, generate
+from model.generation import generate
 from model.qwen2_audio import check_audio_token, end_ids
 
 from .clips import count_threads, swap_clips
 from .decoding import Greedy, Sampler, single_thread
+from .lengths import count_text_tokens
 from .results import Completion, Run
 
 # (indices of N questions, their batch) -> N lists of token ids
@@ -35,7 +27,11 @@ Complete = Callable[[list[int], Batch], list[list[int]]]
 
 
 class EncodedQuestions:
-    """Questions as the model's inputs, each encoded alone, since rounding must not depend on the batch."""
+    """Questions as the model's inputs. Each is encoded alone, since rounding must not depend on the batch.
+
+    Args:
+        samples: path of every clip -> its length in samples at 16 kHz, or why it does not decode (`measure_clips`).
+    """
 
     def __init__(self, questions: list[Question], samples: dict[str, int | str], processor: ProcessorMixin, run: Run):
         self.questions, self.samples, self.processor, self.run = questions, samples, processor, run
@@ -47,7 +43,7 @@ class EncodedQuestions:
             return encode_question(self.processor, self.text(index), self.clip(index))
 
     def clip(self, index: int) -> np.ndarray:
-        """The clip to encode, float32 (samples,) at 16 kHz, cut to the model's window as the original did."""
+        """The clip to encode, float32 (samples,) at 16 kHz, cut to the model's window as in the original."""
         clip = load_audio(self.clip_path(index), self.run.channels)[: self.window]
         return np.zeros_like(clip) if self.run.audio == "silent" else clip
 
@@ -63,7 +59,7 @@ class EncodedQuestions:
         return [self.questions[index].id for index in indices]
 
     def find_unusable(self) -> dict[str, str]:
-        """Id -> why a question cannot be asked: an unusable clip, or a special token in its text."""
+        """Id -> why a question cannot be asked (an unusable clip, or a special token in its text)."""
         problems = {}
         for index, question in enumerate(self.questions):
             samples = self.samples[question.audio_path]
@@ -82,29 +78,25 @@ class EncodedQuestions:
 
     def batches(self) -> list[list[int]]:
         """Indices of all questions, batched by prompt length, longest first, the same for any order of rows."""
-        text_tokens = count_text_tokens(self.processor, list(map(self.text, range(len(self.questions)))))
+        indices, size = range(len(self.questions)), self.run.batch_size
         hop = self.processor.feature_extractor.hop_length
-
-        def length(index: int) -> int:
-            return text_tokens[index] + count_audio_tokens(min(self.samples[self.clip_path(index)], self.window), hop)
-
-        order = sorted(range(len(self.questions)), key=lambda index: (-length(index), self.questions[index].id))
-        size = self.run.batch_size
+        samples = [min(self.samples[self.clip_path(index)], self.window) for index in indices]
+        lengths = count_text_tokens(self.processor, [self.text(index) for index in indices])
+        lengths = [tokens + count_audio_tokens(length, hop) for tokens, length in zip(lengths, samples, strict=True)]
+        order = sorted(indices, key=lambda index: (-lengths[index], self.questions[index].id))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def complete_with(model: PreTrainedModel, questions: EncodedQuestions) -> Complete:
-    """The built-in engine: greedy, or with `run.sample_seed` sampled as the original did. Raises a `ValueError` if
-    model and processor have different audio tokens."""
+    """The built-in engine: greedy, or with `run.sample_seed` sampled as in the original. Raises a `ValueError` if model
+    and processor have different audio tokens."""
     check_audio_token(model, questions.processor)
-    ends, run = end_ids(questions.processor), questions.run
+    ends, seed = end_ids(questions.processor), questions.run.sample_seed
 
     def complete(indices: list[int], batch: Batch) -> list[list[int]]:
-        batch = batch.to(model.device)
-        choose: Choose = Greedy(model, batch)
-        if run.sample_seed is not None:
-            choose = Sampler(model, batch, questions.names(indices), run.sample_seed)
-        return generate(model, batch, ends, run.max_new_tokens, choose)
+        batch, names = batch.to(model.device), questions.names(indices)
+        choose = Greedy(model, batch) if seed is None else Sampler(model, batch, names, seed)
+        return generate(model, batch, ends, questions.run.max_new_tokens, choose)
 
     return complete
 
@@ -121,18 +113,15 @@ def answer_batches(
     process shows a progress bar unless `quiet`. Raises a `DataError` if a clip can no longer be decoded."""
     state, tokenizer, ends = PartialState(), questions.processor.tokenizer, end_ids(questions.processor)
     own = batches[state.process_index :: state.num_processes]
-    hidden = quiet or not state.is_main_process
-    with (
-        ThreadPoolExecutor(count_threads()) as pool,
-        progress(total=sum(map(len, own)), desc=title, unit=" questions", disable=hidden) as bar,
-    ):
+    hidden = quiet or not state.is_main_process or None  # None hides the bar if stderr is no terminal
+    bar = tqdm(total=sum(map(len, own)), desc=title, unit=" questions", disable=hidden)
+    with ThreadPoolExecutor(count_threads()) as pool, bar:
         ahead = [pool.map(questions.encode, indices) for indices in own[:1]]
         for indices, following in zip(own, [*own[1:], []], strict=False):  # `own` may be empty
             batch = join(list(ahead.pop()), tokenizer.pad_token_id)
             ahead.append(pool.map(questions.encode, following))
             ids = complete(indices, batch)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            cut_off = [tokens[-1] not in ends for tokens in ids]
-            completions = map(Completion, texts, cut_off)
+            completions = map(Completion, texts, [tokens[-1] not in ends for tokens in ids])
             write(dict(zip(questions.names(indices), completions, strict=True)))
             bar.update(len(indices))

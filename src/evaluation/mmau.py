@@ -1,5 +1,5 @@
-"""MMAU's official score of records that hold predictions: digit for digit what `evaluation.py` of
-github.com/Sakshi113/MMAU (at 110127f) prints, its oddities included. MMAR's script derives from it.
+"""MMAU's official score of records with predictions: the same text, digit for digit, as `evaluation.py` of
+github.com/Sakshi113/MMAU (at 110127f) prints, oddities included. MMAR's script derives from it.
 
     python src/evaluation/mmau.py --input res_mmau_mini.json
 """
@@ -17,24 +17,24 @@ from dataset.rows import read_records
 
 # Keys of a prediction: MMAU's script reads the first, its README documents the second, MMAR uses the third.
 PREDICTION_KEYS = ("model_output", "model_prediction", "answer_prediction")
-# Printed first and in this order, even without records; other groups follow.
+# Groups that are printed first and in this order, even without records. Other names follow.
 TASKS = ("sound", "music", "speech")
-DIFFICULTIES = ("easy", "hard", "medium")
-MODALITIES = TASKS + ("mix-sound-music", "mix-sound-speech", "mix-music-speech", "mix-sound-music-speech")
+MMAU = {"Task": TASKS, "Difficulty": ("easy", "hard", "medium"), "Sub-category": ()}
+MIXES = ("mix-sound-music", "mix-sound-speech", "mix-music-speech", "mix-sound-music-speech")
 LAYERS = ("Signal Layer", "Perception Layer", "Semantic Layer", "Cultural Layer")
+MMAR = {"Modality": TASKS + MIXES, "Category": LAYERS, "Sub-category": ()}
 MATCH_RULE = "MMAU string_match at 110127f"  # decides whether an answer is right
 CUT_OFF = "model_cut_off"  # key of a record: whether the token limit cut the answer off
-RULE = "*" * 30
 
 
 def _words(text) -> set[str]:
-    """The lower-cased words by which MMAU compares texts: order, repetition and signs are lost."""
+    """The lower-cased words by which MMAU compares texts, without order, repetition and punctuation."""
     return set(re.findall(r"\b\w+\b", str(text).lower()))
 
 
 def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
     """Whether MMAU counts `prediction` as right: it has all words of the answer, and no other word of a wrong choice.
-    A permutation of the answer is right, and "not X" for X, "C" for "C#", "4" for "4/4", as in the original."""
+    As in the original, a permutation of the answer is right, and so are "not X" for X, "C" for "C#", "4" for "4/4"."""
     predicted, right = _words(prediction), _words(answer)
     if not predicted:
         return False
@@ -43,7 +43,7 @@ def string_match(answer: str, prediction: str, choices: list[str]) -> bool:
 
 
 def named_choices(prediction: str, choices: list[str]) -> int:
-    """The number of choices that a prediction has all words of, without those contained in another one of them."""
+    """The number of choices whose words are all in the prediction, without those contained in another such choice."""
     named = {frozenset(_words(choice)) for choice in choices if _words(choice) <= _words(prediction)} - {frozenset()}
     return sum(not any(words < other for other in named) for words in named)
 
@@ -53,10 +53,10 @@ class Scores:
     """Right answers and questions: `groups` is {title: {name: [right, questions]}} in the order of the printed text."""
 
     groups: dict[str, dict[str, list[int]]]
-    matches: list[bool] = field(default_factory=list)  # for each record: whether it is right
-    no_choice: int = 0  # answers that name none of the choices: many of them show a bad prompt rather than a bad model
-    several: int = 0  # answers that name more than one
-    cut_off: int = 0  # answers that the token limit cut off
+    matches: list[bool] = field(default_factory=list)  # for each record, whether it is right
+    no_choice: int = 0  # answers that name no choice; many of them show a bad prompt rather than a bad model
+    several: int = 0  # answers that name several choices
+    cut_off: int = 0  # answers that reached the token limit
 
     @property
     def right(self) -> int:
@@ -72,19 +72,16 @@ class Scores:
         return 100 * self.right / self.questions if self.questions else float("nan")
 
     def __str__(self) -> str:
-        """The text that MMAU's script prints, with the final newline."""
-        lines = []
+        """The text that MMAU's script prints. Its last line is always 0, since it skips such records uncounted."""
+        text, rule = "", "*" * 30 + "\n"
         for title, group in self.groups.items():
-            lines += [RULE, f"{title}-wise Accuracy:"]
-            lines += [_line(f"{name} :", right, questions) for name, (right, questions) in group.items()]
-        # Their script always prints 0 in the last line: it skips these records uncounted.
-        lines += [RULE, _line("Total Accuracy:", self.right, self.questions), RULE, "No prediction count: 0", ""]
-        return "\n".join(lines)
+            counts = (_line(f"{name} :", right, questions) for name, (right, questions) in group.items())
+            text += f"{rule}{title}-wise Accuracy:\n{''.join(counts)}"
+        return f"{text}{rule}{_line('Total Accuracy:', self.right, self.questions)}{rule}No prediction count: 0\n"
 
 
 def _line(name: str, right: int, questions: int) -> str:
-    percent = right / questions * 100 if questions else 0
-    return f"{name} {percent:.2f}% over {questions} samples"
+    return f"{name} {right / max(questions, 1) * 100:.2f}% over {questions} samples\n"
 
 
 def evaluate(records: list[dict]) -> Scores:
@@ -93,11 +90,8 @@ def evaluate(records: list[dict]) -> Scores:
     Raises a `ValueError` if a record has no prediction (the official scripts silently omit it), no choices, a blank
     answer (as in MMAU's full test set), or a group that is no text.
     """
-    is_mmar = any("modality" in record for record in records)
-    titles = {"Modality": MODALITIES, "Category": LAYERS} if is_mmar else {"Task": TASKS, "Difficulty": DIFFICULTIES}
-    scores = Scores(
-        {title: {name: [0, 0] for name in known} for title, known in (titles | {"Sub-category": ()}).items()}
-    )
+    titles = MMAR if any("modality" in record for record in records) else MMAU
+    scores = Scores({title: {name: [0, 0] for name in known} for title, known in titles.items()})
     for number, record in enumerate(records, start=1):
         where = f"record {number} ({record.get('id')})"
         prediction = get_prediction(record)
@@ -122,7 +116,7 @@ def evaluate(records: list[dict]) -> Scores:
 
 
 def get_prediction(record: dict) -> str | None:
-    """A record's prediction; `None` if it has none."""
+    """A record's prediction, or None."""
     return next((str(record[key]) for key in PREDICTION_KEYS if record.get(key) is not None), None)
 
 

@@ -1,18 +1,16 @@
-"""Rollouts: G completions of each of N prompts, decoded as branches that share their prompt's place in the cache.
+"""Rollouts: G completions of each of N prompts, decoded as branches that share their prompt's keys in the cache.
 
-A question is one row, as in the log-prob passes (`trainer/shared_prompt.py`): its prompt, then what its branches have
-sampled, step by step. Each step brings one token of every branch that goes on, and a mask says who sees what:
+A question is one row of the cache, as in the log-prob passes (`trainer/shared_prompt.py`): its prompt, then the sampled
+tokens, step by step. Each step adds one token of every unfinished branch, and a mask restricts attention:
 
-    cache          p1 p2 p3 | a1 b1 c1 | a2 c2 | a3 ...        branch b ended with its second token, which nobody sees
+    cache          p1 p2 p3 | a1 b1 c1 | a2 c2 | a3 ...        branch b ended with its second token, which is not fed
     a3 attends to   x  x  x |  x       |  x    |  x
 
-So a prompt's keys and values are stored once, and read once for all its branches. A branch that has ended is fed no
-more, and a question whose branches all have leaves with its keys. Whatever limits sampling (temperature, penalties,
-lengths) is what transformers' `generate` makes of the settings. Not here: greedy decoding that is exact whatever the
-batch, see `generation.py`.
+So a prompt's keys and values are stored once, and read once for all its branches. A finished branch is not fed again. A
+question leaves the cache with its last branch. Logits processors and stopping criteria are those of `model.generate`.
 
-Shapes: N questions, G generations, B = N * G rows of question and branch, R rows that still go on, A slots of a
-question's branches that go on, P prompt, T tokens so far, K keys in the cache, H hidden size, V vocabulary.
+Shapes: N questions, G generations, B = N * G rows of question and branch, R unfinished rows, A slots of a question's
+unfinished branches, P prompt, T tokens so far, K keys in the cache, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ from dataset.encode import Batch
 from .generation import prefill
 from .qwen2_audio import as_attention_mask
 
-# What a place in the cache belongs to, where it is no branch: all see the prompt, nobody sees padding.
+# Owners of keys and slots other than branches. All branches attend to the prompt, none to padding.
 PROMPT, PADDING, NOBODY = -1, -2, -3
 
 
@@ -39,16 +37,16 @@ def roll_out(
     clips: Sequence[torch.Tensor] | None = None,
     anyone: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
-    """G completions of each question.
+    """Sample G completions of each question.
 
     Args:
         model: on the questions' device.
-        config: how to sample, and what ends a completion; a mode of `check_generation`.
-        clips: the questions' clips where they are encoded already (`encode_clips`).
-        anyone: whether any process goes on, from whether this one does; where a forward pass needs all of them.
+        config: how to sample and what ends a completion; passes `check_generation`.
+        clips: the questions' clips if they are already encoded (`encode_clips`).
+        anyone: whether this process continues -> whether any does. Needed if a forward pass involves all processes.
 
     Returns:
-        B lists of token ids, question by question, each with the token that ended it, if one did.
+        B lists of token ids, question by question, each with its end token if it was reached.
     """
     first, cache = prefill(model, questions, clips)
 
@@ -57,20 +55,21 @@ def roll_out(
         ids, rows = input_ids, list(range(len(input_ids)))  # (R, T), and which of the B rows they are
         completions: list[list[int]] = [[] for _ in rows]
         hidden = first.repeat_interleave(generations, dim=0)  # (R, H)
-        while True:  # a process that has no row left, but others to go on with, has tensors of R = 0
+        while True:  # a process without unfinished rows may have to continue with the others: R = 0
             logits = model.lm_head(hidden).float()  # (R, V)
             scores = logits_processor(ids, logits)
             tokens = draw(scores) if generation_config.do_sample else scores.argmax(dim=1)  # (R,)
             ids = torch.cat([ids, tokens[:, None]], dim=1)
-            sampled = torch.stack([tokens, stopping_criteria(ids, scores).long()], dim=1).tolist()  # waits once
+            # One tensor, so that the device is waited for once.
+            sampled = torch.stack([tokens, stopping_criteria(ids, scores).long()], dim=1).tolist()
             for row, (token, _) in zip(rows, sampled, strict=True):
                 completions[row].append(token)
-            going = [place for place, (_, over) in enumerate(sampled) if not over]
-            if len(going) < len(rows):
-                rows, ids, tokens = [rows[place] for place in going], ids[going], tokens[going]
-                for processor in logits_processor:  # that of the repetition penalty knows each row's padding
+            alive = [place for place, (_, ended) in enumerate(sampled) if not ended]
+            if len(alive) < len(rows):
+                rows, ids, tokens = [rows[place] for place in alive], ids[alive], tokens[alive]
+                for processor in logits_processor:  # the repetition penalty's keeps each row's padding
                     if isinstance(ignored := getattr(processor, "prompt_ignore_length", None), torch.Tensor):
-                        processor.prompt_ignore_length = ignored[going]
+                        processor.prompt_ignore_length = ignored[alive]
             if not anyone(bool(rows)):
                 return completions
             hidden = branches.feed(tokens, [divmod(row, generations) for row in rows])
@@ -84,27 +83,23 @@ def roll_out(
 
 
 class Branches:
-    """The cache of N prompts, and of their branches behind them.
-
-    Args:
-        cache: of the prompts, (N, heads, P, ...), which it grows by what is fed.
-        mask: (N, P), 1 where a prompt has a token.
-    """
+    """The cache of N prompts and of the branches behind them. `cache` holds the prompts, (N, heads, P, ...), and grows
+    with the tokens fed; `mask` (N, P) is 1 where a prompt has a token."""
 
     def __init__(self, model: Qwen2AudioForConditionalGeneration, cache: Cache, mask: torch.Tensor):
         self.model, self.cache = model, cache
-        self.questions = list(range(len(mask)))  # which question each row of the cache is about
-        self.owners = torch.where(mask.bool(), PROMPT, PADDING)  # (N, K), whose token each key is
+        self.questions = list(range(len(mask)))  # the question of each row of the cache
+        self.owners = torch.where(mask.bool(), PROMPT, PADDING)  # (N, K), the branch of each key
         self.positions = mask.sum(dim=1, keepdim=True)  # (N, 1), of the next token
-        self.fed: list[tuple[int, int]] | None = None
-        self.slots: torch.Tensor  # (N, A), which branch has which place in a step
-        self.places: torch.Tensor  # (R,), where in N * A the rows that are fed stand
+        self.fed: list[tuple[int, int]] | None = None  # the branches of the last step
+        self.slots: torch.Tensor  # (N, A), the branch of each slot of a step
+        self.places: torch.Tensor  # (R,), the index in N * A of each branch that is fed
 
     def feed(self, tokens: torch.Tensor, branches: list[tuple[int, int]]) -> torch.Tensor:
-        """Hidden states (R, H) after the next token (R,) of `branches`, (question, branch) each, in order. Those that
-        are not among them are not fed again."""
+        """Hidden states (R, H) after the next tokens (R,) of `branches`, (question, branch) in order. A branch that is
+        missing once is finished."""
         if branches != self.fed:
-            self._leave_out_all_but(branches)
+            self._keep(branches)
         self.owners = torch.cat([self.owners, self.slots], dim=1)
         sees = (self.owners == PROMPT)[:, None] | (self.owners[:, None] == self.slots[..., None])  # (N, A, K)
         ids = tokens.new_zeros(self.slots.numel()).scatter(0, self.places, tokens)
@@ -118,16 +113,16 @@ class Branches:
         self.positions = self.positions + 1
         return output.last_hidden_state.flatten(0, 1)[self.places]
 
-    def _leave_out_all_but(self, branches: list[tuple[int, int]]) -> None:
-        """Give `branches` their slots, and drop the questions that have none; one stays, in any case."""
-        going = {question: [branch for asked, branch in branches if asked == question] for question, _ in branches}
-        kept = [place for place, question in enumerate(self.questions) if question in going] or [0]
+    def _keep(self, branches: list[tuple[int, int]]) -> None:
+        """Assign slots to `branches`, and drop questions without any. The cache keeps at least one question."""
+        alive = {question: [branch for other, branch in branches if other == question] for question, _ in branches}
+        kept = [place for place, question in enumerate(self.questions) if question in alive] or [0]
         if len(kept) < len(self.questions):
             self.cache.batch_select_indices(torch.tensor(kept))
             self.owners, self.positions = self.owners[kept], self.positions[kept]
             self.questions = [self.questions[place] for place in kept]
-        width = max(map(len, going.values()), default=1)
-        slots = [going.get(question, []) for question in self.questions]
+        width = max(map(len, alive.values()), default=1)
+        slots = [alive.get(question, []) for question in self.questions]
         places = [row * width + slot for row, taken in enumerate(slots) for slot in range(len(taken))]
         device = self.owners.device
         self.slots = torch.tensor([taken + [NOBODY] * (width - len(taken)) for taken in slots], device=device)
@@ -136,26 +131,23 @@ class Branches:
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
-    """A token (R,) from each row's distribution, given as logits (R, V); a `RuntimeError` where one is NaN."""
+    """Draw a token (R,) from each row's distribution, given as logits (R, V). Raises a `RuntimeError` for NaN."""
     shares = scores.softmax(dim=1)
     if scores.device.type != "cpu" or not bool(shares.sum().isfinite()):
         return shares.multinomial(1)[:, 0]
-    # `multinomial` draws a number for every token of the vocabulary, which takes a third as long as the model's layers.
-    # On a CPU sums are taken in order: they never fall, so that no token of share 0 is drawn.
+    # On a CPU, `multinomial` draws a number per token of the vocabulary, in a third of the time of the model's layers.
+    # Cumulative sums are cheaper. On a CPU they never fall, so no token of share 0 is drawn.
     sums = shares.cumsum(dim=1, dtype=torch.float64)
     return torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)[:, 0]
 
 
 def check_generation(config: GenerationConfig) -> None:
-    """Raise a `ValueError` for a setting that rollouts do not know."""
+    """Raise a `ValueError` for a setting that rollouts do not support."""
     mode = config.get_generation_mode()
     unknown = [] if mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH) else [mode.value.replace("_", " ")]
-    # These make several rows of one, or look at the prompts' rows as they were when all of them went on.
-    idle = {"num_return_sequences": 1, "guidance_scale": 1, "encoder_repetition_penalty": 1}
-    idle |= {"encoder_no_repeat_ngram_size": 0}
-    unknown += [name for name, value in idle.items() if (getattr(config, name) or value) != value]
+    # These settings multiply rows, or refer to the rows of the initial batch.
+    neutral = {"num_return_sequences": 1, "guidance_scale": 1, "encoder_repetition_penalty": 1}
+    neutral |= {"encoder_no_repeat_ngram_size": 0}
+    unknown += [name for name, value in neutral.items() if (getattr(config, name) or value) != value]
     if unknown:
-        raise ValueError(
-            f"--generation_kwargs asks for {', '.join(unknown)}, which rollouts do not know: they sample "
-            "--num_generations completions, or take the best token; leave it away"
-        )
+        raise ValueError(f"--generation_kwargs: rollouts do not support {', '.join(unknown)}; remove it")

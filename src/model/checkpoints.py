@@ -1,7 +1,4 @@
-"""What a saved model or adapter needs beside its weights to be loaded by transformers 5 and 4.49.
-
-Loading and checking checkpoints is in `evaluation/checkpoints.py`, when to save in `trainer/saving.py`.
-"""
+"""What a saved model or adapter needs beside its weights to be loaded by transformers 5 and 4.49."""
 
 import json
 import os
@@ -12,7 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_files
 
-# All files that a processor may consist of, copied in this order: while the last is missing, a folder is incomplete.
+# All files that a processor may have. They are copied in this order: without the last, a folder is incomplete.
 PROCESSOR_FILES = (
     "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "merges.txt",
     "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "vocab.json", "tokenizer.json",
@@ -20,33 +17,30 @@ PROCESSOR_FILES = (
 
 
 def keep_base_names(model: PreTrainedModel) -> None:
-    """Make `save_pretrained` write the tensors under the base checkpoint's names, whatever engine loaded the model."""
-    # It undoes the renamings that from_pretrained records, which under ZeRO-3 include unused legacy ones.
+    """Make `save_pretrained` use the base checkpoint's tensor names, whatever engine loaded the model."""
+    # It undoes the renamings that `from_pretrained` records, which under ZeRO-3 include unused legacy ones.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
 
 def complete_checkpoint(folder: str | Path, processor: ProcessorMixin) -> None:
-    """Add the processor to a folder with a saved model or adapter, and make its configuration readable for others.
-
-    The files that `processor` was loaded from are copied byte for byte, from their folder or the hub's cache: training
-    never changes them, and what `save_pretrained` of transformers 5 writes cannot be read by transformers 4. It is used
-    only for a processor that was built in memory or whose files are gone.
-    """
+    """Add the processor to a folder with a saved model or adapter, and make its configuration portable. The processor's
+    files are copied byte for byte, from their folder or the hub's cache, since transformers 4 cannot read what
+    `save_pretrained` of transformers 5 writes. That is called only if there are none."""
     folder = Path(folder)
     _complete_config(folder)
-    for path in folder.glob("*.safetensors"):  # written for their owner only, whatever the umask
+    for path in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask
         os.umask(umask := os.umask(0o077))
         path.chmod(0o666 & ~umask)
     name = processor.tokenizer.name_or_path
     try:
         found = cached_files(name, PROCESSOR_FILES, local_files_only=True, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # neither a folder nor a possible name on the hub
+    except OSError:  # neither a folder nor a valid name on the hub
         found = None
     sources = {Path(path).name: Path(path) for path in found or ()}
     for target in (folder / name for name in PROCESSOR_FILES):
         source = sources.get(target.name)
         if source is None:
-            target.unlink(missing_ok=True)  # of an earlier run
+            target.unlink(missing_ok=True)  # left by an earlier run
         elif source.resolve() != target.resolve():
             shutil.copyfile(source, target)
     if not sources:
@@ -55,7 +49,7 @@ def complete_checkpoint(folder: str | Path, processor: ProcessorMixin) -> None:
 
 def _complete_config(folder: Path) -> None:
     """Make an adapter's path to its base absolute, or repeat a model's dtype and rope_theta where transformers 4 looks
-    for them: it would use its defaults."""
+    for them, which would otherwise use its defaults."""
     path = folder / "adapter_config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))

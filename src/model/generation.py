@@ -1,15 +1,13 @@
 """Prompts through the model (`prefill`, for rollouts and evaluation), and the decoding loop of evaluation and `ask.py`.
 
-The loop does what `model.generate` would, but only a prompt's last position goes through the head (all logits would be
-the largest tensor of an evaluation), the cache is not copied for every token, and a row leaves the batch with its last
-token. The model's `generation_config` is not used. Rollouts share only `prefill` (`branches.py`).
+The loop replaces `model.generate`: only a prompt's last position goes through the head, since all logits would be the
+largest tensor of an evaluation, the cache is not copied for every token, and a finished row leaves the batch.
 
 Shapes: N questions, R rows still being decoded, P prompt tokens (left-padded), T tokens, C completion tokens, H hidden
 size, D size of a head, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from transformers import Cache, DynamicLayer, Qwen2AudioForConditionalGeneration
@@ -28,21 +26,19 @@ def generate(
     batch: Batch,
     ends: list[int],
     max_new_tokens: int,
-    choose: Choose | None = None,
+    choose: Choose,
 ) -> list[list[int]]:
     """The completions of N prompts.
 
     Args:
         model: in evaluation mode, on the batch's device.
-        batch: the questions.
         ends: token ids that end a completion.
         max_new_tokens: the longest completion.
-        choose: picks the next tokens; by default the most probable ones. It has to forbid `<|AUDIO|>` (`forbid_audio`).
+        choose: picks the next tokens, never `<|AUDIO|>` (`forbid_audio`).
 
     Returns:
         N lists of token ids, each with its end token if it was reached.
     """
-    choose = choose or partial(choose_best, model)
     completions: list[list[int]] = [[] for _ in batch.input_ids]
     rows = list(range(len(completions)))  # the question of each row of the shrinking batch
     mask, (hidden, cache) = batch.attention_mask, prefill(model, batch)
@@ -70,14 +66,8 @@ def generate(
     return completions
 
 
-def choose_best(model: Qwen2AudioForConditionalGeneration, logits: torch.Tensor, *_) -> torch.Tensor:
-    """The most probable tokens (R,) but `<|AUDIO|>`."""
-    forbid_audio(model, logits)
-    return logits.argmax(dim=1)
-
-
 def forbid_audio(model: Qwen2AudioForConditionalGeneration, logits: torch.Tensor) -> torch.Tensor:
-    """Set the logit of `<|AUDIO|>` to its row's lowest in `logits` (R, V), in place; return the lowest ones (R,)."""
+    """Set the logit of `<|AUDIO|>` in `logits` (R, V) to its row's lowest, in place. Return the lowest ones (R,)."""
     lowest = logits.amin(dim=1)
     logits[:, audio_token_id(model)] = lowest
     return lowest
@@ -86,13 +76,11 @@ def forbid_audio(model: Qwen2AudioForConditionalGeneration, logits: torch.Tensor
 def prefill(
     model: Qwen2AudioForConditionalGeneration, batch: Batch, clips: Sequence[torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, Cache]:
-    """The prompts through encoder and language model, in groups of similar length: padding costs as much as tokens do.
+    """Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P.
 
-    Within a group, prompts are padded on the right, where causal attention never looks. That needs no mask, and kernels
-    are slower with one. `clips` are the batch's clips if they are encoded already (`encode_clips`).
-
-    Returns:
-        Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P.
+    Prompts pass in groups of similar length, since padding costs as much as tokens. Within a group they are padded on
+    the right, where causal attention does not look: kernels are slower with a mask. `clips` are the batch's clips if
+    they are already encoded (`encode_clips`).
     """
     lengths = batch.attention_mask.sum(dim=1, keepdim=True)  # (N, 1)
     places = torch.arange(batch.input_ids.shape[1], device=lengths.device)  # (P,)
@@ -108,7 +96,7 @@ def prefill(
         # Padding moves back to the left, up to the length of the whole batch: (R, P, heads, D).
         source = (places - len(places) + kept).clamp(min=0)  # (R, P)
         layers, cache = output.past_key_values.layers, []
-        while layers:  # each layer is freed once padded, here and below: two copies of all would not fit
+        while layers:  # here and below, each layer is freed once padded: two copies of all would not fit
             layer = layers.pop(0)
             cache.append((layer.keys[rows, :, source], layer.values[rows, :, source]))
         caches.append(cache)
@@ -123,9 +111,9 @@ def prefill(
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's cache that grows by an eighth at a time, where `DynamicLayer` copies all of it for every token.
+    """A layer's cache that grows by an eighth at a time. `DynamicLayer` copies all of it for every token.
 
-    `keys` and `values` are views of the filled part of larger buffers; their strides tell how large these are.
+    `keys` and `values` are views of the filled part of larger buffers, whose size follows from the strides.
     """
 
     keys: torch.Tensor
@@ -138,7 +126,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order; only rows that change their place are copied."""
+        """Keep these rows, in this order. Only rows that change their place are copied."""
         moved = {place: index for place, index in enumerate(indices.tolist()) if place != index}
         for states in (self.keys, self.values):
             states[list(moved)] = states[list(moved.values())]
@@ -146,7 +134,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def append(states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """States (R, heads, T, D) with `new` ones appended, in place if their buffer has room, else in a larger buffer."""
+    """States (R, heads, T, D) with `new` ones appended: in place if their buffer has room, else in a larger buffer."""
     rows, heads, length, size = states.shape
     stop = length + new.shape[2]
     if stop * size > states.stride(1):

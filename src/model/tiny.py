@@ -1,8 +1,5 @@
-"""A small Qwen2-Audio with random weights, for demo, tests and benchmarks: no network, nobody else's files.
-
-A real `Qwen2AudioForConditionalGeneration` with a real `Qwen2AudioProcessor`: less than a million parameters by
-default, a vocabulary of its own, a window of 2 s. Leaves out training it.
-"""
+"""A small Qwen2-Audio with random weights and its processor, for demo, tests and benchmarks, made without downloads. By
+default it has less than a million parameters, a vocabulary of 400 tokens, and a window of 2 s."""
 
 import re
 from collections.abc import Iterable
@@ -31,8 +28,8 @@ SPECIAL_TOKENS = (PAD, "<|im_start|>", IM_END, "<|AUDIO|>", "<|audio_bos|>", "<|
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 400) -> Qwen2Tokenizer:
-    """A Qwen2 tokenizer (byte-level BPE, so that any text is encodable) with merges learned from `texts`, of at most
-    `vocab_size` tokens; a `ValueError` where that leaves no room for the 256 bytes and the special tokens."""
+    """A Qwen2 tokenizer (byte-level BPE) of at most `vocab_size` tokens, with merges learned from `texts`. Raises a
+    `ValueError` if `vocab_size` is too small for the 256 bytes and the special tokens."""
     least = 256 + len(SPECIAL_TOKENS)
     if vocab_size < least:
         raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens alone take {least}")
@@ -49,7 +46,7 @@ def build_processor(
     """A processor for clips of up to `seconds`, its vocabulary learned from `texts`, the chat template and the
     instructions of all prompt styles."""
     extractor = WhisperFeatureExtractor(mel_bins, chunk_length=seconds, return_attention_mask=True)
-    chat = build_chat(Qwen2AudioProcessor(extractor, build_tokenizer(())), "")  # the template is the class's own
+    chat = build_chat(Qwen2AudioProcessor(extractor, build_tokenizer(())), "")  # the class has a default template
     texts = [*texts, chat, *(style.instruction for style in STYLES.values())]
     return Qwen2AudioProcessor(extractor, build_tokenizer(texts, vocab_size))
 
@@ -66,12 +63,9 @@ def build_model(
     vocab_size: int | None = None,
     initializer_range: float = 0.1,
 ) -> Qwen2AudioForConditionalGeneration:
-    """A Qwen2-Audio with random weights (float32, in training mode) for this processor.
-
-    Its encoder is `audio_size` wide, its language model `hidden_size`, and 3 times that within its layers unless
-    `intermediate_size` says otherwise; `vocab_size` may be larger than the processor's. Large models take an
-    `initializer_range` of 0.02; at this width so small a value learned nothing in 60 steps in which 0.1 came to 80%.
-    """
+    """A Qwen2-Audio with random weights (float32, in training mode) for this processor. `intermediate_size` is three
+    times `hidden_size` by default, and `vocab_size` the processor's. At this width an `initializer_range` of 0.02, as
+    for large models, learned nothing in 60 steps, in which 0.1 reached 80%."""
     tokenizer, extractor = processor.tokenizer, processor.feature_extractor
     pad = {"bos_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
     audio = Qwen2AudioEncoderConfig(
@@ -98,7 +92,7 @@ def build_model(
     model = Qwen2AudioForConditionalGeneration(config)
     positions = model.model.audio_tower.embed_positions  # fixed, as in Qwen2-Audio's checkpoint
     positions.weight = torch.nn.Parameter(sinusoids(*positions.weight.shape), requires_grad=False)
-    # Qwen2-Audio-Instruct's own defaults: who sets nothing inherits them here as there.
+    # Qwen2-Audio-Instruct's defaults, so that code which sets nothing inherits the same here.
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "top_k": 20, "repetition_penalty": 1.1}
     ends = tokenizer.convert_tokens_to_ids(END_TOKENS)
     model.generation_config = GenerationConfig(**pad, eos_token_id=ends, **sampling)
@@ -108,8 +102,7 @@ def build_model(
 def build_demo_model(
     folder: str | Path, processor: Qwen2AudioProcessor, seed: int = 1, style: str = DEFAULT_STYLE, **sizes
 ) -> Qwen2AudioForConditionalGeneration:
-    """`build_model` of these sizes, its weights decided by `seed`, saved with processor and prompt style so that
-    `folder`, made if it is not there, loads by itself."""
+    """`build_model` with these sizes and weights from `seed`, saved to `folder` with processor and prompt style."""
     torch.manual_seed(seed)
     model = build_model(processor, **sizes)
     model.save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Examine the rows, clips and prompt lengths of a training or evaluation file before a run.
+"""Check the rows, clips and prompt lengths of a training or evaluation file before a run.
 
     python src/run/check.py data/AVQA/train_qa.data
     python src/run/check.py data/MMAU/mmau-test-mini.json --deep
 
-Lists bad rows by file and line, and counts them by reason. Clips are examined by their headers, with --deep by their
+Lists bad rows by file and line, and counts them by reason. Clips are checked by their headers, with --deep by their
 samples. Exit status: 0 if every row is usable, 1 if not, 2 if the file is unusable.
 """
 
@@ -20,16 +20,18 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, decode
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
-from dataset.encode import MAX_PROMPT_LENGTH, check_prompt, count_heard, count_text_tokens
-from dataset.progress import progress
+from dataset.encode import MAX_PROMPT_LENGTH, window_samples
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question
 from dataset.questions import check_question, recognise_release, to_question
 from dataset.rows import DataError, Row, open_whole, read_lines, read_rows, starts_a_list
+from evaluation.lengths import check_prompt, count_text_tokens
 from utils.flags import at_least
 
 MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
@@ -37,24 +39,24 @@ MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules for the rows of a file, and how to examine them."""
+    """What makes a row usable, and how to check it."""
 
     style: str = DEFAULT_STYLE
-    processor: Any = None  # the model's; None checks neither prompt lengths nor special tokens
+    processor: Any = None  # the model's; without one, neither prompt lengths nor special tokens are checked
     max_prompt_length: int | None = MAX_PROMPT_LENGTH  # tokens, audio included; None is no limit
     channels: str = "first"  # see `load_audio`
     cut_long_clips: bool = False  # accept clips over the window, which evaluation cuts
-    lenient: bool = False  # only note rows of an evaluation file that can be asked but break a rule
+    lenient: bool = False  # keep rows of an evaluation file that can be asked but break a rule, with a note
     deep: bool = False  # decode every clip: NaN, silence, clipping
     audio_dir: str | Path | None = None  # folder of an evaluation file's clips; default: the file's own
     workers: int | None = None  # threads that read clips; default: one per core, at least 8
     dropped_file: Path | None = None  # receives the bad rows as JSONL; removed if there are none
-    progress: bool = False  # show a bar
+    progress: bool = False  # show a bar if stderr is a terminal
 
 
 @dataclass
 class Examined:
-    """One row during the examination."""
+    """A row with what was found so far."""
 
     row: Row
     id: object = None
@@ -68,7 +70,7 @@ class Examined:
 
 @dataclass
 class Examination:
-    """Findings about a file; only numbers of rows are kept."""
+    """What was found in a file. Of usable rows only counts are kept."""
 
     file: Path
     kind: str = "training file"
@@ -88,8 +90,8 @@ class Examination:
     def enter(self, examined: Examined) -> None:
         """Count a row."""
         self.rows += 1
-        where, error = examined.row.where, examined.error
-        if error:
+        where = examined.row.where
+        if error := examined.error:
             self.dropped.append(examined.row.number)
             self.reasons[error.reason] += 1
             self.examples.setdefault(error.reason, f"{where}: {error}")
@@ -119,7 +121,7 @@ class Examination:
 
 
 def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
-    """Examine a training file. Raises a `FileNotFoundError`, or a `ValueError` if the file has no rows."""
+    """Check a training file. Raises a `FileNotFoundError`, or a `ValueError` if the file has no rows."""
 
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
         row = to_row(record, number, rules.style, Path(data_file).parent)
@@ -130,7 +132,7 @@ def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Exam
 
 
 def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
-    """As `examine_training_file`; as in evaluation, prompts may have any length, and clips over the window are cut."""
+    """As `examine_training_file`, but as in evaluation prompts may have any length, and long clips are cut."""
     audio_dir = Path(os.path.abspath(rules.audio_dir or Path(data_file).parent))
     records: list[dict] = []
     ids: dict[str, int] = {}
@@ -156,7 +158,7 @@ def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Ex
 
 
 def is_training_file(data_file: str | Path) -> bool:
-    """Whether a file is in AVQA's training format (JSONL without `choices`); a `ValueError` for AVQA's annotations."""
+    """Whether a file holds training rows (JSONL without `choices`). Raises a `ValueError` for AVQA's annotations."""
     with open(data_file, "rb") as file:
         head = file.read(2**16)
     if (is_list := starts_a_list(data_file)) and b'"multi_choice"' in head:
@@ -167,12 +169,12 @@ def is_training_file(data_file: str | Path) -> bool:
 def _examine(data_file: str | Path, read: Callable[[Path], Iterator[Row]], rule: Callable, rules: Rules) -> Examination:
     """`rule` maps a parsed row and its number to prompt, audio path and notes, or raises a `DataError`."""
     examination = Examination(check_is_there(data_file))
-    rows = iter(progress(read(examination.file), disable=not rules.progress, unit=" rows"))
+    rows = iter(tqdm(read(examination.file), disable=None if rules.progress else True, unit=" rows"))
     bad_rows = open_whole(rules.dropped_file) if rules.dropped_file else nullcontext()
     with ThreadPool(rules.workers or max(8, os.cpu_count() or 1)) as pool, bad_rows as file:
         while chunk := [_read(row, rule) for row in islice(rows, 1000)]:  # bounds the memory
             pool.map(lambda examined: examine_clip(examined, rules), chunk, chunksize=16)
-            _count_tokens([examined for examined in chunk if not examined.error], rules)
+            _check_prompts([examined for examined in chunk if not examined.error], rules)
             for examined in chunk:
                 examination.enter(examined)
                 if examined.error and file:
@@ -198,27 +200,30 @@ def _read(row: Row, rule: Callable) -> Examined:
 
 
 def examine_clip(examined: Examined, rules: Rules) -> None:
-    """Set the clip's samples, notes and error, in a thread: headers wait for the disk, decoding releases the GIL."""
-    window = count_heard(rules.processor)
+    """Set the clip's samples, notes and error. Runs in threads, since headers wait for the disk, and decoding releases
+    the GIL."""
+    window = window_samples(rules.processor)
     try:
         samples = examined.samples = 0 if examined.error else count_samples(examined.audio_path)
         if samples > window and rules.cut_long_clips:
             examined.notes.append(f"clip over {window / SAMPLE_RATE:g} s, will be cut")
-        if samples and rules.deep and (samples <= window or rules.cut_long_clips):  # else it is refused anyway
+        if samples and rules.deep and (samples <= window or rules.cut_long_clips):  # longer clips are refused anyway
             if (abs(decode(examined.audio_path, rules.channels)[0]) >= 1 - 2**-15).mean() > 0.01:  # 16-bit full scale
                 examined.notes.append("clip overdriven (over 1% of its samples at full scale)")
     except DataError as error:
         examined.error = error
 
 
-def _count_tokens(chunk: list[Examined], rules: Rules) -> None:
-    """Set the prompts' tokens, or the error of a prompt or clip of a wrong length."""
-    processor, limit = rules.processor, rules.max_prompt_length
-    longest = count_heard(processor) if rules.cut_long_clips else sys.maxsize
-    tokens = count_text_tokens(processor, [each.prompt for each in chunk]) if processor and chunk else [0] * len(chunk)
-    for examined, count in zip(chunk, tokens, strict=True):
+def _check_prompts(chunk: list[Examined], rules: Rules) -> None:
+    """Set the prompts' tokens, or the error of a prompt or clip with a wrong length."""
+    processor = rules.processor
+    longest = window_samples(processor) if rules.cut_long_clips else sys.maxsize
+    prompts = [examined.prompt for examined in chunk]
+    text_tokens = count_text_tokens(processor, prompts) if processor and chunk else [0] * len(chunk)
+    for examined, prompt, tokens in zip(chunk, prompts, text_tokens, strict=True):
         try:
-            examined.tokens = check_prompt(examined.prompt, min(examined.samples, longest), count, processor, limit)
+            samples = min(examined.samples, longest)
+            examined.tokens = check_prompt(prompt, samples, tokens, processor, rules.max_prompt_length)
         except DataError as error:
             examined.error = DataError(f"{examined.audio_path}: {error}", error.reason)
 
@@ -251,7 +256,7 @@ def load_processor(name: str | None) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(name or MODEL, trust_remote_code=False, local_files_only=not name)
-        count_heard(processor)  # fails for a model without audio
+        window_samples(processor)  # fails for a model without audio
         return processor
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"--model_path {name or MODEL}: no processor loads; name another ({error})") from error
@@ -263,8 +268,8 @@ def main(argv: list[str] | None = None) -> int:
         examine = examine_training_file if is_training_file(check_is_there(args.file)) else examine_evaluation_file
         rules = Rules(
             args.prompt_style, load_processor(args.model_path), args.max_prompt_length, args.audio_channels,
-            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, dropped_file=args.dropped_file,
-            progress=sys.stderr.isatty(),
+            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, progress=True,
+            dropped_file=args.dropped_file,
         )  # fmt: skip
         examination = examine(args.file, rules)
     except (ValueError, OSError) as error:

@@ -1,6 +1,5 @@
-"""Supervised fine-tuning on the same questions, prompts and audio as GRPO: the baseline of the paper's title.
-
-transformers' `Trainer` does the training; the batches are made here. The loss is that of the answers' tokens.
+"""Supervised fine-tuning on the same questions, prompts and audio as GRPO, the baseline of the paper's title. This
+module makes the batches for transformers' `Trainer`. Only the answers' tokens count in the loss.
 
 Shapes: N questions, T tokens (prompt and answer), M mel bins, F mel frames.
 """
@@ -22,19 +21,17 @@ from .shared_prompt import IGNORE
 
 
 class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
-    """Supervised fine-tuning of a Qwen2-Audio, all of it or its adapters.
+    """Supervised fine-tuning of a Qwen2-Audio or its adapters.
 
     Args:
-        model: the loaded model, with adapters or not.
-        args: `transformers.TrainingArguments`; `remove_unused_columns` is turned off.
-        train_dataset: as `load_train_dataset` makes it, of one prompt style: `choice` or `answer`.
-        processor: the model's.
+        model: the loaded model, with or without adapters.
+        args: `remove_unused_columns` is turned off.
+        train_dataset: from `load_train_dataset`, in one prompt style: `choice` or `answer`.
         audio_channels: `first` or `mean`, see `load_audio`.
         freeze: parts of the model that are not trained, of `PARTS`.
         **kwargs: passed to `transformers.Trainer`.
 
-    Raises:
-        ValueError: the data holds nothing to learn in its prompt style.
+    Raises a `ValueError` for a prompt style with thoughts, which the data does not hold.
     """
 
     def __init__(
@@ -47,30 +44,26 @@ class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
         freeze: Sequence[str] = (),
         **kwargs,
     ):
-        args.remove_unused_columns = False  # the batches need the rows' paths and texts
+        args.remove_unused_columns = False  # batches are made from the rows' paths and texts
         check_audio_token(base_model(model), processor)
-        # The mean log-prob of the answers' tokens, over the whole step, without the logits of the prompts.
-        add_fused_lm_head(base_model(model))
+        add_fused_lm_head(base_model(model))  # computes the loss without the prompts' logits
         freeze_parts(model, freeze)
         super().__init__(model, args, self.collate, train_dataset, processing_class=processor, **kwargs)
         self.prompt_style, self.audio_channels = train_dataset[0]["style"], audio_channels
-        self.target(train_dataset[0])
+        self.target(train_dataset[0])  # raises for a style with thoughts
 
     def load(self, rows: list[dict]) -> tuple[list[dict], Batch]:
         """The clips of N rows, decoded by threads and encoded with their prompts."""
         return rows, load_and_encode(self.processing_class, rows, self.audio_channels)
 
     def target(self, row: dict) -> str:
-        """The text to learn: the right answer in the shape of the row's style, and the end token."""
+        """The text to learn: the right answer in the row's style, and the end token."""
         return STYLES[row["style"]].target(extract_answer(row["solution"])) + self.processing_class.tokenizer.eos_token
 
     def collate(self, rows: list[dict]) -> dict[str, Any]:
-        """N rows as a batch.
-
-        Returns:
-            `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T): prompts padded on the left, answers on the
-            right; labels are -100 but for answer and end. `input_features` (N, M, F), and N `frames` that hold audio.
-        """
+        """N rows -> `input_ids`, `attention_mask`, `position_ids`, `labels` (N, T), `input_features` (N, M, F), and N
+        `frames` as a list. Prompts are padded on the left, answers on the right. Labels are -100 except for the answer
+        and its end token."""
         rows, batch = self.load(rows)
         targets = [self.target(row) for row in rows]
         answers = self.processing_class.tokenizer(targets, padding=True, padding_side="right", return_tensors="pt")
@@ -83,6 +76,6 @@ class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
         return tokens | batch.audio_inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy of the answers, in nats per token; the mean is over the tokens of the whole optimizer step."""
+        """Cross-entropy of the answers in nats per token, averaged over the tokens of the whole optimizer step."""
         with needed_frames_only(base_model(self.accelerator.unwrap_model(model))):
             return super().compute_loss(model, inputs | {"fused_lm_head": True}, return_outputs, num_items_in_batch)
