@@ -8,6 +8,7 @@ import torch
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, Trainer, TrainerCallback
 
 from dataset.dataset import load_train_dataset
+from dataset.questions import load_questions
 from run import attach
 from run.checkpoints import result_settings
 from run.curves import PlotCurves
@@ -29,16 +30,21 @@ def length_reward(completions, **kwargs) -> list[float]:
 
 
 def make_run(kind: str, model: Path, data: Path, out: Path, reward: Callable = length_reward, **flags) -> Trainer:
-    """A run of three steps of `grpo` or `sft` that saves after each."""
+    """A run of three steps of `grpo` or `sft` that saves after each, and evaluates if `eval_file` is given."""
+    evaluated = load_questions(flags["eval_file"]) if "eval_file" in flags else None
     if kind == "grpo":
         args = RecipeConfig(str(out), **DEFAULTS | GROUPS | flags)
-        trainer = AudioGRPOTrainer(str(model), [reward], args, load_train_dataset(data))
+        trainer = AudioGRPOTrainer(
+            str(model), [reward], args, load_train_dataset(data), eval_dataset=evaluated and evaluated.questions
+        )
     else:
         args = SFTRecipeConfig(str(out), **DEFAULTS | dict(learning_rate=1e-3) | flags)
         loaded = Qwen2AudioForConditionalGeneration.from_pretrained(model)
         processor = AutoProcessor.from_pretrained(model)
-        trainer = AudioSFTTrainer(loaded, args, load_train_dataset(data, "choice"), processor)
-    attach(trainer, result_settings([args]) | {"engine": "none"})
+        trainer = AudioSFTTrainer(
+            loaded, args, load_train_dataset(data, "choice"), processor, eval_dataset=evaluated and evaluated.questions
+        )
+    attach(trainer, result_settings([args]) | {"engine": "none"}, evaluated)
     trainer.remove_callback(PlotCurves)
     return trainer
 
