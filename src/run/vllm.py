@@ -191,8 +191,7 @@ class Engine:
         return questions.to(device), *padded
 
     def close(self) -> None:
-        """Shut the engine down when no process needs the others any more. It ends their process group, which one that
-        has left it before would fail to do."""
+        """Shut the engine down, and with it the process group, when no process needs the others any more."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
