@@ -1,5 +1,5 @@
-"""What a checkpoint says about a clip, with whichever transformers is first on the path: python read_checkpoint.py
-CHECKPOINT CLIP OUT. Not a test itself: test_saving.py runs it with ours and with an older one, and compares."""
+"""A checkpoint's inputs, logits and answer for a clip, with the transformers that is first on the path: python
+read_checkpoint.py CHECKPOINT CLIP OUT. test_saving.py runs it with two versions and compares."""
 
 import sys
 

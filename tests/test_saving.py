@@ -1,4 +1,5 @@
-"""Checkpoints of every kind: the processor's files as they came, readable for the group, and with transformers 4, too."""
+"""trainer/saving.py and model/checkpoints.py: tensor names, processor files and prompt style of every checkpoint, which
+transformers 4 reads as well."""
 
 import contextlib
 import json
@@ -11,18 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from peft import LoraConfig
+from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
-from trl import GRPOConfig
 
-from arguments import AudioModelConfig
 from conftest import ROOT
 from dataset.dataset import load_train_dataset
-from merge_lora import merge
-from model.checkpoints import PROCESSOR_FILES, IncompleteCheckpoint, check_whole, complete_checkpoint
+from dataset.prompt import load_style
+from evaluation.checkpoints import IncompleteCheckpoint, check_whole, write_merged
+from model.checkpoints import PROCESSOR_FILES, complete_checkpoint
 from model.tiny import build_processor
+from run.arguments import LINEAR_LAYERS
 from running import run, skip_without_compiler
-from test_grpo_trainer import length_reward
-from test_sft import make_trainer
+from runs import length_reward, make_run
+from train import RecipeConfig
 from trainer.grpo_trainer import AudioGRPOTrainer
 
 OLDER = ("transformers==4.49.0", "tokenizers==0.21.4", "huggingface_hub==0.36.2")
@@ -30,7 +32,7 @@ OLDER = ("transformers==4.49.0", "tokenizers==0.21.4", "huggingface_hub==0.36.2"
 
 @contextlib.contextmanager
 def umask(mask: int):
-    """Files are made with this umask, those of subprocesses too."""
+    """Create files with this umask, in subprocesses too."""
     before = os.umask(mask)
     try:
         yield
@@ -54,7 +56,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def assert_everybody_reads(out: Path, base: Path, count: int) -> None:
-    """`out` holds `count` checkpoints, all with the processor's files of `base`, and the modes of umask 027."""
+    """`out` holds `count` checkpoints, all with the processor's files of `base`, and modes of umask 027."""
     assert len(checkpoints_in(out)) == count
     for folder in checkpoints_in(out):
         assert processor_files(folder) == processor_files(base), folder
@@ -65,27 +67,22 @@ def assert_everybody_reads(out: Path, base: Path, count: int) -> None:
 
 def train_one_step(kind: str, model: Path, data: Path, out: Path) -> Path:
     """Train a step in this process, with optimizer state in the checkpoint; returns the folder of a full model."""
-    if kind == "sft":
-        settings = dict(save_strategy="steps", save_steps=1, questions_per_step=2)
-        make_trainer(model, data, out, **settings).train()
+    if kind != "lora":
+        make_run(kind, model, data, out, max_steps=1).train()
         return out / "checkpoint-1"
-    args = GRPOConfig(
-        str(out), num_generations=2, per_device_train_batch_size=2, max_completion_length=4, max_steps=1, save_steps=1,
-        learning_rate=1e-2, bf16=False, use_cpu=True, report_to="none",
+    args = RecipeConfig(
+        str(out), questions_per_step=2, num_generations=2, max_completion_length=4, max_steps=1, save_steps=1,
+        learning_rate=1e-2, use_cpu=True, report_to="none",
     )  # fmt: skip
-    adapters = LoraConfig(r=4, target_modules=AudioModelConfig().lora_target_modules, task_type="CAUSAL_LM")
-    AudioGRPOTrainer(
-        str(model), [length_reward], args, load_train_dataset(data), peft_config=adapters if kind == "lora" else None
-    ).train()
-    if kind == "lora":
-        merge(out / "checkpoint-1", out / "merged")
-        return out / "merged"
-    return out / "checkpoint-1"
+    adapters = LoraConfig(r=4, target_modules=list(LINEAR_LAYERS), task_type="CAUSAL_LM")
+    AudioGRPOTrainer(str(model), [length_reward], args, load_train_dataset(data), peft_config=adapters).train()
+    write_merged(out / "checkpoint-1", out / "merged")
+    return out / "merged"
 
 
 @pytest.fixture(scope="module", params=["grpo", "sft", "lora"])
 def trained(request, tiny_model, questions, tmp_path_factory) -> Path:
-    """A full model's folder, written with umask 027; what belongs to its run lies beside it."""
+    """A full model's folder, written with umask 027, in its run's output folder."""
     with umask(0o027):
         out = tmp_path_factory.mktemp(request.param) / "run"
         return train_one_step(request.param, tiny_model, questions, out)
@@ -97,10 +94,20 @@ def test_a_checkpoint_has_the_bases_processor_and_is_readable_for_the_group(shar
     assert_everybody_reads(trained.parent, base, count=2 if trained.name == "merged" else 1)
 
 
+def test_a_checkpoint_has_the_bases_tensor_names_and_the_prompt_style(tiny_model, trained):
+    def names(folder: Path) -> set[str]:
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            return set(weights.keys())
+
+    assert names(trained) == names(tiny_model)
+    style = "choice" if trained.parent.parent.name.startswith("sft") else "answer"
+    assert load_style(trained) == style
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ds_zero2", "ds_zero3"])
 @pytest.mark.parametrize("kind", ["grpo", "sft", "lora"])
-def test_so_it_has_under_deepspeed(preloaded, shared, tiny_model, questions, tmp_path, engine, kind):
+def test_a_checkpoint_has_them_under_deepspeed(shared, tiny_model, questions, tmp_path, engine, kind):
     skip_without_compiler(engine)
     flags = [] if kind == "sft" else ["--num_generations", "2", "--max_completion_length", "4"]
     out = tmp_path / "run"
@@ -108,35 +115,35 @@ def test_so_it_has_under_deepspeed(preloaded, shared, tiny_model, questions, tmp
         run(
             "sh", "run_sft.sh" if kind == "sft" else "run_grpo.sh", "--use_cpu", "true", "--max_steps", "1", "--save_steps", "1",
             "--questions_per_step", "2", "--use_peft", kind == "lora", *flags,
-            MODEL_NP=tiny_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2, PRELOADED=preloaded,
+            MODEL_NP=tiny_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2,
             CONFIG=f"conf/{engine}.json",
         )  # fmt: skip
         if kind == "lora":
-            merge(out / "checkpoint-1", out / "merged")
+            write_merged(out / "checkpoint-1", out / "merged")
     assert list(out.rglob("*optim_states.pt"))
     base = shared / "models" / "qwen2-audio-7b-no-weights"
-    assert_everybody_reads(out, base, count=3 if kind == "lora" else 2)  # the run's end saves into its folder, too
+    assert_everybody_reads(out, base, count=3 if kind == "lora" else 2)  # the result included
 
 
-def test_a_checkpoint_of_a_checkpoint_replaces_what_an_earlier_run_left(small_model, tmp_path):
+def test_files_of_an_earlier_processor_are_replaced(small_model, tmp_path):
     processor = AutoProcessor.from_pretrained(small_model)
     for name in ("first", "second"):
         folder = make_folder(tmp_path / name, small_model)
         (folder / "merges.txt").write_text("another tokenizer's\n")
         complete_checkpoint(folder, processor)
-        complete_checkpoint(folder, AutoProcessor.from_pretrained(folder))  # a run that goes on in its model's folder
+        complete_checkpoint(folder, AutoProcessor.from_pretrained(folder))  # a run in its model's folder
         assert processor_files(folder) == processor_files(small_model)
         processor = AutoProcessor.from_pretrained(folder)
 
 
-def test_the_hubs_files_are_its_cached_ones(shared, small_model, tmp_path, monkeypatch):
+def test_the_hubs_files_are_copied_from_its_cache(shared, small_model, tmp_path, monkeypatch):
     source = shared / "models" / "qwen2-audio-7b-no-weights"
     repository = tmp_path / "models--who--audio"
     snapshot = repository / "snapshots" / ("0" * 40)
     for folder in (snapshot, repository / "refs", repository / "blobs"):
         folder.mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
-    for path in source.iterdir():  # as the hub's client lays them out
+    for path in source.iterdir():  # the layout of the hub's client
         shutil.copyfile(path, repository / "blobs" / f"hash of {path.name}")
         (snapshot / path.name).symlink_to(f"../../blobs/hash of {path.name}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -146,7 +153,7 @@ def test_the_hubs_files_are_its_cached_ones(shared, small_model, tmp_path, monke
     assert not any(path.is_symlink() for path in out.iterdir())
 
 
-def test_a_processor_without_files_is_saved_all_the_same(small_model, tmp_path):
+def test_a_processor_without_files_is_saved(small_model, tmp_path):
     made = build_processor(["What is it?"])
     lost = AutoProcessor.from_pretrained(shutil.copytree(small_model, tmp_path / "moved"))
     shutil.rmtree(tmp_path / "moved")
@@ -157,7 +164,7 @@ def test_a_processor_without_files_is_saved_all_the_same(small_model, tmp_path):
         assert found.chat_template == processor.chat_template
 
 
-def test_the_config_has_the_names_of_both_versions(small_model, tmp_path):
+def test_the_config_has_the_names_of_transformers_4_and_5(small_model, tmp_path):
     model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model, dtype="bfloat16")
     model.config.text_config.rope_parameters["rope_theta"] = 12345.0
     model.save_pretrained(tmp_path)
@@ -175,13 +182,13 @@ def test_weights_that_are_cut_off_or_missing_are_named(small_model, tmp_path):
     check_whole(folder)
     for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:length])
-        with pytest.raises(IncompleteCheckpoint, match=r"incomplete, model\.safetensors is cut off"):
+        with pytest.raises(IncompleteCheckpoint, match="model.safetensors"):
             check_whole(folder)
     weights.unlink()
-    with pytest.raises(IncompleteCheckpoint, match="holds no weights"):
+    with pytest.raises(IncompleteCheckpoint):
         check_whole(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    with pytest.raises(IncompleteCheckpoint, match=r"incomplete, model-1\.safetensors is missing"):
+    with pytest.raises(IncompleteCheckpoint, match="model-1.safetensors"):
         check_whole(folder)
 
 
@@ -201,9 +208,9 @@ def older_transformers() -> Path:
 
 
 @pytest.mark.slow
-def test_transformers_4_reads_it_as_ours_does(preloaded, trained, older_transformers, questions, tmp_path):
+def test_transformers_4_reads_it_as_ours_does(trained, older_transformers, questions, tmp_path):
     read = ("python", ROOT / "tests" / "read_checkpoint.py", trained, questions.parent / "3.wav")
-    run(*read, tmp_path / "ours.npz", PRELOADED=preloaded)
+    run(*read, tmp_path / "ours.npz")
     run(*read, tmp_path / "older.npz", PYTHONPATH=older_transformers)
     ours, older = np.load(tmp_path / "ours.npz"), np.load(tmp_path / "older.npz")
     assert str(older["version"]) == "4.49.0" and str(ours["version"]).startswith("5.")
