@@ -96,7 +96,9 @@ def test_rows_are_loaded_and_encoded_together(small_model, questions):
     alone = load_and_encode(processor, rows[:1], "first")
     taken = batch.take([0])
     assert torch.equal(taken.input_ids, alone.input_ids) and torch.equal(taken.attention_mask, alone.attention_mask)
-    assert torch.equal(taken.input_features, alone.input_features) and taken.frames == alone.frames
+    needed = taken.input_features.shape[2]
+    assert needed <= alone.input_features.shape[2] < batch.input_features.shape[2] and taken.frames == alone.frames
+    assert torch.equal(taken.input_features, alone.input_features[..., :needed])
     assert np.array_equal(taken.waves[0], alone.waves[0]) and len(taken) == 1
 
     longest = count_tokens_of_frames(max(batch.frames))
