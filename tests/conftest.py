@@ -1,13 +1,11 @@
-"""What several test files use: where the reference material lies, and small real models."""
+"""Fixtures of several test files: reference material, small real models, questions with clips."""
 
 import gc
 import hashlib
 import json
 import os
+import runpy
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and transformers are imported: no network, and no thread pool larger than the work.
@@ -25,7 +23,7 @@ SHARED = ROOT.parent / "shared"  # reference material that may lie beside a chec
 
 
 def pytest_collection_finish() -> None:
-    """What was imported by now is left out of garbage collections, of which each run's end is one: half a second each."""
+    """Exclude all imported modules from garbage collections: each would take half a second, and every run ends with one."""
     gc.collect()
     gc.freeze()
 
@@ -108,43 +106,21 @@ def content_digest(records: list[dict]) -> str:
     return digest(" ".join(sorted(digest(json.dumps(row)) for row in rows)))[:16]
 
 
-@pytest.fixture(scope="session")
-def preloaded(tmp_path_factory) -> Iterator[Path]:
-    """A folder whose `python` starts scripts as usual, but without their imports, which take longer than what they then
-    do: `run("python", ..., PRELOADED=preloaded)`, a launcher as well. See preloaded.py."""
-    from running import environment
-
-    folder = tmp_path_factory.mktemp("preloaded")
-    command = [sys.executable, "-u", ROOT / "tests" / "preloaded.py", folder]
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    while (line := server.stdout.readline()) != "ready\n":  # libraries say things when they are imported
-        assert line, (folder / "log").read_text()
-    yield folder
-    server.terminate()
-    server.wait(60)
-
-
 @pytest.fixture
-def undrawn(monkeypatch) -> None:
-    """Runs in the tests' own process end without a picture of their curves, which takes longer than all their steps."""
-    from transformers import TrainerCallback
+def script(monkeypatch, capsys):
+    """Runs a training script in this process, `script("train.py", *flags)`, without drawing its curves, which takes
+    longer than its steps. Returns exit status and standard error."""
 
-    import startup
+    def script(name: str, *flags: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", [name, *map(str, flags)])
+        monkeypatch.setattr("run.curves.plot_curves", lambda *_: None)
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "src" / name), run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code
+        else:
+            status = 0
+        return status, capsys.readouterr().err
 
-    monkeypatch.setattr(startup, "PlotCurves", TrainerCallback)
-
-
-@pytest.fixture(autouse=True)
-def any_state_loads():
-    """What a run in the tests' own process forbids `torch.load` (`execute_nothing`) is allowed again after the test."""
-    yield
-    os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
+    return script

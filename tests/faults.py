@@ -1,5 +1,5 @@
-"""Faults that befall processes of a run, by variables of theirs. Not a test itself: test_faults.py uses it, by a
-`sitecustomize.py` in which each process calls `arm` before its script."""
+"""Faults in the processes of a run. test_faults.py writes a `sitecustomize.py` with which each process calls `arm` before
+its script."""
 
 import errno
 import json
@@ -9,62 +9,51 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
-import torch
-
-SAVES = (
-    (os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (Path, "unlink"), (shutil, "rmtree"),
-    (torch, "save"), (shutil, "copyfile"), (Path, "write_text"), (Path, "replace"), (Path, "rmdir"),
-)  # fmt: skip
-
 
 def arm() -> None:
-    """Have the fault in FAULT befall this process, if it is one that the launcher started, of the rank that it names if
-    any: `{"what": ..., "step": N}` of `strike` in the middle of step N, or `{"copies": PATH, "out": PATH}` of
-    `copy_before_operations`. Leaves the process's id in PIDS."""
-    if "RANK" not in os.environ:
+    """Prepare the fault in the variable FAULT, if it is for this process's rank and the run's first start: `{"what": ...,
+    "step": N}` for `strike` in step N, `{"what": "kill launcher"}` at once, or `{"copies": PATH, "out": PATH}` for
+    `copy_before_operations`. Leave the process's id in PIDS."""
+    if "RANK" not in os.environ:  # the launcher
         return
     Path(os.environ["PIDS"], str(os.getpid())).touch()
     fault, rank = json.loads(os.environ["FAULT"]), int(os.environ["RANK"])
-    if fault.get("rank", rank) != rank or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    if fault.get("rank", rank) != rank or os.environ["RUN_RESTART"] != "0":
         return
     if "step" in fault:
-        os.environ["STRIKE"] = json.dumps(fault)  # which a reward reads
+        os.environ["STRIKE"] = json.dumps(fault)  # for the reward
+    elif "what" in fault:
+        strike(fault)
     elif "copies" in fault:
         copy_before_operations(Path(fault["out"]), Path(fault["copies"]))
 
 
 def strike(fault: dict) -> None:
-    """Called by a reward, which is in the middle of a step."""
+    """Called by a reward, in the middle of a step."""
     launcher, what = os.getppid(), fault["what"]
     if what == "raise":
         raise RuntimeError("the reward broke")
     if what == "kill launcher":
         os.kill(launcher, signal.SIGKILL)
-    elif what == "kill all":  # the launcher first, lest it did anything about it
-        processes = psutil.Process(launcher).children()
-        for number in [launcher, *(one.pid for one in processes if one.pid != os.getpid()), os.getpid()]:
+    elif what == "kill all":  # the launcher first, before it can react
+        import psutil
+
+        others = [one.pid for one in psutil.Process(launcher).children() if one.pid != os.getpid()]
+        for number in (launcher, *others, os.getpid()):
             os.kill(number, signal.SIGKILL)
     elif what == "remove clips":
         for path in fault["paths"]:
             Path(path).unlink()
-    elif what == "break loader":
-        import dataset.encode
-
-        def broken(*args, **kwargs):
-            raise RuntimeError("the loader broke")
-
-        dataset.encode.load_audio = broken
     elif what == "nan loss":
         from trainer.grpo_trainer import AudioGRPOTrainer as trained
 
-        compute_loss = trained._compute_loss
+        compute_loss = trained.compute_loss
 
         def once(self, *args, **kwargs):
-            trained._compute_loss = compute_loss
+            trained.compute_loss = compute_loss
             return compute_loss(self, *args, **kwargs) * float("nan")
 
-        trained._compute_loss = once
+        trained.compute_loss = once
     elif what == "fill disk":
 
         def full(descriptor):
@@ -76,11 +65,13 @@ def strike(fault: dict) -> None:
     else:
         for name in what.split():
             os.kill(launcher, getattr(signal, name))
-            time.sleep(1)  # a second one, not the same on another way
+            time.sleep(1)
 
 
 def copy_before_operations(out: Path, copies: Path) -> None:
-    """Copy the output folder before every operation on files in the saves: what a process killed there leaves."""
+    """Copy the output folder before every operation on files during a save: what a process killed there would leave."""
+    import torch
+
     copying = []
 
     def watch(owner, name):
@@ -95,5 +86,8 @@ def copy_before_operations(out: Path, copies: Path) -> None:
 
         setattr(owner, name, watched)
 
-    for owner, name in SAVES:
+    for owner, name in (
+        (os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (Path, "unlink"), (shutil, "rmtree"),
+        (torch, "save"), (shutil, "copyfile"), (Path, "write_text"), (Path, "replace"),
+    ):  # fmt: skip
         watch(owner, name)

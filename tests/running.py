@@ -1,4 +1,4 @@
-"""Run a launcher or script as a person would, in a subprocess, on the interpreter that runs the tests."""
+"""Run a launcher or script as a user does, in a subprocess, with the interpreter that runs the tests."""
 
 import os
 import shutil
@@ -30,32 +30,32 @@ def run(
 
 
 def skip_without_compiler(engine: str) -> None:
-    """Skip a test of one of DeepSpeed's engines; an empty one, as a test's parameter may be, needs none."""
+    """Skip a test of a DeepSpeed engine where its operators cannot be compiled; `engine` is empty without DeepSpeed."""
     if engine and not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles its CPU operators and needs g++")
 
 
-def environment(PRELOADED: Path | None = None, **added) -> dict[str, str]:  # noqa: N803, it reads as a variable
-    """The variables of a command that is to run in this interpreter's environment; with the folder of `preloaded`, on
-    the interpreter in there, which has imported all."""
+def environment(**added) -> dict[str, str]:
+    """The variables of a command that runs in this interpreter's environment, with those `added`."""
     bin_folder = Path(sys.executable).parent
-    folders = [*([str(PRELOADED)] if PRELOADED else []), str(bin_folder), os.environ["PATH"]]
     own = {
         "VIRTUAL_ENV": str(bin_folder.parent),
-        "PATH": os.pathsep.join(folders),
+        "PATH": os.pathsep.join([str(bin_folder), os.environ["PATH"]]),
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
         "OMP_NUM_THREADS": "1",
         # DeepSpeed's compiled operators hold paths of the environment they were built in.
         "TORCH_EXTENSIONS_DIR": str(bin_folder.parent / "torch_extensions"),
     }
     variables = os.environ | own | {key: str(value) for key, value in added.items()}
-    if "PYTHONPATH" in added and "PYTHONPATH" in os.environ:  # which coverage.py's plugin is found by
+    if "PYTHONPATH" in added and "PYTHONPATH" in os.environ:  # coverage.py finds its plugin there
         variables["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
     return variables
 
 
 def free_port() -> int:
-    """A port nobody listens on, for runs side by side."""
+    """A free port."""
     import socket
 
     with socket.socket() as listener:

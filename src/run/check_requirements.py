@@ -1,10 +1,9 @@
 """Check that this interpreter has the packages that a file pins: `python check_requirements.py requirements.txt`.
 
-Installs nothing: prints the command that does. Another version than the pinned one is reported; for packages whose
-private methods this project overrides, it is an error.
+Another version than the pinned one is reported; for packages whose private methods this project overrides, it is an
+error, with the command that installs the right one.
 """
 
-import platform
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -27,32 +26,23 @@ def read_pins(path: Path) -> dict[str, str]:
 
 def compare_versions(pins: dict[str, str]) -> tuple[list[str], list[str]]:
     """(missing or wrong packages, packages of other versions), each as `name==pinned (found: ...)`."""
-    lacking: list[str] = []
-    differing: list[str] = []
+    lacking, differing = [], []
     for name, pinned in pins.items():
         try:
-            found = version(name)
+            found, wrong = version(name).split("+")[0], lacking if name in EXACT else differing
         except PackageNotFoundError:
-            lacking.append(f"{name}=={pinned} (not installed)")
-            continue
-        if found.split("+")[0] != pinned:
-            (lacking if name in EXACT else differing).append(f"{name}=={pinned} (found: {found})")
+            found, wrong = "nothing", lacking
+        if found != pinned:
+            wrong.append(f"{name}=={pinned} (found: {found})")
     return lacking, differing
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
+if __name__ == "__main__":
     if sys.version_info < (3, 11):  # noqa: UP036, the interpreter is the user's
-        sys.exit(f"the active environment has Python {platform.python_version()}; activate one with 3.11 or newer")
-    lacking, differing = compare_versions(read_pins(path))
+        sys.exit("the active environment has an older Python; activate one with 3.11 or newer")
+    lacking, differing = compare_versions(read_pins(Path(sys.argv[1])))
     if differing:
         print("untested versions: " + ", ".join(differing), file=sys.stderr)
     if lacking:
-        sys.exit(
-            f"the active environment lacks {', '.join(lacking)}\nrun:  python -m pip install -r {path}\n"
-            "or leave the environment (deactivate) to have a .venv made here"
-        )
-
-
-if __name__ == "__main__":
-    main()
+        command = f"python -m pip install -r {sys.argv[1]}"
+        sys.exit(f"the active environment lacks {', '.join(lacking)}\nrun:  {command}\nor leave it (deactivate)")

@@ -1,10 +1,11 @@
 """What a run needs to resume: its record in a checkpoint, which checkpoint is whole, and which are kept.
 
 transformers' `Trainer` writes weights, optimizer, schedule and random state. `KeepCheckpoints` then adds `resume.json`,
-the last file: the digests of the others, and the settings of the run. A checkpoint without it holds weights only. One
+the last file: the digests of all others, and the settings of the run. A checkpoint without it holds weights only. One
 whose files differ from their digests is damaged.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
 from dataset.rows import hash_file, read_json, write_whole
@@ -69,14 +70,36 @@ def step_of(checkpoint: Path) -> int:
 
 def record_state(checkpoint: Path, settings: dict) -> None:
     """Write `resume.json` when all other files are on the disk."""
-    paths = [path for pattern in BULK for path in (*checkpoint.glob(pattern), *checkpoint.glob(f"{pattern}/**/*"))]
-    files = sorted({str(path.relative_to(checkpoint)) for path in paths if path.is_file()})
-    for path in [*(file for file in checkpoint.rglob("*") if file.is_file()), checkpoint]:
+    paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+    for path in [*paths, checkpoint]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    record = {"settings": settings, "files": _hash(checkpoint, files)}
-    write_whole(checkpoint / RECORD, json.dumps(record, indent=2) + "\n")
+    files = sorted(str(path.relative_to(checkpoint)) for path in paths if path.name != RECORD)
+    _write_record(checkpoint, settings, _hash(checkpoint, files))
+
+
+def update_state(checkpoint: Path, state: TrainerState) -> None:
+    """Replace a checkpoint's trainer state after an evaluation; its record then allows the state before, too, so that
+    the checkpoint is whole at every moment."""
+    partial = checkpoint / f"{STATE}.tmp"
+    state.save_to_json(str(partial))
+    if (checkpoint / RECORD).is_file():
+        record = read_json(checkpoint / RECORD, "use another checkpoint")
+        before = hash_file(checkpoint / STATE)
+        _write_record(checkpoint, record["settings"], record["files"] | {STATE: f"{before} {hash_file(partial)}"})
+    partial.replace(checkpoint / STATE)
+
+
+def _write_record(checkpoint: Path, settings: dict, files: dict[str, str]) -> None:
+    record = {"settings": settings, "files": files}
+    write_whole(checkpoint / RECORD, json.dumps(record | {"digest": _digest(record)}, indent=2) + "\n")
+
+
+def _digest(record: dict) -> str:
+    """Of settings and files, whatever the order of their names."""
+    content = {name: record[name] for name in ("settings", "files")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(folder: Path, files: Sequence[str]) -> dict[str, str]:
@@ -95,7 +118,7 @@ def read_settings(checkpoint: Path, verify: bool = True) -> dict:
     """The settings that a resumable checkpoint was trained with.
 
     Args:
-        verify: read all files of the training state and compare them with their digests.
+        verify: read all files and compare them with their digests.
 
     Raises:
         IncompleteCheckpoint: a run cannot resume from it; says why.
@@ -109,12 +132,14 @@ def read_settings(checkpoint: Path, verify: bool = True) -> dict:
     try:
         record = read_json(checkpoint / RECORD, "use another checkpoint")
         settings, files = dict(record["settings"]), dict(record["files"])
+        if record["digest"] != _digest(record):
+            raise ValueError(f"{RECORD} was changed")
         int(read_json(checkpoint / STATE, "use another checkpoint")["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompleteCheckpoint(f"{checkpoint}: {RECORD} or {STATE} is missing or damaged ({error})") from error
     damaged = [name for name in files if not (checkpoint / name).is_file()]
     if verify and not damaged:
-        damaged = [name for name, found in _hash(checkpoint, list(files)).items() if found != files[name]]
+        damaged = [name for name, found in _hash(checkpoint, list(files)).items() if found not in files[name]]
     if damaged:
         raise IncompleteCheckpoint(f"{checkpoint}: {damaged[0]} is missing or damaged")
     return settings
@@ -143,14 +168,14 @@ def choose_start(args: TrainingArguments, settings: dict, restarted: bool) -> Pa
 
     Args:
         settings: of this run, to be compared with the checkpoint's.
-        restarted: the launcher has started this run again after a failure: it resumes if there is a checkpoint.
+        restarted: the launcher has started this run again after a failure: it resumes if there is a checkpoint of it.
 
     Raises:
         ValueError: there is none to resume from, its settings differ, or the folder holds checkpoints that would not
             be this run's.
     """
     out, start = Path(args.output_dir), None
-    if args.resume_from_checkpoint and not restarted:
+    if args.resume_from_checkpoint and not (restarted and checkpoints_in(out)):
         start = Path(args.resume_from_checkpoint)
         if not start.is_dir():
             raise ValueError(f"--resume_from_checkpoint {start}: no such folder; --resume takes the newest")
@@ -294,8 +319,7 @@ class KeepCheckpoints(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._locate_best(state)
         if self.stale and args.should_save:
-            state.save_to_json(str(self.stale / f"{STATE}.tmp"))
-            (self.stale / f"{STATE}.tmp").replace(self.stale / STATE)
+            update_state(self.stale, state)
         self.stale = None
 
     on_epoch_end = on_step_begin

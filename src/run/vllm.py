@@ -44,6 +44,7 @@ FIXED = {
     "vllm_tensor_parallel_size": ((1,), "each process samples the completions of its own questions"),
     "vllm_model_impl": (("vllm", "auto"), "weights are pushed under the names of vLLM's own model"),
     "vllm_structured_outputs_regex": ((None,), "the trainer scores tokens as if all of them could have been drawn"),
+    "vllm_enable_sleep_mode": ((False,), "it was never tried"),
     "generation_kwargs": ((None,), "they are those of transformers' `generate`"),
 }
 UNCUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -58,8 +59,7 @@ def check_vllm(args: GRPOConfig, max_prompt_length: int, quantised: bool = False
     """
     for flag, (possible, reason) in FIXED.items():
         if (value := getattr(args, flag)) not in possible:
-            remedy = f"use --{flag} {possible[0]}" if possible[0] else f"omit --{flag}"
-            raise ValueError(f"--{flag} {value} with --use_vllm true: {reason}; {remedy}")
+            raise ValueError(f"--{flag} {value} with --use_vllm true: {reason}; omit it")
     if quantised:
         raise ValueError("--use_vllm true: quantised weights are not supported; drop one of the two flags")
     longest = max_prompt_length + (args.max_completion_length or 0)
@@ -155,32 +155,24 @@ class Engine:
                 revision=(args.model_init_kwargs or {}).get("revision"),
                 dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype,  # as autocast's
                 gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-                enable_sleep_mode=args.vllm_enable_sleep_mode,
                 max_model_len=args.vllm_max_model_length,
                 max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
                 logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
             )
             random.setstate(states[0])
             np.random.set_state(states[1])
-        if args.vllm_enable_sleep_mode:
-            self.llm.sleep(level=2)
         trainer.accelerator.wait_for_everyone()
 
     def sample(self, questions: Batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """G completions of each question; as the trainer's `sample`."""
-        trainer, sleeps = self.trainer, self.trainer.args.vllm_enable_sleep_mode
-        if sleeps:
-            torch.cuda.empty_cache()  # the engine takes memory beside the trainer's
-            self.llm.wake_up()
-        if sleeps or trainer.state.global_step != self.step:  # level 2 of sleep drops the weights
+        trainer = self.trainer
+        if trainer.state.global_step != self.step:
             gather_params = DistributedBackend(trainer.accelerator).gather_params
             push(self.llm, merged_tensors(trainer.model, gather_params))
             self.step = trainer.state.global_step
         generations, sampling = trainer.group_size, self.sampling.clone()
         sampling.n = generations
         outputs = ask(self.llm, unpadded(questions), questions.waves, self.placeholder, sampling)
-        if sleeps:
-            self.llm.sleep(level=2)
         completions = [completion for output in outputs for completion in output.outputs]
         logps = [[next(iter(drawn.values())).logprob for drawn in one.logprobs] for one in completions]
         rows = [torch.tensor([math.nan if value is None else value for value in row]) for row in logps]
@@ -191,8 +183,7 @@ class Engine:
         return questions.to(device), *padded
 
     def close(self) -> None:
-        """Shut the engine down when no process needs the others any more. It ends their process group, which one that
-        has left it before would fail to do."""
+        """Shut the engine down, and with it the process group, when no process needs the others any more."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
