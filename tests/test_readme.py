@@ -4,6 +4,7 @@ import argparse
 import re
 import runpy
 import shlex
+import sys
 
 import pytest
 
@@ -81,6 +82,7 @@ def parse_by_script(script: str, arguments: list[str]) -> None:
 
     usual = argparse.ArgumentParser.parse_args
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(sys, "path", [str(ROOT / "src"), *sys.path])  # scripts replace the first entry
         module = runpy.run_path(str(ROOT / script), run_name="parsed")
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         (module.get("parse_args") or module["main"])()

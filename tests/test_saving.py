@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
-from arguments import AudioModelConfig
+from run.arguments import AudioModelConfig
 from conftest import ROOT
 from dataset.dataset import load_train_dataset
 from merge_lora import merge
