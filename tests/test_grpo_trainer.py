@@ -18,6 +18,7 @@ from dataset.prompt import load_style
 from model.branches import draw
 from model.qwen2_audio import PARTS, freeze_parts, load_processor
 from trainer.grpo_trainer import AudioGRPOTrainer
+from trainer.loss import grpo_loss, token_weights
 from trainer.rollout import Rollout
 from trainer.sft_trainer import AudioSFTTrainer
 from utils.rewards import accuracy_reward, format_reward
@@ -159,6 +160,30 @@ def test_a_step_equals_the_same_step_row_by_row(small_model, questions, tmp_path
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
+def test_groups_without_advantage_have_no_policy_pass(small_model, questions, tmp_path):
+    """Without a KL term; loss and gradients are those of a pass over all groups."""
+
+    def reward(completions, audio_path, **kwargs) -> list[float]:
+        return [float(i % 2 * path.endswith("1.wav")) for i, path in enumerate(audio_path)]
+
+    trainer = make_trainer(small_model, questions, tmp_path, rewards=[reward], beta=0.0)
+    rollout = roll_out(trainer, 2)
+    trainer.current_gradient_accumulation_steps = 1
+    clips = count_clips(trainer.model)
+    loss = trainer.compute_loss(trainer.model, rollout)
+    assert clips == [1]
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    logps, _ = trainer.log_probs(trainer.model, rollout)
+    expected, _ = grpo_loss(logps, rollout, token_weights(rollout, trainer.args), trainer.args)
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-3
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, trainer.model.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_training_changes_the_encoder_but_not_its_positions(small_model, questions, tmp_path):
     trainer = make_trainer(small_model, questions, tmp_path, max_steps=2, gradient_accumulation_steps=2)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -297,7 +322,7 @@ def test_attention_without_arbitrary_masks_is_refused(small_model, questions, tm
     model = Qwen2AudioForConditionalGeneration.from_pretrained(small_model)
     model.config._attn_implementation = "flash_attention_2"
     args = GRPOConfig(str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, beta=0.0)
-    with pytest.raises(ValueError, match="flash_attention_2"):
+    with pytest.raises(ValueError, match="flash_attention_2.*sdpa"):
         AudioGRPOTrainer(model, [format_reward], args, load_train_dataset(questions))
 
 
