@@ -14,12 +14,12 @@ from peft import LoraConfig
 from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
-from run.arguments import AudioModelConfig
 from conftest import ROOT
 from dataset.dataset import load_train_dataset
 from merge_lora import merge
 from model.checkpoints import PROCESSOR_FILES, IncompleteCheckpoint, check_whole, complete_checkpoint
 from model.tiny import build_processor
+from run.arguments import AudioModelConfig
 from running import run, skip_without_compiler
 from test_grpo_trainer import length_reward
 from test_sft import make_trainer
