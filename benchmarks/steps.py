@@ -39,9 +39,10 @@ from trl.models import unwrap_model_for_generation
 
 import row_by_row
 from dataset.audio import SAMPLE_RATE
-from dataset.encode import Batch, count_audio_tokens, count_text_tokens
+from dataset.encode import Batch, count_audio_tokens
 from dataset.prompt import build_solution
 from dataset.rows import write_whole
+from evaluation.lengths import count_text_tokens
 from floor import ROW_BY_ROW, SHARED, SUPERVISED, Shape, now
 from model import branches, generation
 from model.qwen2_audio import base_model, freeze_parts

@@ -1,9 +1,8 @@
-"""The demo's own part: a small Qwen2-Audio from nothing, and its supervised warm start.
+"""The demo's models: a small Qwen2-Audio of random weights, and its supervised warm start.
 
-    python src/demo.py --data data/demo --out exp/demo --seed 1    makes exp/demo/untrained and exp/demo/warm_start
+    python src/demo.py --data data/demo --out exp/demo --seed 1    writes exp/demo/untrained and exp/demo/warm_start
 
-Leaves out the rest of `sh run_grpo.sh demo`: the sounds are `data/make_demo.py`'s, GRPO and the supervised comparison
-run through `train.py` and `train_sft.py`, the table through `test_mmau.py` and `utils/show_acc.py`, as for any model.
+`sh run_grpo.sh demo` runs this after `data/make_demo.py`, and then trains and evaluates as for any model.
 """
 
 import shutil
@@ -24,10 +23,10 @@ SMOOTHED = 5  # steps over which the loss is averaged
 
 
 class StopAtLoss(TrainerCallback):
-    """End training once the mean of the last `SMOOTHED` losses is down to a target; print it now and then.
+    """Ends training when the mean of the last `SMOOTHED` losses reaches a target.
 
-    At a loss, not at a step: with some seeds the model starts to listen ten steps later than with others, and it is to
-    be neither deaf nor finished when GRPO takes over.
+    A number of steps would not do: depending on the seed the loss begins to fall up to ten steps later, and GRPO needs
+    a model that uses the audio but still errs.
     """
 
     def __init__(self, target_loss: float):
@@ -45,16 +44,16 @@ class StopAtLoss(TrainerCallback):
 
 
 def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float) -> int:
-    """Build the model and warm it up, to `max_steps` or `target_loss` (nats per answer token): `out`/untrained and
-    `out`/warm_start, in place of an earlier demo's. Returns the steps.
+    """Write `out`/untrained and `out`/warm_start, the latter trained to `max_steps` or `target_loss` (nats per answer
+    token), and return the steps. What an earlier demo wrote is removed.
 
     Raises:
         FileNotFoundError: there is no demo data.
-        ValueError: `out` holds checkpoints that are not a demo's.
+        ValueError: `out` holds checkpoints of another run.
     """
     dataset = load_train_dataset(data / "warm_start.jsonl")
     if any(out.glob("checkpoint-*")) and not (out / UNTRAINED).is_dir():
-        raise ValueError(f"{out}: holds checkpoints that are not the demo's, so it is left alone; choose another --out")
+        raise ValueError(f"{out}: holds checkpoints of another run; choose another --out")
     for pattern in (UNTRAINED, WARM_START, SFT, "checkpoint-*", "test_*"):
         for folder in out.glob(pattern):
             shutil.rmtree(folder)
@@ -88,9 +87,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="what data/make_demo.py wrote")
     parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="for the models")
     parser.add_argument("--seed", type=at_least(0), default=1, help="decides weights and order")
-    parser.add_argument("--max_steps", type=at_least(1), default=80, help="end the warm start here at the latest")
-    # 0.4 is the right shape and a random word, 0 a finished model
-    parser.add_argument("--target_loss", type=float, default=0.25, help="end it at this loss")
+    parser.add_argument("--max_steps", type=at_least(1), default=80, help="of the warm start, at most")
+    # at 0.4 the shape is right and the word random, at 0 nothing is left to learn
+    parser.add_argument("--target_loss", type=float, default=0.25, help="end the warm start at this loss")
     args = parser.parse_args()
     try:
         prepare(**vars(args))

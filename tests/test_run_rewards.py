@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_run_is_named_with_its_line(tmp_path, code, line):
 def test_an_unusable_reward_is_found_by_a_trial_call(dataset, tokenizer, file, name):
     with pytest.raises(RewardError) as found:
         load_rewards(["accuracy", f"{file}:{name}"], dataset, tokenizer)
-    assert f"reward {name}:" in str(found.value) and "\n" not in str(found.value)
+    assert name in str(found.value) and "\n" not in str(found.value)
 
 
 def test_a_reward_gets_what_it_names_and_is_tried_once(dataset, tokenizer, file, monkeypatch):

@@ -11,6 +11,7 @@ import row_by_row
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
+from dataset.rows import DataError
 from model.qwen2_audio import load_processor
 from run.clips import replace_broken_clips
 from running import run
@@ -75,7 +76,7 @@ def test_the_question_of_a_broken_clip_is_replaced(small_model, tmp_path):
     rows = [QUESTION | {"answer": 0, "audio_path": f"{i}.wav"} for i in range(2)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trainer = make_trainer(small_model, tmp_path / "train.jsonl", tmp_path / "out", questions_per_step=2)
-    with pytest.raises(OSError):
+    with pytest.raises(DataError):
         trainer.train()
     replace_broken_clips(trainer)
     trainer.train()

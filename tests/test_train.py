@@ -168,6 +168,26 @@ def test_two_processes_take_the_steps_of_one_under_every_engine(plain_steps, sma
         assert step["kl"] == pytest.approx(expected["kl"], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_converted_checkpoint_resumes_with_other_processes(small_model, questions, tmp_path):
+    """ZeRO's state, by the commands of docs/TRAINING.md."""
+    skip_without_compiler("ds_zero2")
+    flags = (*SMALL_RUN, "--max_steps", "2", "--save_steps", "1", "--keep_optimizer", "all")
+    start = tmp_path / "out" / "checkpoint-1"
+    places = dict(MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=start.parent, CONFIG="conf/ds_zero2.json")
+    run("sh", "run_grpo.sh", *flags, GPU_NUM=1, **places)
+    resumed = ("sh", "run_grpo.sh", *flags, "--resume_from_checkpoint", start, "--overwrite_output_dir", "true")
+    assert run(*resumed, GPU_NUM=2, check=False, **places).returncode == 2
+    run(
+        "python", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--input_folder",
+        start / "global_step1", "--output_folder", start / "global_step1_universal",
+    )  # fmt: skip
+    settings = json.loads((ROOT / places["CONFIG"]).read_text()) | {"checkpoint": {"load_universal": True}}
+    (tmp_path / "universal.json").write_text(json.dumps(settings))
+    run(*resumed, GPU_NUM=2, **places | {"CONFIG": tmp_path / "universal.json"})
+    assert read_settings(start.with_name("checkpoint-2"))["engine"] != read_settings(start)["engine"]
+
+
 def uncomment_think(script: Path) -> None:
     """The edit that the README describes."""
     edited = script.read_text().replace("\n# PROMPT_STYLE=think\n", "\nPROMPT_STYLE=think\n")
@@ -178,7 +198,16 @@ def uncomment_think(script: Path) -> None:
 @pytest.mark.slow
 def test_editing_the_commented_lines_switches_prompt_reward_and_evaluation(small_model, questions, tmp_path):
     """And a row with a missing clip is dropped, recorded, and the run continues without it."""
-    for name in ("run_grpo.sh", "test_mmau.sh", "setup_env.sh", "launch.sh", "paths.sh", "conf", "src", "requirements.txt"):
+    for name in (
+        "run_grpo.sh",
+        "test_mmau.sh",
+        "setup_env.sh",
+        "launch.sh",
+        "paths.sh",
+        "conf",
+        "src",
+        "requirements.txt",
+    ):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     uncomment_think(tmp_path / "run_grpo.sh")

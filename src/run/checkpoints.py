@@ -187,7 +187,9 @@ def choose_start(args: TrainingArguments, settings: dict, restarted: bool) -> Pa
         for problem in problems:
             print(f"passed over: {problem}", flush=True)
     if start:
-        compare_settings(start, settings, args.force_resume)
+        config = getattr(args, "hf_deepspeed_config", None)
+        converted = bool(config and config.get_value("checkpoint.load_universal", False))
+        compare_settings(start, settings, args.force_resume, converted)
     foreign = [] if args.resume or restarted else foreign_checkpoints(out, start)
     if foreign and not args.overwrite_output_dir:
         raise ValueError(
@@ -197,17 +199,17 @@ def choose_start(args: TrainingArguments, settings: dict, restarted: bool) -> Pa
     return start
 
 
-def compare_settings(checkpoint: Path, now: dict, force: bool) -> None:
+def compare_settings(checkpoint: Path, now: dict, force: bool, converted: bool = False) -> None:
     """Raise a `ValueError` that names what differs from a checkpoint's settings. With `force` only the engine counts,
-    whose state no other one can read."""
+    whose state no other one can read unless it is `converted` to DeepSpeed's universal form."""
     before = read_settings(checkpoint, verify=False)
-    if before.get("engine") != now.get("engine"):
+    if before.get("engine") != now.get("engine") and not converted:
         raise ValueError(
             f"{checkpoint}: its optimizer state is that of engine {before.get('engine')}, now {now.get('engine')}. Use "
             "that engine and number of processes (CONFIG, GPU_NUM, NODE_NUM), convert it (docs/TRAINING.md), or start "
             f"a new run from its weights with --model_name_or_path {checkpoint}"
         )
-    differing = [name for name in before | now if before.get(name) != now.get(name)]
+    differing = [name for name in before | now if name != "engine" and before.get(name) != now.get(name)]
     if differing and not force:
         listed = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in differing)
         raise ValueError(
