@@ -266,8 +266,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         examine = examine_training_file if is_training_file(check_is_there(args.file)) else examine_evaluation_file
         rules = Rules(
-            args.prompt_style, load_processor(args.model_path), args.max_prompt_length, args.audio_channels, progress=True,
+            args.prompt_style, load_processor(args.model_path), args.max_prompt_length, args.audio_channels,
             deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, dropped_file=args.dropped_file,
+            progress=True,
         )  # fmt: skip
         examination = examine(args.file, rules)
     except (ValueError, OSError) as error:
