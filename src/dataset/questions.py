@@ -101,7 +101,7 @@ def _name(records: list[dict]) -> str:
 
 
 def to_question(record: dict, number: int, audio_dir: Path, ids: dict[str, int]) -> Question:
-    """A parsed row -> `Question`, or a `DataError`. `ids` maps ids of earlier rows to numbers, and gets this one."""
+    """A parsed row -> `Question`; raises a `DataError`. `ids` maps earlier ids to row numbers, and gets this row's."""
     if "question_text" in record:  # a training row
         question, choices, answer, audio_path = read_fields(record, audio_dir)
         task, kind = str(record.get("question_relation", "all")), str(record.get("question_type", ""))

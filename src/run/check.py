@@ -117,7 +117,8 @@ class Examination:
     def check_share(self, max_dropped: float) -> None:
         """Raise a `ValueError` with the table if a larger share of the rows was dropped, or no row is usable."""
         if not self.usable or len(self.dropped) > max_dropped * self.rows:
-            raise ValueError(f"too many unusable rows for --max_dropped {max_dropped:g}; correct them\n{self.table()}")
+            found = f"{len(self.dropped)} of {self.rows} rows are unusable"
+            raise ValueError(f"{found}; correct them, or raise --max_dropped {max_dropped:g}\n{self.table()}")
 
 
 def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
@@ -245,11 +246,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def load_processor(name: str | None) -> Any:
     """The processor that counts tokens; None for `none`, or for the default if it is not in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if not name and not try_to_load_from_cache(MODEL, "preprocessor_config.json"):
-        print(f"prompt lengths are not checked: {MODEL} is not in the cache; set --model_path", file=sys.stderr)
-        name = "none"
     if name == "none":
         return None
     from transformers import AutoProcessor  # takes seconds
@@ -259,7 +255,10 @@ def load_processor(name: str | None) -> Any:
         window_samples(processor)  # fails for a model without audio
         return processor
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"--model_path {name or MODEL}: no processor loads; name another ({error})") from error
+        if name:
+            raise ValueError(f"--model_path {name}: its processor cannot be loaded; name another ({error})") from error
+        print(f"prompt lengths are not checked: {MODEL} is not in the cache; set --model_path", file=sys.stderr)
+        return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,8 +267,8 @@ def main(argv: list[str] | None = None) -> int:
         examine = examine_training_file if is_training_file(check_is_there(args.file)) else examine_evaluation_file
         rules = Rules(
             args.prompt_style, load_processor(args.model_path), args.max_prompt_length, args.audio_channels,
-            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, progress=True,
-            dropped_file=args.dropped_file,
+            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, dropped_file=args.dropped_file,
+            progress=True,
         )  # fmt: skip
         examination = examine(args.file, rules)
     except (ValueError, OSError) as error:
