@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from trainer.curves import plot_curves, read_history
+from run.curves import plot_curves, read_history
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""trainer/curves.py and plot_training.py: a run's curves, from whatever of it is on disk."""
+"""run/curves.py and plot_training.py: a run's curves, from whatever of it is on disk."""
 
 import json
 import shutil
@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import plot_training
+from run import curves
+from run.curves import PlotCurves, _accuracies, plot_curves, read_history
 from test_show_acc import write_result
-from trainer import curves
-from trainer.curves import PlotCurves, _accuracies, plot_curves, read_history
 
 
 def write_state(folder: Path, step: int, **logged) -> Path:
