@@ -38,7 +38,7 @@ from dataset.encode import build_chat
 from dataset.prompt import build_question
 from dataset.questions import Benchmark, load_questions
 from evaluation.answers import EncodedQuestions, answer_batches, default_workers, load_clips
-from evaluation.results import Run
+from evaluation.results import Settings
 from model.checkpoints import load_model
 from model.qwen2_audio import end_ids
 from model.tiny import build_demo_model, build_processor
@@ -97,7 +97,7 @@ def run_ours(
     model, processor, benchmark: Benchmark, style: str, max_new_tokens: int, batch_size: int, workers: int
 ) -> dict:
     """What `test_mmau.py` does between loading the model and writing the results, the check of all clips included."""
-    run = Run(style=style, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    run = Settings(style=style, max_new_tokens=max_new_tokens, batch_size=batch_size)
     clips = load_clips(benchmark.questions, run.channels)
     questions = EncodedQuestions(benchmark.questions, clips, processor, run)
     completions = {}
