@@ -1,6 +1,6 @@
 """Draw the curves of training runs over one another: python src/plot_training.py exp/a exp/b --out curves.png
 
-A run may have been killed or be unfinished: its figures are read from the newest checkpoint.
+The figures come from the newest checkpoint, so a run may be unfinished.
 """
 
 import sys

@@ -35,8 +35,8 @@ def label_of(model: str) -> str:
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: `model` itself, or the download of a hub name, by default in the newest revision. Raises an
-    `IncompleteCheckpoint` if it is neither."""
+    """The folder of a model: `model` itself, or the download of a hub name, by default of the newest revision. Raises
+    an `IncompleteCheckpoint` if it is neither."""
     if Path(model).is_dir():
         return Path(model)
     if model.startswith(("/", ".")) or model.count("/") != 1:

@@ -164,8 +164,8 @@ def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
 
 
 def plot(results: list[Result], path: str | Path) -> None:
-    """Draw accuracy by step, one panel per table: tasks, and the total with its 95% band. Models without a step are level
-    lines, and so are the paper's values for the paper's questions. Raises a `ValueError` without results."""
+    """Draw accuracy by step, one panel per table: tasks, and the total with its 95% band. Models without a step
+    are level lines, as are the paper's values for the paper's questions. Raises a `ValueError` without results."""
     if not results:
         raise ValueError("there are no results to plot")
     import matplotlib
