@@ -3,9 +3,9 @@
     python src/ask.py --model_path exp/model/checkpoint-500 --audio clip.wav \
         --question "What makes the sound?" --choices dog cat bell car
 
-Prints the answer (marked if MMAU's score would count it for none of the choices), the completion as the model wrote it,
-and the probability of each choice: that the reply is exactly this choice, in the shape that the prompt requires,
-divided by the sum over the choices. In style `think` it follows the model's own thinking. `--json` prints all as JSON.
+Prints the answer (marked if MMAU's score counts it for none of the choices), the completion, and the probability of
+each choice: that the reply is exactly this choice in the shape that the prompt requires, divided by the sum over the
+choices. In style `think` the choices follow the model's own thinking. `--json` prints all of this as JSON.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import signal
 import sys
 from argparse import ArgumentParser, Namespace
 
-if __name__ == "__main__":  # Ctrl-C exits at once, during the imports too: there is nothing to clean up
+if __name__ == "__main__":  # Ctrl-C exits at once, even during the imports
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"ask: interrupted\n"), os._exit(130)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads do not spin
 
@@ -51,15 +51,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def cut_clip(clip, start: float, window: int):
-    """At most `window` samples of a clip (samples,) from second `start` on; a `DataError` if there are none."""
+    """At most `window` samples of a clip (samples,) from second `start` on. Raises a `DataError` if there are none."""
     seconds = len(clip) / SAMPLE_RATE
     if not 0 <= start < seconds:
-        raise DataError(f"--start {start:g} is outside of the clip, which lasts {seconds:.2f} s")
+        raise DataError(f"--start {start:g} is outside the clip, which lasts {seconds:.2f} s")
     return clip[round(start * SAMPLE_RATE) :][:window]
 
 
 def ask(model, processor, clip, question: str, choices: list[str], style: str, max_new_tokens: int = MAX_NEW_TOKENS):
-    """The completion about one clip, float32 of shape (samples,) at 16 kHz, and each choice's probability (sum 1)."""
+    """The completion for one clip, float32 (samples,) at 16 kHz, and the probabilities of the choices (sum 1)."""
     check_audio_token(model, processor)
     batch = encode(processor, [build_question(question, choices, style)], [clip]).to(model.device)
     ids = generate(model, batch, end_ids(processor), max_new_tokens, Greedy(model, batch))[0]
@@ -72,10 +72,10 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
 
 def run(args: Namespace) -> dict:
     """The fields of `--json`: `prompt` is the user's text, `seconds` the length of the encoded clip. Raises a
-    `ValueError` or `OSError` for a question, clip or model that cannot be used."""
+    `ValueError` or `OSError` if the question, clip or model cannot be used."""
     question, *choices = get_field({"command line": [args.question, *args.choices]}, "command line", list)
     if check_choices(question, choices, "--choices") or not all(map(str.strip, choices)):
-        raise DataError(f"--choices {choices} holds an empty choice, or one twice; give different words")
+        raise DataError(f"--choices {choices} holds an empty or repeated choice; pass different words")
     folder = locate(args.model_path)
     check_whole(folder)
     processor = load_processor(folder)
@@ -90,26 +90,28 @@ def run(args: Namespace) -> dict:
     model = load_model(folder, dtype, torch.device(device))
     completion, probabilities = ask(model, processor, clip, question, choices, style, args.max_new_tokens)
     answer = extract_answer(completion)
-    named = any(string_match(choice, answer, choices) for choice in choices)
-    asked = {"model": args.model_path, "style": style, "prompt": prompt, "audio": args.audio}
-    said = {"seconds": len(clip) / SAMPLE_RATE, "answer": answer, "completion": completion, "names_a_choice": named}
-    return asked | said | {"probabilities": dict(zip(choices, probabilities, strict=True))}
+    return {
+        "model": args.model_path, "style": style, "prompt": prompt, "audio": args.audio,
+        "seconds": len(clip) / SAMPLE_RATE, "answer": answer, "completion": completion,
+        "names_a_choice": any(string_match(choice, answer, choices) for choice in choices),
+        "probabilities": dict(zip(choices, probabilities, strict=True)),
+    }  # fmt: skip
 
 
 def describe(error: Exception) -> str:
-    """An error in one line, without its advice about the row of a file: there is none here."""
+    """An error in one line, without advice about the row of a file."""
     message = " ".join(str(error).splitlines())
     found, _, remedy = message.rpartition("; ")
     if not isinstance(error, DataError) or "row" not in remedy.split():
         return message
-    return found + ("; --start SECOND picks a part" if error.reason == "clip too long" else "")
+    return found + ("; --start SECOND selects a part" if error.reason == "clip too long" else "")
 
 
 def main() -> int:
     args = parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack characters
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output has the result only
+        with contextlib.redirect_stdout(sys.stderr):  # standard output holds the result only
             result = run(args)
     except (ValueError, OSError) as error:
         print(f"ask: {describe(error)}", file=sys.stderr)

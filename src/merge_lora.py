@@ -1,6 +1,6 @@
 """Adapter checkpoint -> full model: python src/merge_lora.py --adapter exp/model/checkpoint-500 --out exp/merged
 
-The result loads without PEFT, and has the base model's tensor names.
+The full model loads without PEFT and has the base model's tensor names.
 """
 
 import sys
@@ -11,8 +11,7 @@ from evaluation.checkpoints import write_merged
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
-    """Write the merged model, its processor and prompt style to `out`; a `ValueError` if `out` exists, or the errors of
-    `write_merged`."""
+    """As `write_merged`; raises a `ValueError` if `out` exists."""
     if Path(out).exists():
         raise ValueError(f"{out}: exists already; choose another --out")
     write_merged(adapter, Path(out), base, dtype)

@@ -1,13 +1,13 @@
 """Draw the curves of training runs over one another: python src/plot_training.py exp/a exp/b --out curves.png
 
-A run may have been killed or be unfinished: its figures are read from the newest checkpoint.
+The figures come from the newest checkpoint, so a run may be unfinished.
 """
 
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from trainer.curves import plot_curves, read_history
+from run.curves import plot_curves, read_history
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
-"""The report of a run, as one HTML file that opens without network: python src/report.py exp/model
+"""Write the report of a run as one HTML file that opens without network: python src/report.py exp/model
 
-It is built from what the run has written so far: training may have been killed, no checkpoint evaluated yet. See
-`utils/report.py` for its contents.
+It uses what the run has written so far, also if it was killed or no checkpoint is evaluated. See `utils/report.py`.
 """
 
 import sys
@@ -19,11 +18,9 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="folder that holds checkpoint-* or test_*")
     parser.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
-    parser.add_argument(
-        "--audio_dir", type=Path, default=Path("data/MMAU"), help="folder that the clips' paths are relative to"
-    )
-    parser.add_argument("--clips", type=at_least(0), default=50, help="questions whose clip is in the file (about "
-        "60 kB for 10 s), those on which checkpoints differ first; the others are linked")  # fmt: skip
+    parser.add_argument("--audio_dir", type=Path, default=Path("data/MMAU"), help="folder of the clips' paths")
+    parser.add_argument("--clips", type=at_least(0), default=50, help="number of questions with an embedded clip (60 kB "
+        "for 10 s), first those on which checkpoints differ; the other clips are linked")  # fmt: skip
     args = parser.parse_args()
     out = args.out or args.run / "report.html"
     try:

@@ -25,7 +25,7 @@ from dataset.questions import load_questions
 from evaluation.answers import complete_with
 from evaluation.clips import AUDIO
 from evaluation.processes import leave, processes, say
-from evaluation.results import MAX_NEW_TOKENS, Run
+from evaluation.results import MAX_NEW_TOKENS, Settings
 from evaluation.sweep import DTYPES, Sweep, make_jobs, run_sweep
 from utils.flags import at_least
 
@@ -75,7 +75,7 @@ def run(args: Namespace) -> int:
     benchmarks = {file: load_questions(file, args.audio_dir) for file in args.data_file}
     if len({benchmark.name for benchmark in benchmarks.values()}) < len(args.data_file):
         raise ValueError(f"--data_file {' '.join(args.data_file)}: results would have one name; pass one at a time")
-    settings = Run(dtype=args.dtype, style=args.prompt_style, audio=args.hear, channels=args.audio_channels,
+    settings = Settings(dtype=args.dtype, style=args.prompt_style, audio=args.hear, channels=args.audio_channels,
                    max_new_tokens=args.max_new_tokens, sample_seed=args.seed if args.sample else None,
                    allow_missing=args.allow_missing, batch_size=args.batch_size, engine=args.engine)  # fmt: skip
     evaluated, total = 0, len(jobs) * len(benchmarks)

@@ -20,7 +20,7 @@ from model.qwen2_audio import check_audio_token, end_ids
 from .clips import count_threads, swap_clips
 from .decoding import Greedy, Sampler, single_thread
 from .lengths import count_text_tokens
-from .results import Completion, Run
+from .results import Completion, Settings
 
 # (indices of N questions, their batch) -> N lists of token ids
 Complete = Callable[[list[int], Batch], list[list[int]]]
@@ -33,7 +33,9 @@ class EncodedQuestions:
         samples: path of every clip -> its length in samples at 16 kHz, or why it does not decode (`measure_clips`).
     """
 
-    def __init__(self, questions: list[Question], samples: dict[str, int | str], processor: ProcessorMixin, run: Run):
+    def __init__(
+        self, questions: list[Question], samples: dict[str, int | str], processor: ProcessorMixin, run: Settings
+    ):
         self.questions, self.samples, self.processor, self.run = questions, samples, processor, run
         self.window = processor.feature_extractor.n_samples
         self.swapped = swap_clips([question.audio_path for question in questions]) if run.audio == "shuffled" else {}

@@ -1,4 +1,4 @@
-"""Checkpoints: where they are, whether they are complete, their fingerprints, loading. Saving: model/checkpoints.py."""
+"""Find, check, fingerprint, load and merge checkpoints. `model/checkpoints.py` saves them."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ FINGERPRINTS = ".fingerprint.json"  # hashes of a checkpoint's files, in its fol
 
 
 class IncompleteCheckpoint(ValueError):
-    """A checkpoint that does not exist, is incomplete or damaged."""
+    """A checkpoint that does not exist, is incomplete or is damaged."""
 
 
 def label_of(model: str) -> str:
@@ -35,8 +35,8 @@ def label_of(model: str) -> str:
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: `model` itself, or the download of a hub name in a revision (by default the newest).
-    Raises an `IncompleteCheckpoint` if it is neither."""
+    """The folder of a model: `model` itself, or the download of a hub name, by default of the newest revision. Raises
+    an `IncompleteCheckpoint` if it is neither."""
     if Path(model).is_dir():
         return Path(model)
     if model.startswith(("/", ".")) or model.count("/") != 1:
@@ -89,8 +89,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def find_base(adapter: str | Path) -> Path:
-    """The folder of an adapter's base model: the recorded path, a folder of its name beside the adapter, or the hub's.
-    Raises an `IncompleteCheckpoint` if none is recorded, or it is in none of these places."""
+    """The folder of an adapter's base model: the recorded path, a folder of its name beside the adapter, or a download.
+    Raises an `IncompleteCheckpoint` if none is recorded or found."""
     adapter = Path(adapter)
     try:
         name = _read_key(adapter, "adapter_config.json", "base_model_name_or_path")
@@ -99,9 +99,7 @@ def find_base(adapter: str | Path) -> Path:
                 return folder
         return locate(name, read_json(adapter / "adapter_config.json", "save it again").get("revision"))
     except IncompleteCheckpoint as error:
-        remedy = (
-            f"src/merge_lora.py --adapter {shlex.quote(str(adapter))} --base FOLDER --out FOLDER merges it with a copy"
-        )
+        remedy = f"run src/merge_lora.py --adapter {shlex.quote(str(adapter))} --base FOLDER --out FOLDER"
         raise IncompleteCheckpoint(f"{adapter}: its base model cannot be found ({error}); {remedy}") from error
 
 
@@ -119,15 +117,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def _hash_files(paths: list[Path], record: Path) -> list[str]:
-    """SHA-256 of files. The file `record` keeps the hashes by name, size, mtime and ctime, unless it is in the hub's
-    cache or cannot be written. (Copying tools may keep the mtime of a changed file; programs cannot set the ctime.)"""
-    try:
+    """SHA-256 of files. The file `record` caches them by name, size, mtime and ctime, unless it cannot be written or is
+    in the hub's cache. (Copying tools may keep the mtime of a changed file; programs cannot set the ctime.)"""
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError, TypeError):
         known = dict(read_json(record, "delete it"))
-    except (OSError, ValueError, TypeError):
-        known = {}
 
     def look_up(path: Path) -> tuple[str, str]:
-        state = path.stat()  # before reading: a change meanwhile is noticed the next time
+        state = path.stat()  # before reading, so that a change in between is noticed the next time
         key = f"{path.name} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
         return key, known.get(key) or hash_file(path)
 
@@ -142,7 +139,7 @@ def _hash_files(paths: list[Path], record: Path) -> list[str]:
 def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Qwen2AudioForConditionalGeneration:
     """A checkpoint in evaluation mode; an adapter is merged into its base model. Raises an `IncompleteCheckpoint` if it
     lacks tensors, has NaN or infinite ones, or cannot be loaded."""
-    if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that are the same in any batch
+    if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that do not depend on the batch
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     is_adapter = (Path(folder) / "adapter_config.json").is_file()
     try:
@@ -164,8 +161,8 @@ def _load(folder: str | Path, dtype: str | torch.dtype) -> PreTrainedModel:
 
 
 def check_complete(info: dict, folder: str | Path) -> None:
-    """Raise an `IncompleteCheckpoint` if the files lacked tensors, which transformers fills with random numbers; `info`
-    comes from `from_pretrained(..., output_loading_info=True)`."""
+    """Raise an `IncompleteCheckpoint` if tensors were missing, which transformers initialises at random. `info` is that
+    of `from_pretrained(..., output_loading_info=True)`."""
     if missing := sorted(info["missing_keys"]):
         raise IncompleteCheckpoint(f"{folder}: lacks {len(missing)} tensors, e.g. {missing[0]}; save it again")
 
@@ -178,7 +175,7 @@ def check_finite(model: torch.nn.Module, folder: str | Path) -> None:
 
 def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """The base model, by default the recorded one in its own dtype, with an adapter checkpoint merged into its weights.
-    Raises an `IncompleteCheckpoint`, `ValueError` or `OSError` if one of both cannot be loaded, or lacks tensors."""
+    Raises a `ValueError` or `OSError` if one of the two cannot be loaded or lacks tensors."""
     folder = find_base(adapter) if base is None else locate(str(base))
     for part in (folder, Path(adapter)):
         weight_files(part)  # refuses pickles, which PEFT would load
@@ -186,7 +183,7 @@ def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch
 
 
 def write_merged(adapter: str | Path, out: Path, base: str | None = None, dtype: str = "auto") -> None:
-    """Write an adapter's full model, its processor and prompt style to a folder; arguments, errors as `load_merged`."""
+    """Write an adapter's full model, processor and prompt style to a folder; arguments and errors as `load_merged`."""
     model = load_merged(adapter, base, dtype)
     keep_base_names(model)
     model.save_pretrained(out)
@@ -196,23 +193,20 @@ def write_merged(adapter: str | Path, out: Path, base: str | None = None, dtype:
 
 
 def full_model(adapter: Path, folder: Path) -> Path:
-    """`folder` with an adapter checkpoint's full model, from which training starts; written unless it is there.
-    Machines with a shared disk may call it at once: each writes a copy, the first one renames its copy to `folder`."""
+    """Write an adapter checkpoint's full model to `folder`, from which training starts, unless it is there; returns it.
+    Machines with a shared disk may do so at once: each writes a copy, and the first one renames its copy."""
     record, weights = folder / "merged_from.json", json.dumps({"weights": fingerprint(adapter)})
-
-    def is_there() -> bool:
-        return record.is_file() and record.read_text(encoding="utf-8") == weights
-
-    if not is_there():
-        shutil.rmtree(folder, ignore_errors=True)  # of another adapter
-        partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            write_merged(adapter, partial)
-            (partial / record.name).write_text(weights, encoding="utf-8")
-            partial.rename(folder)
-        except OSError:
-            if not is_there():  # else another machine has been faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    if record.is_file() and record.read_text(encoding="utf-8") == weights:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # of another adapter
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write_merged(adapter, partial)
+        (partial / record.name).write_text(weights, encoding="utf-8")
+        partial.rename(folder)
+    except OSError:
+        if not record.is_file():  # else another machine was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -1,9 +1,9 @@
-"""How evaluation picks tokens: the exact greedy choice, the original's sampling; and the log-probability of a reply.
+"""How evaluation picks tokens: exact greedy choice, or the original's sampling; and the log-probability of a reply.
 
 Padding and batch size change the order of sums, hence the last bits of the logits, and may swap two tokens that are
-nearly tied. Where the two best tokens are closer than `NEAR_TIE`, far above the rounding, `Greedy` decides by logits of
-that row alone, computed without padding, cache or threads. In float32 an answer is then the same in any batch. In
-bfloat16 rounding is too coarse for that: the same batches give the same answers, other batches may not.
+nearly tied. Where the two best tokens are closer than `NEAR_TIE`, far above the rounding, `Greedy` decides by logits
+computed for that row alone, without padding, cache or threads: in float32 an answer does not depend on the batch. In
+bfloat16 rounding is too coarse for that: equal batches give equal answers, other batches may not.
 
 Shapes: N questions, R rows still being decoded, P prompt tokens, C completion tokens, H hidden size, V vocabulary.
 """
@@ -24,13 +24,13 @@ from model.qwen2_audio import audio_token_id
 
 logger = logging.get_logger(__name__)
 
-# Tokens are nearly tied if their logits differ by less than this share of the row's largest logit. Batch and lone
-# computation were seen to differ by 1e-6 of it; by 1e-5 with weights that amplify (24 layers of 512, deviation 0.1).
+# Tokens are nearly tied if their logits differ by less than this share of the row's largest logit. Batching changed
+# logits by 1e-6 of it at most, with amplifying weights (24 layers of 512, standard deviation 0.1) by 1e-5.
 NEAR_TIE = 3e-4
 
 
 class Greedy:
-    """Chooses the best token of each row; in float32, the one that the row would get alone (see above)."""
+    """Chooses the best token of each row; in float32, the one that the row gets alone (see above)."""
 
     def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch):
         self.model, self.batch = model, batch
@@ -46,9 +46,9 @@ class Greedy:
         scale = torch.maximum(best[:, 0].abs(), lowest.abs())
         places = (best[:, 0] - best[:, 1] < NEAR_TIE * scale).nonzero()[:, 0].tolist()
         tied = [rows[place] for place in places], [completions[place] for place in places]
+        self.near_ties += len(places)
         for place, lone in zip(places, self.pool.map(self.lone_logits, *tied), strict=True):
             tokens[place, 0] = lone.argmax()
-            self.near_ties += 1
             if float((lone - logits[place]).abs().max()) > NEAR_TIE / 2 * float(scale[place]):
                 logger.warning_once(f"Answers may depend on the batch size. Raise NEAR_TIE in {__file__}.")
         return tokens[:, 0]
@@ -67,17 +67,14 @@ class Greedy:
 
 
 class Sampler:
-    """Draws tokens as the original did, by the defaults of Qwen2-Audio-7B-Instruct that it inherited: repetition
-    penalty 1.1 (over prompt and completion), temperature 0.7, top_k 20, top_p 0.5.
-
-    Each question has its own stream of random numbers, seeded by `seed` and its name (N `names`), so that a draw does
-    not depend on the batch.
-    """
+    """Draws tokens as the original did, with the defaults of Qwen2-Audio-7B-Instruct: repetition penalty 1.1 on prompt
+    and completion, temperature 0.7, top_k 20, top_p 0.5. Each question has its own random numbers, seeded by `seed` and
+    its name (N `names`), so that a draw does not depend on the batch."""
 
     def __init__(self, model: Qwen2AudioForConditionalGeneration, batch: Batch, names: list[str], seed: int):
         self.audio_token_id = audio_token_id(model)
-        kept = zip(batch.input_ids.cpu(), batch.attention_mask.cpu().bool(), strict=True)
-        self.prompts = [ids[mask].tolist() for ids, mask in kept]
+        masks = batch.attention_mask.cpu().bool()
+        self.prompts = [ids[mask].tolist() for ids, mask in zip(batch.input_ids.cpu(), masks, strict=True)]
         digests = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names]
         self.streams = [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
         warpers = process.TemperatureLogitsWarper(0.7), process.TopKLogitsWarper(20), process.TopPLogitsWarper(0.5)

@@ -1,4 +1,4 @@
-"""The processes of one run: their number and ranks, results and errors that all of them share, and a common exit."""
+"""The processes of one run: ranks, shared results and errors, and a common exit."""
 
 import sys
 import time
@@ -14,18 +14,14 @@ SETTLED = 0.5  # s
 
 
 def processes() -> PartialState:
-    """The process group of this run. It exchanges small Python objects only, hence a CPU group on any device. The
+    """The process group of this run. It exchanges only small Python objects, hence a CPU group on any device. The
     timeout covers the wait for another process's last batch."""
     return PartialState(cpu=True, timeout=timedelta(days=7))
 
 
 def run_on_all(compute: Callable[[], T], main: bool = False) -> T:
     """Run `compute` in every process and return its result there; with `main=True`, run it in the first process only
-    and broadcast the result.
-
-    Raises:
-        ValueError, OSError: raised by `compute` in any process. All processes raise it, so none waits for another.
-    """
+    and broadcast the result. A `ValueError` or `OSError` in any process is raised in all, so that none waits for it."""
     result: Any = None
     error: ValueError | OSError | None = None
     if not main or processes().is_main_process:
@@ -46,16 +42,13 @@ def say(text: str) -> None:
 
 
 def leave(close: Callable[[], None] | None = None) -> None:
-    """Destroy the process group, in all processes at the same time: a process that exits before may make others abort.
-
-    Args:
-        close: shuts down what uses the group, before it is destroyed.
-    """
+    """Call `close` and destroy the process group, in all processes at the same time: a process that exits earlier may
+    make others abort."""
     state = PartialState()
     if state.num_processes > 1:
         state.wait_for_everyone()
-        # Gloo's threads may still hold the last collective's tensors, which they release under Python's lock. To
-        # destroy the group holds that lock while it joins the threads: a deadlock, seen in torch 2.13.
+        # Destroying the group holds Python's lock and joins Gloo's threads, which need that lock to release the last
+        # collective's tensors: a deadlock in torch 2.13 unless they have done so.
         time.sleep(SETTLED)
     if close:
         close()

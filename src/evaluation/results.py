@@ -1,21 +1,21 @@
-"""What an evaluation run is, and its files. For the questions of MMAU's test-mini and a model labelled 300:
+"""What decides the results of an evaluation, and its files. For MMAU's test-mini and a model labelled 300:
 
     test_300/res_mmau_mini.json     the questions with `model_prediction` (and `model_output`, the same)
-    test_300/eval_mmau_mini.txt     the official scores; none where the answers are blank
-    test_300/run_mmau_mini.json     what was evaluated, how, and what the two other files hash to: `Run`
-    test_300/res_mmau_mini.json.partial-*   answers as they come, one file a process; a killed run goes on from there
+    test_300/eval_mmau_mini.txt     the official scores; not written if the answers are blank
+    test_300/run_mmau_mini.json     `Identity` and `Settings` of the run, and the digests of the two other files
+    test_300/res_mmau_mini.json.partial-*   answers so far, one file per process; a killed run continues from them
 
-Settings other than the defaults are part of the names: `res_mmau_mini_sample-7_tokens-64.json`. Leaves out how the
-answers are found (`answers.py`) and scored (`mmau.py`).
+Settings other than the defaults are part of the names: `res_mmau_mini_sample-7_tokens-64.json`. See also `answers.py`
+(the answers) and `mmau.py` (the scores).
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,48 +29,37 @@ MAX_NEW_TOKENS = 256  # as in the original
 
 
 class Completion(NamedTuple):
-    """What a model wrote."""
-
     text: str
     cut_off: bool  # by the token limit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What decides the files of a run: two runs with equal descriptions end in the same ones.
+class Settings:
+    """How the user wants the questions to be answered."""
 
-    The first seven fields are filled in by a sweep, for each model.
-    """
-
-    label: str = ""  # of the model, in the table
-    weights: str = ""  # fingerprint of the checkpoint
-    benchmark: str = ""
-    release: str = ""
-    questions: str = ""  # digest of what is asked: results compare where it is equal
-    records: str = ""  # digest of the rows with all they hold, in their order
-    clips: str = ""  # digest of the clips' bytes; a missing one counts as such
     dtype: str = "float32"  # of the weights
-    style: str | None = None  # of the prompts; a sweep takes None for each checkpoint's own
+    style: str | None = None  # of the prompts; None in a sweep: each checkpoint's own
     audio: str = "real"  # or `silent`: zeros of the clip's length; or `shuffled`: another question's clip
     channels: str = "first"  # see `load_audio`
     max_new_tokens: int = MAX_NEW_TOKENS
     sample_seed: int | None = None  # greedy if None
-    allow_missing: bool = False  # whether questions that cannot be asked count as wrong
+    allow_missing: bool = False  # count questions that cannot be asked as wrong
     batch_size: int = 1  # questions at once
     engine: str = "built-in"  # or `vllm`, whose rounding depends on what it answers side by side
 
     def describe(self) -> dict:
-        """As it stands in the run file, the engine in `decoding`. The batch size changes nothing that is exact."""
-        left_out = {"engine"} | ({"batch_size"} if (self.engine, self.dtype) == ("built-in", "float32") else set())
-        described = {key: value for key, value in vars(self).items() if key not in left_out}
+        """The settings as recorded in the run file. `batch_size` is omitted where it cannot change an answer."""
+        built_in = self.engine == "built-in"
+        omitted = {"engine", "batch_size"} if built_in and self.dtype == "float32" else {"engine"}
+        described = {key: value for key, value in vars(self).items() if key not in omitted}
         prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], self.style or DEFAULT_STYLE)
         described |= {"prompt": prompt, "prompt_digest": digest(prompt.encode())[:8]}
-        by = "" if self.engine == "built-in" else f" by {self.engine} (not byte-exact)"
-        decoding = ("greedy" if self.sample_seed is None else "sampled") + by
+        decoding = "greedy" if self.sample_seed is None else "sampled"
+        decoding += "" if built_in else f" by {self.engine} (not byte-exact)"
         return described | {"decoding": decoding, "match": MATCH_RULE}
 
-    def name(self, usual_style: str, usual_dtype: str) -> str:
-        """Of the files: the benchmark, and whatever is not as usual."""
+    def name(self, benchmark: str, usual_style: str, usual_dtype: str) -> str:
+        """The stem of the files' names: the benchmark and all settings that are not the usual ones."""
         other = {
             self.audio: self.audio != "real",
             f"sample-{self.sample_seed}": self.sample_seed is not None,
@@ -81,54 +70,46 @@ class Run:
             "allow_missing": self.allow_missing,
             self.engine: self.engine != "built-in",
         }
-        return "_".join([self.benchmark, *(part for part, differs in other.items() if differs)])
+        return "_".join([benchmark, *(part for part, differs in other.items() if differs)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What is evaluated: the weights, the rows, and the clips."""
+
+    label: str  # of the model, in the table
+    weights: str  # fingerprint of the checkpoint
+    benchmark: str
+    release: str
+    questions: str  # digest of the questions in any order
+    records: str  # digest of the rows with all their keys, in their order
+    clips: str  # digest of the clips' bytes, in the order of the rows; a missing one counts as such
 
 
 def digest(data: bytes) -> str:
-    """16 hex digits that tell data apart."""
+    """The first 16 hex digits of SHA-256."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
 class ResultFiles:
-    """The files of one run, all beside `res_*.json`."""
+    """The files of one run. `results` is the path of `res_*`: .json, or .jsonl if the questions are in JSONL, as the
+    benchmark's own script expects."""
 
-    results: Path  # .json, or .jsonl where the questions came so: what the benchmark's own script reads
+    def __init__(self, results: Path, identity: Identity, settings: Settings):
+        self.results, self.identity, self.settings = results, identity, settings
+        name = results.stem.removeprefix("res_")
+        self.run, self.scores = results.with_name(f"run_{name}.json"), results.with_name(f"eval_{name}.txt")
+        self.described = vars(identity) | settings.describe()
 
-    @property
-    def run(self) -> Path:
-        return self._beside("run", ".json")
-
-    @property
-    def scores(self) -> Path:
-        return self._beside("eval", ".txt")
-
-    @property
-    def lock(self) -> Path:
-        return self.results.with_name(f"{self.results.name}.lock")
-
-    def partial(self, process: int | str) -> Path:
-        """Where a process leaves its answers until all are there."""
+    def _partial(self, process: int) -> Path:
         return self.results.with_name(f"{self.results.name}.partial-{process}")
 
-    def partials(self) -> list[Path]:
-        return [path for path in sorted(self.results.parent.iterdir()) if path.name.startswith(self.partial("").name)]
+    def _partials(self) -> list[Path]:
+        return sorted(self.results.parent.glob(f"{escape(self.results.name)}.partial-*"))
 
-    def _beside(self, kind: str, suffix: str) -> Path:
-        return self.results.with_name(f"{kind}_{self.results.stem.removeprefix('res_')}{suffix}")
-
-    def _digests(self) -> dict[str, str | None]:
-        """Names of the files of results -> what they hash to; None without such a file."""
-        return {
-            path.name: digest(path.read_bytes()) if path.is_file() else None for path in (self.results, self.scores)
-        }
-
-    def find_differences(self, run: Run) -> list[str] | None:
-        """In what the finished run whose results are there differs from `run`, a changed or missing file of results
-        included; None where nothing is there.
-
-        The label is a name, and of the batch size only the fact counts that it might have changed rounding.
-        """
+    def find_differences(self) -> list[str] | None:
+        """Settings in which the finished run on disk differs from this one, and the names of changed or missing files;
+        None if nothing is on disk. Another label or batch size alone is no reason to evaluate again."""
         if not self.run.is_file() and not self.results.is_file():
             return None
         try:
@@ -136,91 +117,75 @@ class ResultFiles:
             files = dict(found["files"])
         except (OSError, ValueError, KeyError, TypeError):
             return [self.run.name]
-        asked = run.describe()
-        settings = sorted(key for key in asked if key not in ("label", "batch_size") and found.get(key) != asked[key])
-        return settings + [name for name, content in self._digests().items() if files.get(name) != content]
+        compared = self.described.keys() - {"label", "batch_size"}
+        differing = sorted(key for key in compared if found.get(key) != self.described[key])
+        return differing + [name for name, content in self._digests().items() if files.get(name) != content]
 
-    def resume(self, run: Run, force: bool = False) -> dict[str, Completion]:
-        """{id: completion} of a run that did not end, now in one partial file; what is of other runs is dropped, with
-        `force` all there is. A `ValueError` says where the results could not be written in the end."""
+    def resume(self, force: bool = False) -> dict[str, Completion]:
+        """{id: completion} of an unfinished run, then all in one partial file; nothing with `force`. Partial files that
+        belong to other runs are removed."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
-        for path in (self.results, self.scores, self.run):
-            if path.is_dir():
-                raise ValueError(f"{path}: is a folder; a file of results gets this name")
-        done = {} if force else self._read_partials(run)
-        write_whole(self.partial(0), _to_lines([run.describe(), *_to_rows(done)]))
-        for path in self.partials():
-            if path != self.partial(0):
-                path.unlink()
+        done = {} if force else self._read_partials()
+        write_whole(self._partial(0), self._to_lines(done, header=True))
+        for path in set(self._partials()) - {self._partial(0)}:
+            path.unlink()
         return done
 
-    def _read_partials(self, run: Run) -> dict[str, Completion]:
-        """{id: completion} of all partial files of this very run; a damaged one is named, and asked again."""
+    def _read_partials(self) -> dict[str, Completion]:
+        """{id: completion} of all partial files of this run. Files that cannot be used are reported."""
         done: dict[str, Completion] = {}
-        for path in self.partials():
-            # The last line was cut off, or is empty.
-            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for path in self._partials():
+            # The last line is empty or was cut off.
+            header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
             try:
-                if lines and lines[0] == json.dumps(run.describe()):
-                    done |= {
-                        str(id_): Completion(str(text), bool(cut)) for id_, text, cut in map(json.loads, lines[1:])
-                    }
-                elif lines:
-                    print(f"{path}: is of another run, dropped", file=sys.stderr, flush=True)
-            except (ValueError, TypeError, RecursionError) as error:
-                print(f"{path}: is damaged ({error}), dropped", file=sys.stderr, flush=True)
+                if header != json.dumps(self.described):
+                    raise ValueError("it belongs to another run")
+                done |= {id_: Completion(text, cut_off) for id_, text, cut_off in map(json.loads, lines)}
+            except (ValueError, TypeError) as error:
+                print(f"{path}: ignored ({error})", file=sys.stderr, flush=True)
         return done
 
-    @contextmanager
-    def open_partial(self, run: Run, process: int) -> Iterator[Callable[[dict[str, Completion]], None]]:
-        """A function that appends a batch's {id: completion} to a process's partial file, at once and as a whole."""
-        path = self.partial(process)
-        if not path.exists():
-            write_whole(path, _to_lines([run.describe()]))
+    def append(self, process: int, completions: dict[str, Completion]) -> None:
+        """Append {id: completion} to the partial file of a process, and wait for the disk."""
+        path = self._partial(process)
+        lines = self._to_lines(completions, header=not path.exists())
         with open(path, "a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
 
-            def write(completions: dict[str, Completion]) -> None:
-                file.write(_to_lines(_to_rows(completions)))
-                file.flush()
-                os.fsync(file.fileno())
+    def _to_lines(self, completions: dict[str, Completion], header: bool) -> str:
+        rows = [[id_, *completion] for id_, completion in completions.items()]
+        return _to_jsonl([self.described, *rows] if header else rows)
 
-            yield write
-
-    def finish(self, run: Run, benchmark: Benchmark, missing: list[str], cut: int) -> str:
-        """Partial files -> results of a whole run, `run_*.json` the last: where it is, all is there.
-
-        Args:
-            missing: ids of the questions that could not be asked.
-            cut: how many clips were too long.
-
-        Returns:
-            What came out, in a line.
-        """
-        records = to_records(benchmark, self._read_partials(run) | dict.fromkeys(missing, Completion("", False)))
-        self.run.unlink(missing_ok=True)  # of another run
-        described = run.describe() | {"missing": missing, "cut": cut}
+    def finish(self, benchmark: Benchmark, missing: list[str], cut: int) -> str:
+        """Replace the partial files of a complete run by its results, and return a line about them. `run_*.json` comes
+        last: where it is, the run is finished. `missing` are ids of questions that could not be asked, and `cut` is the
+        number of clips that were too long."""
+        records = to_records(benchmark, self._read_partials() | dict.fromkeys(missing, Completion("", False)))
+        self.run.unlink(missing_ok=True)  # of an earlier run
+        described = self.described | {"missing": missing, "cut": cut}
+        outcome = f"{self.results}: ready to submit (the answers are blank, so there is no score)"
         if benchmark.has_answers:
             scores = evaluate(records)
             described |= {"no_choice": scores.no_choice, "several": scores.several, "cut_off": scores.cut_off}
             write_whole(self.scores, str(scores))
             outcome = f"{scores.accuracy:.2f}% of {scores.questions} questions, {self.results}"
-        else:
-            self.scores.unlink(missing_ok=True)
-            outcome = f"{self.results}: written, ready to submit (the answers are blank, so there is no score)"
-        in_lines = self.results.suffix == ".jsonl"
-        write_whole(self.results, _to_lines(records) if in_lines else json.dumps(records, indent=2) + "\n")
+        is_jsonl = self.results.suffix == ".jsonl"
+        write_whole(self.results, _to_jsonl(records) if is_jsonl else json.dumps(records, indent=2) + "\n")
         write_whole(self.run, json.dumps(described | {"files": self._digests()}, indent=2) + "\n")
-        for path in self.partials():
+        for path in self._partials():
             path.unlink()
         return outcome
 
+    def _digests(self) -> dict[str, str | None]:
+        files = (self.results, self.scores)
+        return {file.name: digest(file.read_bytes()) if file.is_file() else None for file in files}
+
 
 def to_records(benchmark: Benchmark, completions: dict[str, Completion]) -> list[dict]:
-    """The benchmark's rows with their answers, under every key that the benchmarks' scripts and READMEs name.
-
-    Args:
-        completions: of every question, by its id.
-    """
+    """The benchmark's rows with the answers under all keys that the benchmarks' scripts and READMEs name. `completions`
+    has an entry for the id of every question."""
     records = []
     for question in benchmark.questions:
         completion = completions[question.id]
@@ -231,10 +196,5 @@ def to_records(benchmark: Benchmark, completions: dict[str, Completion]) -> list
     return records
 
 
-def _to_rows(completions: dict[str, Completion]) -> Iterator[list]:
-    """As they stand in a partial file."""
-    return ([id_, *completion] for id_, completion in completions.items())
-
-
-def _to_lines(rows: Iterable) -> str:
+def _to_jsonl(rows: Iterable) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)

@@ -1,14 +1,13 @@
-"""Several models on one benchmark, in one process or several: which model is evaluated, in which order, by whom.
+"""Evaluate several models on one benchmark, in one process or several.
 
-All processes evaluate the same models and answer their shares; the first one reads and writes the files that decide.
-See also `results.py` (the files) and `answers.py` (the answers).
+All processes evaluate the same models, and each answers its share of the questions. The first process reads and writes
+the files of results. See also `results.py` (the files) and `answers.py` (the answers).
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from .checkpoints import check_whole, fingerprint, label_of, load_model, locate
 from .clips import hash_clips, measure_clips
 from .mmau import evaluate
 from .processes import processes, run_on_all, say
-from .results import Completion, ResultFiles, Run, digest, to_records
+from .results import Identity, ResultFiles, Settings, digest
 
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # default of the weights on each device
 
@@ -37,200 +36,165 @@ class Job:
 
     model: str  # folder or hub name
     label: str  # in the table
-    folder: Path  # for the results
-    file: Path | None = None  # of the results, if its name is given
+    folder: Path  # of the results
+    file: Path | None = None  # of the results, instead of the usual name in `folder`
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is the same for all models."""
+    """What all models of a sweep have in common."""
 
     benchmark: Benchmark
-    run: Run  # with style None each checkpoint's own is used
+    settings: Settings
     suffix: str = ".json"  # of the result files
     device: str = "cpu"  # or cuda
-    force: bool = False  # evaluate again what is finished
-    # What answers: (model, questions) -> function that completes a batch. Other engines get the model on the CPU.
+    force: bool = False  # repeat finished evaluations
+    # (model, questions) -> function that completes a batch. Engines other than the built-in one get a model on the CPU.
     engine: Callable[[PreTrainedModel, EncodedQuestions], Complete] = complete_with
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        return hash_clips(self.benchmark.questions)
+
+    @cached_property
+    def samples(self) -> dict[str, int | str]:
+        return measure_clips(self.benchmark.questions, self.settings.channels)
+
+    def identify(self, label: str, weights: str) -> Identity:
+        benchmark = self.benchmark
+        records = digest(json.dumps([question.record for question in benchmark.questions]).encode())
+        clips = digest(" ".join(self.hashes[question.audio_path] for question in benchmark.questions).encode())
+        return Identity(label=label, weights=weights, benchmark=benchmark.name, release=benchmark.release,
+                        questions=benchmark.digest, records=records, clips=clips)  # fmt: skip
 
 
 def make_jobs(models: list[str], out_dir: str | None = None, out_file: str | None = None) -> list[Job]:
-    """One job for each model, checkpoints in the order of their steps.
+    """One job for each model, checkpoints in the order of their steps. Raises a `ValueError` if two models would write
+    the same files, or if a label cannot be part of a file's name.
 
     Args:
         models: folders or hub names, each as MODEL or LABEL=MODEL.
-        out_dir: holds test_LABEL, the folder of the results; by default the folder that holds the checkpoint.
+        out_dir: parent of test_LABEL, the folder of the results; by default the folder that holds the checkpoint.
         out_file: the results of a single model instead.
-
-    Raises:
-        ValueError: two of them would write the same files.
     """
     jobs = []
     for given in dict.fromkeys(models):
-        label, model = None, given
+        label, model = label_of(given), given
         if "=" in given and not Path(given).exists():
             label, _, model = given.partition("=")
             if "/" in label:
                 raise ValueError(f"{given}: no such folder, and {label!r} cannot be a label")
-        label = label or label_of(model)
+            label = label or label_of(model)
         folder = Path(out_dir) if out_dir else Path(model).parent if Path(model).exists() else Path("exp") / label
         jobs.append(Job(model, label, folder / f"test_{label}", Path(out_file) if out_file else None))
     if len({job.file or job.folder for job in jobs}) < len(jobs):
-        raise ValueError(
-            "two models would write to the same file; give them labels (--model_path base=PATH ...) and --out_dir"
-        )
+        raise ValueError("two models would write the same files; pass --model_path LABEL=PATH ... and --out_dir")
     return sorted(jobs, key=lambda job: int(job.label) if job.label.isdecimal() else -1)
 
 
 def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
-    """Evaluate all models that are not finished. A model that cannot be evaluated is reported and skipped.
-
-    Returns:
-        The number of models that have results now.
-
-    Raises:
-        ValueError: the rows cannot be scored.
-        DataError: questions cannot be asked, and the run does not allow it.
-    """
-    benchmark, evaluated = sweep.benchmark, 0
-    say(benchmark.title)
-    if benchmark.faults:
-        count = f"warning: {len(benchmark.faults)} of {len(benchmark.questions)} rows are not as they should be"
-        say(f"{count}; they are asked and counted nevertheless:\n  {first_problems(benchmark.faults)}")
-    if benchmark.has_answers:  # fails now instead of after hours
-        evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
-    hashes = run_on_all(lambda: hash_clips(benchmark.questions))
-    measure = cache(lambda: measure_clips(benchmark.questions, sweep.run.channels))  # once, unless all is finished
-    run = replace(
-        sweep.run,
-        benchmark=benchmark.name,
-        release=benchmark.release,
-        questions=benchmark.digest,
-        records=digest(json.dumps([question.record for question in benchmark.questions]).encode()),
-        clips=digest(" ".join(hashes[question.audio_path] for question in benchmark.questions).encode()),
-    )
-    sweep = replace(sweep, run=run)
+    """Evaluate all models that are not finished, and return the number of models that have results. Models that cannot
+    be evaluated are reported and skipped. Raises a `ValueError` if the rows cannot be scored, and a `DataError` if
+    questions cannot be asked although the settings require it."""
+    faults, evaluated = sweep.benchmark.faults, 0
+    say(sweep.benchmark.title)
+    if faults:
+        count = f"warning: {len(faults)} of {len(sweep.benchmark.questions)} rows are faulty"
+        say(f"{count}; they are asked and counted nevertheless:\n  {first_problems(faults)}")
+    if sweep.benchmark.has_answers:  # rows that cannot be scored fail now instead of after hours
+        evaluate([question.record | {"model_output": ""} for question in sweep.benchmark.questions])
     for job in jobs:
         try:
-            folder, run, files = run_on_all(partial(_describe, sweep, job), main=True)
-            _evaluate_model(sweep, hashes, measure, folder, run, files)
+            _evaluate(sweep, job)
             evaluated += 1
         except DataError:
             raise
         except (ValueError, OSError) as error:
-            unnamed = isinstance(error, OSError) and not error.filename  # a full disk, say
-            say(f"{job.label}: skipped. {f'{job.file or job.folder}: ' if unnamed else ''}{error}")
+            is_unnamed = isinstance(error, OSError) and not error.filename  # a full disk, for example
+            say(f"{job.label}: skipped. {f'{job.file or job.folder}: ' if is_unnamed else ''}{error}")
     return evaluated
 
 
-def _describe(sweep: Sweep, job: Job) -> tuple[Path, Run, ResultFiles]:
-    """A model's folder, its run and its files.
-
-    Raises:
-        ValueError: the checkpoint is missing or incomplete, or its style record is damaged.
-    """
-    folder = locate(job.model)
-    check_whole(folder)
-    recorded, asked = load_style(folder), sweep.run.style
-    if asked and recorded and asked != recorded:
-        say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {asked} overrides it")
-    usual = recorded or DEFAULT_STYLE
-    run = replace(sweep.run, label=job.label, weights=fingerprint(folder), style=asked or usual)
-    name = f"res_{run.name(usual, DTYPES[sweep.device])}{sweep.suffix}"
-    return folder, run, ResultFiles(job.file or job.folder / name)
-
-
-def _evaluate_model(
-    sweep: Sweep,
-    hashes: dict[str, str],
-    measure: Callable[[], dict[str, int | str]],
-    folder: Path,
-    run: Run,
-    files: ResultFiles,
-) -> None:
-    """Have one model answer all questions and write its results, unless they are there.
-
-    Raises:
-        DataError: questions cannot be asked, or a clip has changed.
-        ValueError, OSError: the model cannot be loaded, or the results cannot be written.
-    """
-    differences = run_on_all(lambda: files.find_differences(run), main=True)
+def _evaluate(sweep: Sweep, job: Job) -> None:
+    """Have one model answer all questions and write its results, unless that is done. Raises a `DataError` if questions
+    cannot be asked, a `ValueError` or `OSError` if the model cannot be loaded or the results cannot be written."""
+    hashes = sweep.hashes  # all processes compute them together
+    folder, files, differences = run_on_all(partial(_prepare, sweep, job), main=True)
     if differences == [] and not sweep.force:
-        say(f"{run.label}: finished before, skipped (--force repeats it)")
+        say(f"{job.label}: finished before, skipped (--force repeats it)")
         return
     if differences:
-        say(f"{files.results}: is of another run ({', '.join(differences)} differ): evaluated again")
+        say(f"{files.results}: belongs to another run ({', '.join(differences)} differ); evaluated again")
     processor = run_on_all(lambda: load_processor(folder))
-    questions = EncodedQuestions(sweep.benchmark.questions, run_on_all(measure), processor, run)
-    missing = _find_missing(questions)
+    questions = EncodedQuestions(sweep.benchmark.questions, sweep.samples, processor, files.settings)
+    missing = questions.find_unusable()
+    _report_missing(missing, len(questions.questions), sweep.settings.allow_missing)
     questions = questions.without(missing)
     cut = sum(questions.samples[question.audio_path] > questions.window for question in questions.questions)
     if cut:
-        say(f"{cut} clips are longer than the model's {questions.window / SAMPLE_RATE:g} s: cut, as the paper did")
-    with _locked(files.lock):
-        _answer(sweep, questions, folder, run, files)
-        now = run_on_all(lambda: hash_clips(sweep.benchmark.questions))
+        say(f"{cut} clips exceed the model's {questions.window / SAMPLE_RATE:g} s and are cut, as in the paper")
+    lock = FileLock(f"{files.results}.lock", timeout=0)
+    run_on_all(partial(_acquire, lock), main=True)
+    try:
+        _answer(sweep, questions, folder, files)
+        now = hash_clips(sweep.benchmark.questions)
         if changed := next((path for path in now if now[path] != hashes[path]), None):
             raise DataError(f"{changed}: the clip was replaced during the run; start it again")
-        line = run_on_all(lambda: files.finish(run, sweep.benchmark, sorted(missing), cut), main=True)
-    say(f"{run.label}: {line}")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, in the first process for all.
-
-    Raises:
-        ValueError: another run holds it.
-    """
-    lock = FileLock(path, timeout=0)
-
-    def acquire() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise ValueError(f"{path.parent}: another run writes there; wait, or pass another --out_dir") from error
-
-    run_on_all(acquire, main=True)
-    try:
-        yield
+        say(f"{job.label}: {run_on_all(lambda: files.finish(sweep.benchmark, sorted(missing), cut), main=True)}")
     finally:
         if lock.is_locked:
-            path.unlink(missing_ok=True)  # while it is held: filelock opens a file again that was removed meanwhile
+            Path(lock.lock_file).unlink(missing_ok=True)  # before the release, after which another run may lock it
             lock.release()
 
 
-def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, run: Run, files: ResultFiles) -> None:
-    """Have the model answer the questions that have no answer yet; the answers stay in the partial files."""
-    done, process = run_on_all(lambda: files.resume(run, sweep.force), main=True), processes()
+def _prepare(sweep: Sweep, job: Job) -> tuple[Path, ResultFiles, list[str] | None]:
+    """A model's folder, its files of results, and their differences from what is on disk."""
+    folder = locate(job.model)
+    check_whole(folder)
+    recorded, asked = load_style(folder), sweep.settings.style
+    if asked and recorded and asked != recorded:
+        say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {asked} overrides it")
+    usual = recorded or DEFAULT_STYLE
+    settings = replace(sweep.settings, style=asked or usual)
+    name = f"res_{settings.name(sweep.benchmark.name, usual, DTYPES[sweep.device])}{sweep.suffix}"
+    files = ResultFiles(job.file or job.folder / name, sweep.identify(job.label, fingerprint(folder)), settings)
+    return folder, files, files.find_differences()
+
+
+def _acquire(lock: FileLock) -> None:
+    folder = Path(lock.lock_file).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{folder}: another run writes there; wait, or pass another --out_dir") from error
+
+
+def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, files: ResultFiles) -> None:
+    """Have the model answer the questions that have no answer, and append the answers to the partial files."""
+    done, process = run_on_all(lambda: files.resume(sweep.force), main=True), processes()
     if done:
-        say(f"{run.label}: {len(done)} answers are there already")
-    # A batch is repeated as a whole, so that batches keep their shape.
-    open_batches = [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]
-    if not open_batches:
+        say(f"{files.identity.label}: {len(done)} questions are answered already")
+    # A batch is repeated as a whole, so that its shape is the same.
+    batches = [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]
+    if not batches:
         return
     on_gpu = sweep.device == "cuda" and sweep.engine is complete_with
     device = torch.device(f"cuda:{process.local_process_index}" if on_gpu else "cpu")
-    model = run_on_all(lambda: load_model(folder, getattr(torch, run.dtype), device))
+    model = run_on_all(lambda: load_model(folder, getattr(torch, files.settings.dtype), device))
     complete = run_on_all(lambda: sweep.engine(model, questions))
-
-    def answer() -> None:
-        with files.open_partial(run, process.process_index) as write:
-            answer_batches(complete, questions, open_batches, write, run.label)
-
-    run_on_all(answer)
+    append = partial(files.append, process.process_index)
+    run_on_all(lambda: answer_batches(complete, questions, batches, append, files.identity.label))
 
 
-def _find_missing(questions: EncodedQuestions) -> dict[str, str]:
-    """Id -> why a question cannot be asked; a `DataError` if the run does not allow it, or if none can."""
-    missing = questions.find_unusable()
+def _report_missing(missing: dict[str, str], total: int, allowed: bool) -> None:
+    """Report {id: why the question cannot be asked}; a `DataError` if that is not allowed, or true of all questions."""
+    if not missing:
+        return
     listed = [f"{id_}: {problem}" for id_, problem in missing.items()]
-    count = f"{len(missing)} of {len(questions.questions)} questions cannot be asked"
-    if missing and not questions.run.allow_missing:
+    count = f"{len(missing)} of {total} questions cannot be asked"
+    if not allowed:
         raise DataError(f"{count} (--allow_missing counts them as wrong):\n  {first_problems(listed)}")
-    if missing and len(missing) == len(questions.questions):
+    if len(missing) == total:
         raise DataError(f"{count}, so there is nothing to evaluate:\n  {first_problems(listed)}")
-    if missing:
-        say(f"{count} and count as wrong:\n  " + "\n  ".join(listed))
-    return missing
+    say(f"{count} and count as wrong:\n  " + "\n  ".join(listed))

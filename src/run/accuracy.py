@@ -19,7 +19,7 @@ from dataset.rows import DataError, first_problems
 from evaluation.answers import EncodedQuestions, answer_batches, complete_with
 from evaluation.clips import measure_clips
 from evaluation.mmau import Scores, evaluate
-from evaluation.results import MAX_NEW_TOKENS, Completion, Run, to_records
+from evaluation.results import MAX_NEW_TOKENS, Completion, Settings, to_records
 from model.qwen2_audio import base_model
 
 ATTEMPTS = 3  # at an evaluation during which clips break; then the disk is to blame
@@ -67,14 +67,14 @@ class GreedyAccuracy:
     def _encode(self) -> EncodedQuestions:
         """The questions as the model's inputs. Unusable ones are reported, and omitted at later steps too."""
         trainer = self.trainer
-        run = Run(
+        settings = Settings(
             style=trainer.prompt_style or DEFAULT_STYLE,
             channels=trainer.audio_channels,
             max_new_tokens=getattr(trainer, "max_completion_length", MAX_NEW_TOKENS),
             batch_size=trainer.args.per_device_eval_batch_size,
         )
-        samples = measure_clips(self.benchmark.questions, run.channels)
-        questions = EncodedQuestions(self.benchmark.questions, samples, trainer.processing_class, run)
+        samples = measure_clips(self.benchmark.questions, settings.channels)
+        questions = EncodedQuestions(self.benchmark.questions, samples, trainer.processing_class, settings)
         if problems := questions.find_unusable():
             self.left_out += len(problems)
             questions = questions.without(problems)

@@ -1,7 +1,7 @@
-"""A run's curves: the paper's six panels and what else tells a healthy run from a sick one, as one picture.
+"""Draw a run's curves: the paper's six panels and further signs of a healthy or unhealthy run.
 
-The figures are those of `trainer_state.json`, so a killed run can be drawn too; accuracies of evaluated checkpoints are
-read from `test_*`. Leaves out the table of accuracies (`utils/show_acc.py`).
+The figures come from `trainer_state.json`, so a killed run can be drawn too; the accuracies of evaluated checkpoints
+come from `test_*`. See also `utils/show_acc.py`.
 """
 
 import sys
@@ -27,16 +27,16 @@ PANELS = {
     "groups without advantage": ("frac_reward_zero_std", "share"),
     "time": ("step_time", "s a step"),
 }
-ACCURACY = "accuracy on questions kept apart"
-# Told apart in greyscale by their dashes, by colour-blind people by the palette of Okabe and Ito (2008).
+ACCURACY = "accuracy on held-out questions"
+# Dashes differ in greyscale; the palette of Okabe and Ito (2008) suits colour-blind readers.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-RECENT = 30  # a drawing takes one or two, which is longer than a small run's save
+RECENT = 30  # s; a drawing takes 1 to 2 s, longer than a small run's save
 SMOOTHED = 0.05  # share of a run's steps over which its line is averaged
 
 
 class PlotCurves(TrainerCallback):
-    """Refresh `training.png` in the output folder at the saves that are `RECENT` s apart at least, and at the end."""
+    """Draws `training.png` in the output folder at saves, at most every `RECENT` s, and at the end."""
 
     _drawn = -inf  # s, on the clock; or when the run began
 
@@ -58,17 +58,14 @@ class PlotCurves(TrainerCallback):
 
 
 def read_history(run: Path) -> list[dict]:
-    """The logged figures of a run, one entry a logged step, from its newest state that is whole.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The log of a run, one entry per logged step, from its newest complete state. Raises a `FileNotFoundError` if it
+    has none."""
     found = []
     for path in (*run.glob("checkpoint-*/trainer_state.json"), run / "trainer_state.json"):
         try:
             state = read_json(path, "an older one is read")
             found.append((state["global_step"], state["log_history"]))
-        except (OSError, ValueError, KeyError, TypeError):  # cut off: an older one is whole
+        except (OSError, ValueError, KeyError, TypeError):  # cut off; an older one is complete
             continue
     if not found:
         raise FileNotFoundError(f"{run}: holds no trainer_state.json of a run that has saved")
@@ -76,12 +73,8 @@ def read_history(run: Path) -> list[dict]:
 
 
 def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
-    """Draw runs over one another.
-
-    Args:
-        runs: name -> (folder, logged figures).
-        path: of the picture; what its ending says.
-    """
+    """Draw runs over one another: {name: (folder, log)}. The suffix of `path` decides the format. Raises a `ValueError`
+    if there is nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,28 +83,31 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
     logs = {name: pd.DataFrame(history).groupby("step").first() for name, (_, history) in runs.items() if history}
     panels = {title: panel for title, panel in PANELS.items() if any(panel[0] in log for log in logs.values())}
     accuracies = {name: _accuracies(folder, logs.get(name)) for name, (folder, _) in runs.items()}
-    titles = [*panels, *([ACCURACY] if any(accuracies.values()) else [])]
-    if not titles:
+    if any(accuracies.values()):
+        panels[ACCURACY] = ("", "%, with its 95% interval")
+    if not panels:
         raise ValueError("nothing was logged yet")
-    rows = -(-len(titles) // 3)
+    rows = -(-len(panels) // 3)
     figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.2 * rows), squeeze=False, layout="constrained")
-    for axis, title in zip(axes.flat, titles, strict=False):
-        key, unit = panels.get(title, (None, "%, with its 95% interval"))
+    for axis, (title, (key, unit)) in zip(axes.flat, panels.items(), strict=False):
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
         for index, name in enumerate(runs):
             look = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
-            if key is None and accuracies[name]:
+            if title == ACCURACY and accuracies[name]:
                 steps, values, low, high = zip(*accuracies[name], strict=True)
                 axis.errorbar(steps, values, yerr=[low, high], marker="o", capsize=3, label=name, **look)
-            elif key and name in logs and key in logs[name]:
-                _plot_line(axis, logs[name][key].dropna(), name, look)
-    for axis in axes.flat[len(titles) :]:
+            elif name in logs and key in logs[name]:
+                values = logs[name][key].dropna()
+                axis.plot(values.index, values, ".", color=look["color"], alpha=0.25, markersize=4)
+                smoothed = values.rolling(max(1, round(SMOOTHED * len(values))), min_periods=1, center=True).mean()
+                axis.plot(values.index, smoothed, label=name, **look)
+    for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     if len(runs) > 1:
         axes[0, 0].legend(fontsize="small")
     figure.suptitle(", ".join(runs))
-    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib takes it
+    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib does
     partial = path.with_stem(f".{path.stem}.partial")
     try:
         figure.savefig(partial, dpi=110)
@@ -121,20 +117,12 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
         pyplot.close(figure)
 
 
-def _plot_line(axis, values: pd.Series, name: str, look: dict) -> None:
-    """Logged values as points, and a smoothed line over them."""
-    axis.plot(values.index, values, ".", color=look["color"], alpha=0.25, markersize=4)
-    window = max(1, round(SMOOTHED * len(values)))
-    axis.plot(values.index, values.rolling(window, min_periods=1, center=True).mean(), label=name, **look)
-
-
 def _accuracies(folder: Path, log: pd.DataFrame | None) -> list[tuple[int, float, float, float]]:
-    """(step, accuracy in %, its distance to the interval's lower and upper end), of evaluated checkpoints; else what
-    was measured in training, which leaves no interval."""
-    results = [(result.step, result) for result in read_results(folder)[0] if result.step is not None]
+    """(step, accuracy in %, distances to the lower and upper end of its interval) of evaluated checkpoints, else of the
+    accuracies measured in training, which have no interval."""
+    results = [result for result in read_results(folder)[0] if result.step is not None]
     if results:
-        first = results[0][1].benchmark.digest
-        points = {step: result for step, result in results if result.benchmark.digest == first}
+        points = {result.step: result for result in results if result.asked == results[0].asked}
         bounds = ((step, result.accuracy, *result.interval) for step, result in sorted(points.items()))
         return [(step, value, value - low, high - value) for step, value, low, high in bounds]
     if log is None or "eval_accuracy" not in log:

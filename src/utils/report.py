@@ -25,7 +25,6 @@ import pandas as pd
 import soundfile
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from trainer.curves import plot_curves, read_history
 
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import WINDOW_SECONDS
@@ -33,6 +32,7 @@ from dataset.questions import Benchmark, to_question
 from evaluation.collect import SETTINGS, Result, build_tables, read_results
 from evaluation.mmau import CUT_OFF, get_prediction
 from evaluation.statistics import compare
+from run.curves import plot_curves, read_history
 
 from .show_acc import PAPER, PAPER_ROW, plot, to_table
 

@@ -1,4 +1,4 @@
-"""The table of accuracies, from the results that `test_mmau.py` left on disk: checkpoint, each task, total.
+"""Print the table of accuracies from the results of `test_mmau.py`: checkpoint, each task, total.
 
     python src/utils/show_acc.py -i exp/model                      best first
     python src/utils/show_acc.py -i exp/model --compare 100 300    the paired difference, and the questions that changed
@@ -6,9 +6,8 @@
     python src/utils/show_acc.py -i exp/model --plot               exp/model/accuracy.png as well
     python src/utils/show_acc.py --paper exp/*                     the table of docs/PAPER.md, filled from these runs
 
-Results on different questions, or on different releases of MMAU, do not compare: they get tables of their own, and at
-the end one of the totals side by side. Settings that all rows of a table share stand above it, those in which they
-differ are columns. Leaves out what a result is and what keeps it out of a table (`evaluation/collect.py`).
+Results on different questions, rows or clips do not compare and get separate tables, followed by a table of totals.
+Settings that the rows of a table share are printed above it; the others are columns. See `evaluation/collect.py`.
 """
 
 import re
@@ -23,23 +22,22 @@ import pandas as pd
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.questions import Benchmark
-from evaluation.collect import SETTINGS, Result, build_tables, differing, join_tables, list_tasks, read_results
+from evaluation.collect import ASKED, SETTINGS, Result, build_tables, differing, list_tasks, read_results
 from evaluation.mmau import get_prediction
 from evaluation.statistics import compare
 
 PAPER = Path(__file__).resolve().parents[2] / "docs" / "PAPER.md"
-# A row of its table: all but the last cell; in it the name, the average in %, the folder that its command writes to.
+# A row of its table: all cells but the last; among them the name, the average in %, the folder that its command writes.
 PAPER_ROW = re.compile(
     r"(?m)^(?P<cells>\| *(?P<name>.+?) *\|.*\| *(?P<average>[\d.]+) *\|[^|]*OUT_DIR=(?P<folder>\S+).*\|).*\|$"
 )
-# Answers that name none of the choices, several, or were cut off at the token limit: they tell a bad model from a bad
-# prompt. (Of the first seed.)
+# Answers that name none of the choices or several, or were cut off at the token limit (of the first seed): many of them
+# show a bad prompt rather than a bad model.
 COUNTS = {"no choice": "no_choice", "several": "several", "cut off": "cut_off"}
 
 
 def to_table(results: list[Result]) -> pd.DataFrame:
-    """One table for people: accuracies in %, each with its number of questions, as text."""
+    """One table as text: accuracies in %, each with its number of questions."""
     rows, best = [], max(results, key=lambda result: result.accuracy)
     for result in results:
         total, scores = result.accuracy, result.scores
@@ -61,16 +59,12 @@ def to_table(results: list[Result]) -> pd.DataFrame:
 
 
 def to_numbers(results: list[Result]) -> pd.DataFrame:
-    """All results for programs: one number a cell, accuracies in %."""
+    """All results for programs: one number per cell, accuracies in %."""
     rows = []
     for result in results:
         benchmark = result.benchmark
-        row: dict[str, object] = {
-            "benchmark": benchmark.name,
-            "release": benchmark.release,
-            "questions": benchmark.digest,
-        }
-        row |= {"step": result.row} | result.settings
+        row: dict[str, object] = {"benchmark": benchmark.name, "release": benchmark.release}
+        row |= {"questions": benchmark.digest, "step": result.row} | result.settings
         for name in [*list_tasks(results), "total"]:
             right, asked = result.counts.get(name, (0, 0))
             row |= {name: 100 * right / asked if asked else None, f"{name}_questions": asked}
@@ -82,34 +76,32 @@ def to_numbers(results: list[Result]) -> pd.DataFrame:
 
 
 def format_tables(results: list[Result], sort: str = "total", style: str = "text") -> str:
-    """All tables as `text` or `markdown`, each under lines that say what was asked and how, or as one `csv`."""
+    """All tables as `text` or `markdown`, each below its title and settings, or as one `csv`."""
     tables = build_tables(results, sort)
     if style == "csv":
         ranked = [result for _, results in tables for result in results]
         return to_numbers(ranked).to_csv(index=False, float_format="%.2f")
     blocks = []
-    for benchmark, ranked in tables:
-        table = to_table(ranked)
+    for title, ranked in tables:
         shared = {column: ranked[0].settings[column] for column in SETTINGS if column not in differing(ranked)}
-        how = ", ".join(f"{column} {value}" for column, value in shared.items() if value) or "how: not recorded"
-        blocks.append(f"{benchmark.title}\n{how}\n{_write_table(table, style)}\n")
-    rows = join_tables(tables)
-    if any(len(row) - row.count(None) > 1 for row in rows):
-        totals = to_totals([benchmark for benchmark, _ in tables], rows)
+        how = ", ".join(f"{column} {value}" for column, value in shared.items() if value) or "settings: not recorded"
+        blocks.append(f"{title}\n{how}\n{_write_table(to_table(ranked), style)}\n")
+    totals = to_totals(tables)
+    if any(cells.count("-") < len(tables) - 1 for _, *cells in totals.to_numpy().tolist()):
         blocks.append(f"total on all of these questions\n{_write_table(totals, style)}\n")
     return "\n".join(blocks)
 
 
-def to_totals(benchmarks: list[Benchmark], joined: list[list[Result | None]]) -> pd.DataFrame:
-    """Accuracies in % as text: a row for each model with its settings, a column for each benchmark (see
-    `join_tables`)."""
-    names = [f"{benchmark.name} ({benchmark.digest})" for benchmark in benchmarks]
-    rows = []
-    for cells in joined:
-        first = next(filter(None, cells))
-        totals = [f"{cell.accuracy:.2f} ({cell.scores.questions})" if cell else "-" for cell in cells]
-        rows.append({"step": first.name} | dict(zip(names, totals, strict=True)))
-    return pd.DataFrame(rows)
+def to_totals(tables: list[tuple[str, list[Result]]]) -> pd.DataFrame:
+    """Accuracies in % as text: a row for each model with its settings, a column for each table; `-` where the model was
+    not evaluated."""
+    rows: dict[tuple, list[str]] = {}
+    for column, (_, results) in enumerate(tables, start=1):
+        for result in results:
+            cells = rows.setdefault(result.model, [result.name, *["-"] * len(tables)])
+            cells[column] = f"{result.accuracy:.2f} ({result.scores.questions})"
+    names = [f"{results[0].benchmark.name} ({results[0].benchmark.digest})" for _, results in tables]
+    return pd.DataFrame(list(rows.values()), columns=["step", *names])
 
 
 def _write_table(table: pd.DataFrame, style: str) -> str:
@@ -121,10 +113,7 @@ def _write_table(table: pd.DataFrame, style: str) -> str:
 
 def format_comparison(results: list[Result], first: str, second: str) -> str:
     """The paired difference of two rows, given by their names, and the questions whose answer became right or wrong.
-
-    Raises:
-        ValueError: there is no such row, or several, or the two were not asked the same questions once each.
-    """
+    Raises a `ValueError` if a name is not that of exactly one row, or if the rows do not compare."""
     build_tables(results)
     pair = []
     for name in (first, second):
@@ -134,31 +123,27 @@ def format_comparison(results: list[Result], first: str, second: str) -> str:
             raise ValueError(f"{len(rows)} results are called {name!r}; choose among: {names}")
         pair += rows
     a, b = pair
-    if a.benchmark.digest != b.benchmark.digest:
-        raise ValueError(f"{first} and {second} were asked different questions, so they do not compare")
+    if differing_inputs := [name for name, x, y in zip(("questions", *ASKED), a.asked, b.asked, strict=True) if x != y]:
+        raise ValueError(f"{first} and {second} do not compare: {', '.join(differing_inputs)} differ")
     if len(a.runs) + len(b.runs) > 2:
         raise ValueError(f"{first} or {second} is the mean of several seeds; only single runs are compared by question")
     difference = compare(a.right, b.right)
     low, high = difference.interval
-    lines = [
-        f"{b.name} - {a.name}: {difference.points:+.2f} points (95% interval {low:+.2f} to {high:+.2f}), exact McNemar "
-        f"p = {difference.p_value:.3g}; of {difference.questions} questions {difference.gained} became right, "
-        f"{difference.lost} wrong"
-    ]
-    for id_, record in a.records.items():
-        if a.right[id_] != b.right[id_]:
-            answers = f"{get_prediction(record)!r} -> {get_prediction(b.records[id_])!r}"
-            sign = "+" if b.right[id_] else "-"
-            lines.append(f"{sign} {id_}: {record['question']} {answers}, right is {record['answer']!r}")
+    lines = [f"{b.name} - {a.name}: {difference.points:+.2f} points (95% interval {low:+.2f} to {high:+.2f}), exact "
+             f"McNemar p = {difference.p_value:.3g}; of {difference.questions} questions {difference.gained} became "
+             f"right, {difference.lost} wrong"]  # fmt: skip
+    before, after = a.right, b.right
+    for id_ in (id_ for id_ in before if before[id_] != after[id_]):
+        record, sign = a.records[id_], "+" if after[id_] else "-"
+        answers = f"{get_prediction(record)!r} -> {get_prediction(b.records[id_])!r}"
+        lines.append(f"{sign} {id_}: {record['question']} {answers}, right is {record['answer']!r}")
     return "\n".join(lines) + "\n"
 
 
 def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
-    """The text of docs/PAPER.md, a row's last cell filled from the one of `folders` that its command writes to; and one
-    line for everything that was skipped.
-
-    Results on other questions than MMAU's test-mini in the paper's release do not count: their scores do not compare.
-    """
+    """The text of docs/PAPER.md with the last cell of a row filled by the best result in the one of `folders` that its
+    command writes to; and one line for everything that was skipped, for example results on other questions than the
+    paper's."""
     found: dict[str, list[Result]] = {}
     results, skipped = read_results(*folders)
     for result in results:
@@ -179,9 +164,8 @@ def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
 
 
 def plot(results: list[Result], path: str | Path) -> None:
-    """Accuracy by step as a picture, a panel for each table: tasks, total with its 95% band; named models (an untrained
-    one, say) as level lines, and the paper's values where the questions are the paper's. At least one result is needed.
-    """
+    """Draw accuracy by step, one panel per table: tasks, and the total with its 95% band. Models without a step
+    are level lines, as are the paper's values for the paper's questions. Raises a `ValueError` without results."""
     if not results:
         raise ValueError("there are no results to plot")
     import matplotlib
@@ -191,14 +175,15 @@ def plot(results: list[Result], path: str | Path) -> None:
 
     tables = build_tables(results, sort="step")
     figure, axes = pyplot.subplots(len(tables), figsize=(9, 5 * len(tables)), squeeze=False, layout="constrained")
-    for axis, (benchmark, ranked) in zip(axes[:, 0], tables, strict=True):
-        _plot_table(axis, benchmark, ranked)
+    for axis, (title, ranked) in zip(axes[:, 0], tables, strict=True):
+        axis.set(title=title, xlabel="step", ylabel="accuracy (%)")
+        _plot_table(axis, ranked)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
-    lines: dict[tuple[str, str], list[Result]] = {}  # of checkpoints, one for each folder and variant
+def _plot_table(axis, results: list[Result]) -> None:
+    lines: dict[tuple[str, str], list[Result]] = {}  # (folder, settings) -> checkpoints
     for result in results:
         if result.step is not None:
             lines.setdefault((result.prefix, result.variant), []).append(result)
@@ -210,12 +195,11 @@ def _plot_table(axis, benchmark: Benchmark, results: list[Result]) -> None:
         axis.plot(numbers["total"], "o-", color=color, label=" ".join(["total", *filter(None, line)]))
         axis.fill_between(numbers.index, numbers.low, numbers.high, color=color, alpha=0.15, label="95% interval")
     level = {result.name: result.accuracy for result in results if result.step is None}
-    if benchmark.is_original:
+    if results[0].benchmark.is_original:
         rows = PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8"))
         level |= {f"paper: {row['name']}": float(row["average"]) for row in rows}
     for index, (name, accuracy) in enumerate(level.items()):
         axis.axhline(accuracy, linestyle=":", color=f"C{5 + index}", label=f"{name} ({accuracy:.1f})")
-    axis.set(title=benchmark.title, xlabel="step", ylabel="accuracy (%)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -233,7 +217,8 @@ def parse_args() -> Namespace:
 
 
 def show(args: Namespace) -> None:
-    """What the command line asks for. Raises ValueError and FileNotFoundError."""
+    """Print what the command line selects. Raises a `ValueError` or `FileNotFoundError`."""
+    results: list[Result] = []
     if args.paper is not None:
         text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), args.paper)
         print("\n".join(line for line in text.splitlines() if line.startswith("|")))
@@ -241,21 +226,17 @@ def show(args: Namespace) -> None:
         results, skipped = read_results(*args.input_dir)
     for line in skipped:
         print(f"skipped {line}", file=sys.stderr)
-    if args.paper is not None:
-        return
-    if not results:
+    if args.paper is None and not results:
         print(f"no results in {', '.join(args.input_dir)}", file=sys.stderr)
-        return
-    if args.compare:
+    elif args.compare and results:
         print(format_comparison(results, *args.compare), end="")
-        return
-    print(format_tables(results, args.sort, args.format), end="")
-    if len({result.benchmark.digest for result in results}) > 1:
-        print("results on different questions or releases do not compare: tables are apart", file=sys.stderr)
-    if args.plot:
-        path = Path(args.input_dir[0]) / "accuracy.png"
-        plot(results, path)
-        print(path, file=sys.stderr)
+    elif results:
+        print(format_tables(results, args.sort, args.format), end="")
+        if len({result.asked for result in results}) > 1:
+            print("results on different questions, rows or clips do not compare: see separate tables", file=sys.stderr)
+        if args.plot:
+            plot(results, path := Path(args.input_dir[0]) / "accuracy.png")
+            print(path, file=sys.stderr)
 
 
 def main() -> None:
