@@ -39,7 +39,7 @@ from dataset.questions import Benchmark, load_questions
 from evaluation.answers import EncodedQuestions, answer_batches, complete_with
 from evaluation.checkpoints import load_model
 from evaluation.clips import measure_clips
-from evaluation.results import Settings
+from evaluation import results
 from model.qwen2_audio import end_ids
 from model.tiny import build_demo_model, build_processor
 from step_time import describe_machine
@@ -95,7 +95,7 @@ def run_plain(model, processor, benchmark: Benchmark, style: str, max_new_tokens
 
 def run_ours(model, processor, benchmark: Benchmark, style: str, max_new_tokens: int, batch_size: int) -> dict:
     """The work of `test_mmau.py` between loading the model and writing the results, with the check of all clips."""
-    run = Settings(style=style, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    run = results.Settings(style=style, max_new_tokens=max_new_tokens, batch_size=batch_size)
     samples = measure_clips(benchmark.questions, run.channels)
     questions = EncodedQuestions(benchmark.questions, samples, processor, run)
     completions = {}

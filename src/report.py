@@ -19,8 +19,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder that holds checkpoint-* or test_*")
     parser.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
     parser.add_argument("--audio_dir", type=Path, default=Path("data/MMAU"), help="folder of the clips' paths")
-    parser.add_argument("--clips", type=at_least(0), default=50, help="number of questions with an embedded clip (60 kB "
-        "for 10 s), first those on which checkpoints differ; the other clips are linked")  # fmt: skip
+    parser.add_argument("--clips", type=at_least(0), default=50, help="number of questions with an embedded clip (60 "
+        "kB for 10 s), first those on which checkpoints differ; the other clips are linked")  # fmt: skip
     args = parser.parse_args()
     out = args.out or args.run / "report.html"
     try:

@@ -26,7 +26,8 @@ def read_pins(path: Path) -> dict[str, str]:
 
 def compare_versions(pins: dict[str, str]) -> tuple[list[str], list[str]]:
     """(missing or wrong packages, packages of other versions), each as `name==pinned (found: ...)`."""
-    lacking, differing = [], []
+    lacking: list[str] = []
+    differing: list[str] = []
     for name, pinned in pins.items():
         try:
             found, wrong = version(name).split("+")[0], lacking if name in EXACT else differing

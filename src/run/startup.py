@@ -96,7 +96,7 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
         check_is_there(file)
     check_whole(folder)
     model.quantisation(args)
-    run_on_all(lambda: held.callback(lock(out).release) and None, main=True)
+    run_on_all(lambda: hold(out, held), main=True)
     settings = describe_run(parsed, reward_files, folder)
     restarted = int(os.environ.get("RUN_RESTART", 0)) > 0
     start = run_on_all(lambda: choose_start(args, settings, restarted), main=True)
@@ -113,12 +113,12 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
     return Prepared(name, dataset, processor, questions, start, settings)
 
 
-def lock(out: Path) -> filelock.FileLock:
-    """Lock the output folder, which is made. A `ValueError` where another run holds it or it cannot be written."""
+def hold(out: Path, held: ExitStack) -> None:
+    """Make and lock the output folder. A `ValueError` where another run holds it or it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (held := filelock.FileLock(out / LOCK, timeout=0)).acquire()
-        return held
+        (lock := filelock.FileLock(out / LOCK, timeout=0)).acquire()
+        held.callback(lock.release)
     except filelock.Timeout as error:
         raise ValueError(f"{out}: another run writes there; wait for its end, or choose another OUT_DIR") from error
     except OSError as error:
