@@ -36,10 +36,10 @@ from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import build_chat
 from dataset.prompt import build_question
 from dataset.questions import Benchmark, load_questions
+from evaluation import results
 from evaluation.answers import EncodedQuestions, answer_batches, complete_with
 from evaluation.checkpoints import load_model
 from evaluation.clips import measure_clips
-from evaluation import results
 from model.qwen2_audio import end_ids
 from model.tiny import build_demo_model, build_processor
 from step_time import describe_machine

@@ -25,8 +25,9 @@ from dataset.audio import CHANNELS, SAMPLE_RATE, load_audio
 from dataset.dataset import check_choices
 from dataset.encode import check_clip_length, check_no_special_token, encode
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer, load_style
-from dataset.rows import DataError, get_field
+from dataset.rows import DataError
 from evaluation.checkpoints import check_whole, load_model, locate
+from evaluation.collect import printable
 from evaluation.decoding import Greedy, score
 from evaluation.mmau import string_match
 from evaluation.results import MAX_NEW_TOKENS
@@ -73,7 +74,10 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
 def run(args: Namespace) -> dict:
     """The fields of `--json`: `prompt` is the user's text, `seconds` the length of the encoded clip. Raises a
     `ValueError` or `OSError` if the question, clip or model cannot be used."""
-    question, *choices = get_field({"command line": [args.question, *args.choices]}, "command line", list)
+    question, choices = args.question, args.choices
+    for text in (question, *choices):
+        if text.encode(errors="ignore").decode() != text:
+            raise DataError(f"{text!r} is not UTF-8; correct --question or --choices")
     if check_choices(question, choices, "--choices") or not all(map(str.strip, choices)):
         raise DataError(f"--choices {choices} holds an empty or repeated choice; pass different words")
     folder = locate(args.model_path)
@@ -114,15 +118,16 @@ def main() -> int:
         with contextlib.redirect_stdout(sys.stderr):  # standard output holds the result only
             result = run(args)
     except (ValueError, OSError) as error:
-        print(f"ask: {describe(error)}", file=sys.stderr)
+        print(printable(f"ask: {describe(error)}"), file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(result))
         return 0
-    print(f"answer:     {result['answer']}{'' if result['names_a_choice'] else '  (none of the choices)'}")
-    print(f"completion: {result['completion']}")
+    lines = [f"answer:     {result['answer']}{'' if result['names_a_choice'] else '  (none of the choices)'}"]
+    lines.append(f"completion: {result['completion']}")
     for choice, probability in sorted(result["probabilities"].items(), key=lambda item: -item[1]):
-        print(f"{100 * probability:9.2f}%  {choice}")
+        lines.append(f"{100 * probability:9.2f}%  {choice}")
+    print(printable("\n".join(lines)))
     return 0
 
 

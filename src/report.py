@@ -19,12 +19,13 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder that holds checkpoint-* or test_*")
     parser.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
     parser.add_argument("--audio_dir", type=Path, default=Path("data/MMAU"), help="folder of the clips' paths")
-    parser.add_argument("--clips", type=at_least(0), default=50, help="number of questions with an embedded clip (60 "
-        "kB for 10 s), first those on which checkpoints differ; the other clips are linked")  # fmt: skip
+    parser.add_argument("--clips", type=at_least(0), default=50, help="number of embedded clips (60 kB for 10 s), "
+        "first of questions on which checkpoints differ; the others are linked")  # fmt: skip
+    parser.add_argument("--allow_outside", action="store_true", help="use clips outside --audio_dir as well")
     args = parser.parse_args()
     out = args.out or args.run / "report.html"
     try:
-        write_whole(out, build_report(args.run, args.audio_dir, args.clips, out.parent))
+        write_whole(out, build_report(args.run, args.audio_dir, args.clips, out.parent, args.allow_outside))
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")
     print(out)

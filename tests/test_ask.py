@@ -261,6 +261,16 @@ def test_a_terminal_that_lacks_characters_gets_them_escaped(run, monkeypatch):
         assert b"%  H\\xfcnd" in terminal.buffer.getvalue()
 
 
+def test_neither_choices_nor_the_completion_control_the_terminal(run, small_model, monkeypatch):
+    completion = load_processor(small_model).tokenizer("dog")["input_ids"]
+    monkeypatch.setattr(ask, "generate", lambda *_: [completion])
+    monkeypatch.setattr(ask, "extract_answer", lambda completion: f"{completion}\x1b[2J")
+    status, out, _ = run(choices=["dog\x1b[2J", "cat"])
+    assert status == 0 and "\x1b" not in out and out.count("U+001B") == 2
+    assert "\x1b[2J" in json.loads(run("--json", choices=["dog\x1b[2J", "cat"])[1])["answer"]
+    assert "\x1b" not in run(question="\x1b[2J<|AUDIO|>")[2]
+
+
 def test_less_than_one_new_token_is_no_completion(capsys):
     with pytest.raises(SystemExit):
         ask.parse_args("--model_path m --audio a --question q --choices dog cat --max_new_tokens 0".split())

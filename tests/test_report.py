@@ -169,17 +169,33 @@ def test_clips_are_in_the_file_where_checkpoints_differ_and_linked_elsewhere(fol
     for question in questions[:9] + questions[13:-1]:
         assert question["clip"].startswith("./") and ":" not in question["clip"]
         assert (folder / unquote(question["clip"])).is_file()
-    assert questions[-1]["clip"] == "" and "--audio_dir says" in questions[-1]["note"]
+    assert questions[-1]["clip"] == "" and "--audio_dir" in questions[-1]["note"]
 
 
 def test_a_clip_that_does_not_decode_is_linked_and_the_next_one_embedded(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFF, but no more")
     soundfile.write(tmp_path / "b.wav", np.sin(np.arange(40 * 16_000)), 16_000)
     questions = [{"clip": str(tmp_path / name), "answers": [["", True]], "note": ""} for name in ("a.wav", "b.wav")]
-    add_clips(questions, 1, tmp_path)
+    add_clips(questions, 1, tmp_path, tmp_path)
     assert questions[0]["clip"] == "./a.wav" and "a.wav" in questions[0]["note"]
     sound = soundfile.info(io.BytesIO(base64.b64decode(questions[1]["clip"].partition(",")[2])))
     assert sound.format == "OGG" and sound.duration == 30, "what a model hears of 40 s"
+
+
+@pytest.mark.parametrize("clip", ["../../private.wav", "{folder}/private.wav"])
+def test_a_clip_outside_the_audio_folder_is_not_in_the_report(tmp_path, clip):
+    """A results file from elsewhere could name any audio of whoever builds the report."""
+    (tmp_path / "run" / "clips").mkdir(parents=True)
+    soundfile.write(tmp_path / "private.wav", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
+    questions = rows(1)
+    questions[0]["audio_id"] = clip.format(folder=tmp_path)
+    write_result(tmp_path / "run", "100", 1, questions)
+    folder = tmp_path / "run"
+    for allowed in (False, True):
+        page = Page(build_report(folder, folder / "clips", 1, folder, allow_outside=allowed))
+        (question,) = page.data["sets"][0]["questions"]
+        assert question["clip"].startswith("data:audio/ogg") == allowed
+        assert bool(question["clip"]) == allowed and ("--allow_outside" in question["note"]) != allowed
 
 
 def select(data: dict, **filter) -> list[str]:

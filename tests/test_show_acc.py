@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,6 +17,7 @@ import pytest
 
 from evaluation.collect import build_tables, read_results
 from evaluation.statistics import Difference, confidence_interval
+from run.curves import _accuracies
 from utils.show_acc import format_tables, main, plot, to_table
 
 TASKS = ["sound", "music", "speech"]
@@ -103,6 +105,36 @@ def test_releases_do_not_share_a_table(folder):
     assert run.returncode == 0 and "do not compare" in run.stderr
     tables = [[line.split()[0] for line in text.splitlines()[3:]] for text in run.stdout.split("\n\n")]
     assert tables == [["1000", "200", "100", "base"], ["300"]]
+
+
+@pytest.mark.parametrize("key", ["clips", "records"])
+def test_results_on_other_clips_or_relabelled_rows_do_not_compare(tmp_path, key):
+    """The digest of the questions is the same."""
+    for label, right, digest in (("50", 150, "aaaa"), ("100", 180, "aaaa"), ("200", 210, "bbbb")):
+        write_result(tmp_path, label, right, **{key: digest})
+    run = show(tmp_path)
+    tables = run.stdout.split("\n\n")
+    assert [[line.split()[0] for line in text.splitlines()[3:]] for text in tables] == [["100", "50"], ["200"]]
+    assert f"{key} aaaa" in tables[0].splitlines()[0] and f"{key} bbbb" in tables[1].splitlines()[0]
+    assert "do not compare" in run.stderr
+    assert show(tmp_path, "--compare", "50", "100").returncode == 0
+    run = show(tmp_path, "--compare", "50", "200")
+    assert run.returncode == 1 and f"{key} differ" in run.stderr and not run.stdout
+    assert len(read_results(tmp_path)[0]) == 3
+    assert [point[0] for point in _accuracies(tmp_path, None)] in ([50, 100], [200])
+
+
+def test_no_text_of_a_file_controls_the_terminal(tmp_path):
+    evil = "\x1b]0;title\x07\x1b[2J\r\u202e"
+    questions = rows(3)
+    for row in questions:
+        row |= {"id": row["id"] + evil, "task": row["task"] + evil, "question": evil, "choices": ["dog", f"cat{evil}"]}
+    for label, right in (("100", 1), ("200", 3)):
+        write_result(tmp_path, label, right, questions)
+    write_result(tmp_path, f"300{evil}", 1, rows(2), audio="_silent")  # which is skipped
+    for run in (show(tmp_path), show(tmp_path, "--compare", "100", "200"), show(tmp_path, "--compare", "100", evil)):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", run.stdout + run.stderr)
+        assert "U+001B" in run.stdout + run.stderr
 
 
 def test_totals_of_one_model_on_several_benchmarks_stand_side_by_side(folder):

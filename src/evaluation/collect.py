@@ -4,6 +4,7 @@ Scores are computed again from the predictions in `test_*/res_*.json`. Files tha
 they were written, are reported and omitted.
 """
 
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ SETTINGS = {
     "match": ("match",),
 }
 ASKED = ("records", "clips")  # keys of the run file that are equal for all results of a table, as the questions are
+# Characters that control a terminal, or reorder or hide the text around them, or that UTF-8 cannot encode.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass
@@ -188,3 +191,8 @@ def differing(results: list[Result]) -> list[str]:
 def list_tasks(results: list[Result]) -> list[str]:
     """Tasks of these results, in the order of MMAU's script."""
     return list(dict.fromkeys(task for result in results for task in result.tasks))
+
+
+def printable(text: str) -> str:
+    """A text of a model or of data with control characters other than tabs and newlines replaced by their names."""
+    return CONTROLS.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)

@@ -1,9 +1,8 @@
-"""A run's report: settings, curves, accuracies, every question with every checkpoint's answer, samples of what was
-rolled out in training; as one HTML file that asks for nothing else, and may not (its Content-Security-Policy).
+"""Build a run's report: settings, curves, accuracies, every question with every checkpoint's answer, and samples of the
+rollouts in training; as one HTML file that loads nothing else (its Content-Security-Policy forbids it).
 
-What models and data say is text that anybody may have written: `clean` makes it fit to be shown, Jinja escapes it where
-it stands in the page, `_to_script` where it stands in the page's data. Leaves out how the page looks and works: the
-template `report.html`, `report.css`, `report.js`.
+Models and data may contain any text. `clean` makes it displayable, Jinja escapes it in the page, and `_to_script` in
+the page's data. The template is `report.html`, with `report.css` and `report.js`.
 """
 
 import base64
@@ -28,44 +27,40 @@ from markupsafe import Markup
 
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import WINDOW_SECONDS
-from dataset.questions import Benchmark, to_question
-from evaluation.collect import SETTINGS, Result, build_tables, read_results
+from dataset.questions import to_question
+from evaluation.collect import SETTINGS, Result, build_tables, printable, read_results
 from evaluation.mmau import CUT_OFF, get_prediction
 from evaluation.statistics import compare
 from run.curves import plot_curves, read_history
 
 from .show_acc import PAPER, PAPER_ROW, plot, to_table
 
-SHOWN = 4000  # characters of one text
-STEPS, COMPLETIONS = 20, 8  # of training: shown at most, and of each
-# What would reorder or hide the text around it, and what no file in UTF-8 can hold.
-CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+SHOWN = 4000  # characters of a text
+STEPS, COMPLETIONS = 20, 8  # steps of training that are shown, and completions of each
 VERSION = re.compile(r"(?m)^- ([A-Z]\w+): (\S+)$")  # in the model card that TRL writes
 
 
-def build_report(run: Path, audio_dir: Path, clips: int, place: Path) -> str:
-    """The report's HTML.
+def build_report(run: Path, audio_dir: Path, clips: int, place: Path, allow_outside: bool = False) -> str:
+    """The report's HTML. Raises a `FileNotFoundError` if the folder does not exist, and a `ValueError` if it is empty.
 
     Args:
-        run: output folder of a training, or of evaluations, or of both.
-        audio_dir: what the clips' paths start from.
-        clips: for how many questions the clip is embedded.
-        place: the folder in which the report will lie; clips are linked from there.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds nothing of a run.
+        run: output folder of a training, of evaluations, or of both.
+        audio_dir: folder that the clips' paths are relative to.
+        clips: number of questions whose clip is embedded.
+        place: folder of the report; clips are linked from there.
+        allow_outside: also embed and link clips outside `audio_dir`.
     """
     results, notes = read_results(run)
     name, settings, samples = run.resolve().name, read_settings(run), read_completions(run, notes)
     curves = _draw(lambda path: plot_curves({name: (run, read_history(run))}, path), notes)
     if not (results or settings or samples or curves):
-        raise ValueError(f"{run}: holds no results, logged figures or completions; name the OUT_DIR of a run")
-    # As a training goes: models with a name, as the untrained one, first, then by step.
-    tables = [(benchmark, sorted(rows, key=lambda result: result.step is not None))
-              for benchmark, rows in build_tables(results, sort="step")]  # fmt: skip
-    sets = [_to_set(benchmark, rows, audio_dir) for benchmark, rows in tables]
-    add_clips([question for asked in sets for question in asked["questions"]], clips, place)
+        raise ValueError(f"{run}: holds no results, logged figures or completions; pass the OUT_DIR of a run")
+    # Models without a step come first, as they do in a training.
+    tables = [(title, sorted(rows, key=lambda result: result.step is not None))
+              for title, rows in build_tables(results, sort="step")]  # fmt: skip
+    sets = [_to_set(title, rows, audio_dir) for title, rows in tables]
+    inside = None if allow_outside else audio_dir
+    add_clips([question for asked in sets for question in asked["questions"]], clips, place, inside)
     here = Path(__file__)
     style, script = (here.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
     page = Environment(loader=FileSystemLoader(here.parent), autoescape=True, undefined=StrictUndefined)
@@ -80,14 +75,14 @@ def build_report(run: Path, audio_dir: Path, clips: int, place: Path) -> str:
 
 
 def clean(text: object) -> str:
-    """A text of a model or of data: shortened, its length said; control characters shown by their names."""
+    """A text of a model or of data, made printable, and shortened to `SHOWN` characters with a note of its length."""
     text = str(text)
     rest = f" … ({len(text):,} characters in all)" if len(text) > SHOWN else ""
-    return CONTROLS.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text[:SHOWN]) + rest
+    return printable(text[:SHOWN]) + rest
 
 
 def _to_script(value: object) -> Markup:
-    """JSON for a script element, which no `</script>` or `<!--` in it can end."""
+    """JSON for a script element; no `</script>` or `<!--` in it can end the element."""
     return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))
 
 
@@ -96,7 +91,7 @@ def _csp_hash(text: str) -> str:
 
 
 def _draw(draw: Callable[[Path], None], notes: list[str]) -> str:
-    """A picture as a data URI; none where there is nothing to draw, which is noted."""
+    """A picture as a data URI, or "" with a note if there is nothing to draw."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             draw(path := Path(folder) / "picture.svg")
@@ -107,7 +102,7 @@ def _draw(draw: Callable[[Path], None], notes: list[str]) -> str:
 
 
 class _Named:
-    """Stands for an object of any class in a pickle: keeps what it was made from."""
+    """Replaces an object of any class in a pickle, and keeps its arguments and state."""
 
     def __init__(self, *args):
         self.args, self.state = args, {}
@@ -117,15 +112,15 @@ class _Named:
 
 
 class _Names(pickle.Unpickler):
-    """Reads a pickle without importing or calling anything that it names."""
+    """Reads a pickle without importing or calling anything."""
 
     def find_class(self, module, name):
         return _Named
 
 
 def read_settings(run: Path) -> dict[str, object]:
-    """The training's settings, from the newest `training_args.bin` that can be read; without access tokens, and without
-    dictionaries, which may hold some."""
+    """The training's settings from the newest readable `training_args.bin`, without access tokens and dictionaries,
+    which may hold some."""
     paths = sorted(run.glob("checkpoint-*/training_args.bin"), key=os.path.getmtime, reverse=True)
     for path in [run / "training_args.bin", *paths]:
         try:
@@ -143,13 +138,13 @@ def read_settings(run: Path) -> dict[str, object]:
 
 
 def read_versions(run: Path) -> dict[str, str]:
-    """Library -> version that trained, by the model card."""
+    """Library -> version, from the model card."""
     card = run / "README.md"
     return dict(VERSION.findall(card.read_text(encoding="utf-8", errors="replace"))) if card.is_file() else {}
 
 
 def read_completions(run: Path, notes: list[str]) -> list[dict]:
-    """One group of completions of some logged steps, evenly spread, with rewards and advantage."""
+    """One group of completions with rewards and advantages for each of some evenly spaced logged steps."""
     paths, samples = sorted((run / "completions").glob("completions_*.parquet")), []
     for index in np.unique(np.linspace(0, len(paths) - 1, min(STEPS, len(paths))).round().astype(int)):
         try:
@@ -165,39 +160,39 @@ def read_completions(run: Path, notes: list[str]) -> list[dict]:
     return samples
 
 
-def _to_page(benchmark: Benchmark, results: list[Result]) -> dict:
-    """What the template shows of one table of accuracies."""
+def _to_page(title: str, results: list[Result]) -> dict:
+    """The template's variables for one table of accuracies."""
     paper = []
-    for row in PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8")) if benchmark.is_original else ():
+    for row in PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8")) if results[0].benchmark.is_original else ():
         sound, music, speech = (cell.strip() for cell in row["cells"].split("|")[2:5])
         values = {"sound": sound, "music": music, "speech": speech, "total": row["average"]}
         paper.append({"step": f"the paper's: {row['name']}"} | values)
-    groups = {title: {name: [_share(result, title, name) for result in results]
-                      for name, (_, asked) in names.items() if asked}
-              for title, names in results[0].scores.groups.items()}  # fmt: skip
+    groups = {kind: {name: [_share(result, kind, name) for result in results]
+                     for name, (_, asked) in names.items() if asked}
+              for kind, names in results[0].scores.groups.items()}  # fmt: skip
     rights, single = [result.right for result in results], [len(result.runs) == 1 for result in results]
     pairs = [(a, b, compare(rights[a], rights[b])) for a, b in itertools.combinations(range(len(results)), 2)
              if single[a] and single[b]]  # fmt: skip
     how = {column: sorted({result.settings[column] for result in results} - {""}) for column in SETTINGS}
     table = to_table(results)
     return {
-        "title": benchmark.title, "how": {key: ", ".join(values) for key, values in how.items() if values},
+        "title": title, "how": {key: ", ".join(values) for key, values in how.items() if values},
         "columns": list(table), "rows": table.to_dict("records") + paper, "groups": groups, "pairs": pairs,
         "names": [result.name for result in results],
     }  # fmt: skip
 
 
-def _share(result: Result, title: str, name: str) -> str:
+def _share(result: Result, kind: str, name: str) -> str:
     """Accuracy in a group of questions, the mean over the runs, with the number of questions."""
-    right, asked = zip(*(run.groups[title].get(name, (0, 0)) for run in result.runs), strict=True)
+    right, asked = zip(*(run.groups[kind].get(name, (0, 0)) for run in result.runs), strict=True)
     return f"{100 * sum(right) / sum(asked):.2f} ({asked[0]})" if sum(asked) else "-"
 
 
-def _to_set(benchmark: Benchmark, results: list[Result], audio_dir: Path) -> dict:
-    """What the script shows of one table's questions; an answer is [text, right, whole completion or "", cut off]."""
+def _to_set(title: str, results: list[Result], audio_dir: Path) -> dict:
+    """The script's data for one table's questions; an answer is [text, right, whole completion or "", cut off]."""
     rights, questions = [result.right for result in results], []
     ids: dict[str, int] = {}
-    task, *more = (title.lower() for title in results[0].scores.groups)
+    task, *more = (kind.lower() for kind in results[0].scores.groups)
     for number, (id_, record) in enumerate(results[0].records.items(), start=1):
         answers = []
         for result, right in zip(results, rights, strict=True):
@@ -212,13 +207,13 @@ def _to_set(benchmark: Benchmark, results: list[Result], audio_dir: Path) -> dic
             "answer": clean(record["answer"]), "answers": answers,
             "clip": to_question(record, number, audio_dir, ids).audio_path, "note": "",
         })  # fmt: skip
-    return {"title": benchmark.title, "names": [clean(result.name) for result in results], "questions": questions}
+    return {"title": title, "names": [clean(result.name) for result in results], "questions": questions}
 
 
-def add_clips(questions: list[dict], count: int, place: Path) -> None:
-    """Replace the `clip` of questions, a path, by what a player can open: the clip itself for `count` of them, a link
-    for the rest; by nothing, with a `note`, where there is none. Those on which models differ come first, then those
-    that all got wrong."""
+def add_clips(questions: list[dict], count: int, place: Path, inside: Path | None) -> None:
+    """Replace each question's `clip`, a path, by the clip itself for `count` of the questions and by a link for the
+    others; by nothing, with a `note`, if the clip is missing or outside the folder `inside`. Questions on which models
+    differ come first, then those that all got wrong."""
 
     def interest(question: dict) -> int:
         rights = {answer[1] for answer in question["answers"]}
@@ -226,10 +221,13 @@ def add_clips(questions: list[dict], count: int, place: Path) -> None:
 
     for question in sorted(questions, key=interest):
         path, question["clip"] = question["clip"], ""
-        if not os.path.isfile(path):
-            question["note"] = clean(f"no such clip: {path}; --audio_dir says what the paths start from")
+        if inside is not None and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(inside)):
+            question["note"] = clean(f"{path}: outside {inside}; --allow_outside includes it")
             continue
-        question["clip"] = "./" + quote(os.path.relpath(path, place))  # quoted is also the `:` of a scheme
+        if not os.path.isfile(path):
+            question["note"] = clean(f"{path}: no such clip; --audio_dir is the folder of the paths")
+            continue
+        question["clip"] = "./" + quote(os.path.relpath(path, place))  # quotes also the `:` of a scheme
         if count > 0:
             try:
                 question["clip"], count = encode_clip(path), count - 1
@@ -238,7 +236,7 @@ def add_clips(questions: list[dict], count: int, place: Path) -> None:
 
 
 def encode_clip(path: str | Path) -> str:
-    """A clip as the model hears it (16 kHz, mono, 30 s at most) as Ogg Vorbis in a data URI. Raises as `load_audio`."""
+    """The model's input (16 kHz, mono, 30 s at most) as Ogg Vorbis in a data URI. Raises as `load_audio`."""
     file = io.BytesIO()
     soundfile.write(file, load_audio(path)[: WINDOW_SECONDS * SAMPLE_RATE], SAMPLE_RATE, "VORBIS", format="OGG")
     return "data:audio/ogg;base64," + base64.b64encode(file.getvalue()).decode()

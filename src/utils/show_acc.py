@@ -22,7 +22,7 @@ import pandas as pd
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.collect import ASKED, SETTINGS, Result, build_tables, differing, list_tasks, read_results
+from evaluation.collect import ASKED, SETTINGS, Result, build_tables, differing, list_tasks, printable, read_results
 from evaluation.mmau import get_prediction
 from evaluation.statistics import compare
 
@@ -225,13 +225,13 @@ def show(args: Namespace) -> None:
     else:
         results, skipped = read_results(*args.input_dir)
     for line in skipped:
-        print(f"skipped {line}", file=sys.stderr)
+        print(printable(f"skipped {line}"), file=sys.stderr)
     if args.paper is None and not results:
         print(f"no results in {', '.join(args.input_dir)}", file=sys.stderr)
     elif args.compare and results:
-        print(format_comparison(results, *args.compare), end="")
+        print(printable(format_comparison(results, *args.compare)), end="")
     elif results:
-        print(format_tables(results, args.sort, args.format), end="")
+        print(printable(format_tables(results, args.sort, args.format)), end="")
         if len({result.asked for result in results}) > 1:
             print("results on different questions, rows or clips do not compare: see separate tables", file=sys.stderr)
         if args.plot:
@@ -243,7 +243,7 @@ def main() -> None:
     try:
         show(parse_args())
     except (ValueError, OSError) as error:
-        sys.exit(f"show_acc: {error}")
+        sys.exit(printable(f"show_acc: {error}"))
 
 
 if __name__ == "__main__":
