@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoProcessor
 
 from conftest import ROOT
 from run.checkpoints import checkpoints_in
-from run.startup import LOCK, lock
+from run.startup import LOCK, hold
 from running import environment, free_port
 
 
@@ -39,7 +40,8 @@ def loaded(*args, **kwargs):
 
 
 def test_a_second_run_in_a_folder_is_refused(start, tmp_path):
-    with lock(tmp_path / "out"):
+    with ExitStack() as held:
+        hold(tmp_path / "out", held)
         status, said = start()
         assert status == 2 and str(tmp_path / "out") in said and said.count("\n") == 1
     (tmp_path / "out" / LOCK).touch()  # a run that was killed leaves the file
