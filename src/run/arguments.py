@@ -27,9 +27,7 @@ class DataArguments:
     """What to train on."""
 
     data_file: str = HfArg(default="data/AVQA/train_qa.data", help="JSONL of questions, as data/README.md shows.")
-    prompt_style: Literal["choice", "answer", "think"] = HfArg(
-        default=DEFAULT_STYLE, help="The paper's Prompt <1>, <2> or <3>."
-    )
+    prompt_style: Literal["choice", "answer", "think"] = HfArg(default=DEFAULT_STYLE, help="Prompt <1>, <2> or <3>.")
     max_prompt_length: int = HfArg(
         default=MAX_PROMPT_LENGTH, help="Tokens, 25 a second of audio. Longer are dropped. Paper: 512, by cutting."
     )
@@ -48,15 +46,11 @@ class AudioModelConfig(ModelConfig):
 
     model_name_or_path: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="Hub name or folder of a Qwen2-Audio.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = HfArg(
-        default=None, help="Of the weights. Default: bfloat16 under DeepSpeed with bf16, which keeps float32 ones too; "
-        "else float32.",
-    )  # fmt: skip
-    lora_dropout: float = HfArg(
-        default=0.0, help="Of adapters. Above 0 the policy differs from what it sampled with: a biased ratio."
+        default=None, help="Of the weights. Default: bfloat16 under DeepSpeed with bf16, else float32."
     )
+    lora_dropout: float = HfArg(default=0.0, help="Of adapters. Above 0, the policy differs from the one that sampled.")
     lora_target_modules: list[str] | None = HfArg(
-        default_factory=lambda: list(LINEAR_LAYERS),
-        help="Layers that get adapters with --use_peft true. Not published by the paper.",
+        default_factory=lambda: list(LINEAR_LAYERS), help="Layers with adapters. Not published by the paper."
     )
 
     def __post_init__(self):
@@ -84,11 +78,8 @@ class AudioModelConfig(ModelConfig):
         }
 
     def quantisation(self, args: TrainingArguments) -> BitsAndBytesConfig | None:
-        """How the base model's layers are stored in 4 or 8 bits, for `from_pretrained`; None: they are not.
-
-        Raises:
-            ValueError: such a model cannot be trained with these settings.
-        """
+        """How the base model's layers are stored in 4 or 8 bits, for `from_pretrained`; None: they are not. Raises a
+        `ValueError` if such a model cannot be trained with these settings."""
         if not (self.load_in_4bit or self.load_in_8bit):
             return None
         flag = f"--load_in_{4 if self.load_in_4bit else 8}bit true"
@@ -117,27 +108,21 @@ class RunArguments:
     save_steps: float = HfArg(default=100, help="Steps between checkpoints. Paper: 100.")
     keep_optimizer: Literal["newest", "all", "none"] = HfArg(
         default="newest",
-        help="Which checkpoints hold, beside the weights, what a run needs to resume (several times their size).",
+        help="Checkpoints that also hold what a run needs to resume (several times the weights' size).",
     )
     resume: bool = HfArg(default=False, help="Continue from the newest whole checkpoint of output_dir.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="Continue from this folder; true: as --resume.")
     force_resume: bool = HfArg(default=False, help="Resume although settings differ that change the result.")
     overwrite_output_dir: bool = HfArg(
-        default=False,
-        help="Remove the checkpoints and results of another run in output_dir (checkpoint-*, test_STEP) first; with "
-        "--resume_from_checkpoint, those of later steps.",
+        default=False, help="First remove checkpoints and results of another run, or of steps after the resumed one."
     )
     max_skipped: int = HfArg(default=5, help="Steps in a row with a gradient that is not finite that end the run.")
     logging_steps: float = HfArg(default=1, help="Steps between two lines of metrics.")
     bf16: bool | None = HfArg(default=None, help="Mixed precision. Default: unless --use_cpu or --fp16.")
     questions_per_step: int = HfArg(default=16, help="Questions per optimizer step. Paper: 16.")
     gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: what makes questions_per_step.")
-    eval_file: str | None = HfArg(
-        default=None, help="Questions in MMAU's or AVQA's format, answered every eval_steps; default: save_steps."
-    )
-    ddp_timeout: int = HfArg(
-        default=1800, help="Seconds that a process waits for the others before it takes one for dead and ends the run."
-    )
+    eval_file: str | None = HfArg(default=None, help="Questions, as MMAU's or AVQA's, to answer every eval_steps.")
+    ddp_timeout: int = HfArg(default=1800, help="Seconds that a process waits for the others before the run ends.")
     ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Off: each takes part in every step.")
     use_wandb: bool = HfArg(default=False, help="Short for --report_to wandb.")
 
@@ -176,12 +161,8 @@ class Parser(TrlParser):
 def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv: Sequence[str] | None = None) -> tuple:
     """The dataclasses of a training script, filled from the command line and a `--config FILE.yaml`.
 
-    Args:
-        check: called with all of them, filled; raises a `ValueError` for what does not work together.
-
-    Raises:
-        ValueError: a flag does not exist, has an impossible value, or does not work with another.
-        OSError: the --config file cannot be read.
+    `check` gets all of them, and raises a `ValueError` for flags that do not work together. Raises a `ValueError`, too,
+    for a flag that does not exist or has an impossible value, and an `OSError` if the --config file cannot be read.
     """
     try:
         parsed = Parser(parts, allow_abbrev=False).parse_args_and_config(sys.argv[1:] if argv is None else list(argv))
@@ -197,15 +178,7 @@ def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv:
 def derive_accumulation(questions: int, per_pass: int) -> int:
     """Forward passes per optimizer step, so that `questions` questions make one step on any number of processes.
 
-    >>> derive_accumulation(questions=16, per_pass=1)  # on one process
-    16
-
-    Args:
-        questions: per optimizer step, over all processes.
-        per_pass: questions per process and forward pass.
-
-    Raises:
-        ValueError: the numbers do not divide; names some that do.
+    `per_pass` counts the questions per process and pass. Raises a `ValueError` that names numbers which divide.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))  # asking torch would start its process group
     at_once = per_pass * processes

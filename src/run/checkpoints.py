@@ -115,14 +115,8 @@ def drop_state(checkpoint: Path) -> None:
 
 
 def read_settings(checkpoint: Path, verify: bool = True) -> dict:
-    """The settings that a resumable checkpoint was trained with.
-
-    Args:
-        verify: read all files and compare them with their digests.
-
-    Raises:
-        IncompleteCheckpoint: a run cannot resume from it; says why.
-    """
+    """The settings that a resumable checkpoint was trained with. With `verify`, all files are read and compared with
+    their digests. Raises an `IncompleteCheckpoint` that says why a run cannot resume from it."""
     check_whole(checkpoint)
     if not (checkpoint / RECORD).is_file():
         raise IncompleteCheckpoint(
@@ -164,16 +158,9 @@ def describe_newest(out: Path) -> str:
 
 
 def choose_start(args: TrainingArguments, settings: dict, restarted: bool) -> Path | None:
-    """The checkpoint that a run resumes from, or None for a new one. Nothing is removed.
-
-    Args:
-        settings: of this run, to be compared with the checkpoint's.
-        restarted: the launcher has started this run again after a failure: it resumes if there is a checkpoint of it.
-
-    Raises:
-        ValueError: there is none to resume from, its settings differ, or the folder holds checkpoints that would not
-            be this run's.
-    """
+    """The checkpoint that a run resumes from, or None for a new one. Nothing is removed. A run that is `restarted` by
+    the launcher after a failure resumes if it has a checkpoint. Raises a `ValueError` if there is none to resume from,
+    if its settings differ from `settings`, this run's, or if the folder holds checkpoints of another run."""
     out, start = Path(args.output_dir), None
     if args.resume_from_checkpoint and not (restarted and checkpoints_in(out)):
         start = Path(args.resume_from_checkpoint)
@@ -247,10 +234,8 @@ def finish(start: Path, args: TrainingArguments) -> bool:
 class KeepCheckpoints(TrainerCallback):
     """Marks checkpoints that are whole, and removes what the arguments do not ask to keep.
 
-    Rollouts are not saved: where several steps learn from one, a checkpoint waits until it is used up.
-
-    Args:
-        settings: recorded in every checkpoint with training state.
+    Rollouts are not saved: where several steps learn from one, a checkpoint waits until it is used up. `settings` are
+    recorded in every checkpoint with training state.
     """
 
     def __init__(self, trainer: Trainer, settings: dict):
@@ -258,9 +243,8 @@ class KeepCheckpoints(TrainerCallback):
         # `Trainer` would remove the old checkpoint before the new one has its record.
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         every = getattr(trainer.args, "steps_per_generation", 1) * getattr(trainer, "num_iterations", 1)
-        self.span = (
-            math.lcm(every, trainer.args.gradient_accumulation_steps) // trainer.args.gradient_accumulation_steps
-        )
+        accumulation = trainer.args.gradient_accumulation_steps
+        self.span = math.lcm(every, accumulation) // accumulation
         self.waiting = self.stopping = False  # a checkpoint, or the end, until a rollout is used up
         self.writing: Path | None = None  # the checkpoint that is being written
         self.stale: Path | None = None  # the checkpoint whose trainer state lacks an evaluation

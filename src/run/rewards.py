@@ -27,7 +27,6 @@ from utils.rewards import accuracy_reward, format_reward
 REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
 EXPECTED = "return a list with one number per completion, None where the reward does not apply"
 LARGEST = torch.finfo(torch.float32).max  # TRL computes with rewards in float32, where more is infinite
-COLUMNS = ("prompt", "completion", "completion_ids")  # that TRL does not pass under their own names
 
 
 class RewardError(DataError):
@@ -36,13 +35,13 @@ class RewardError(DataError):
 
 def load_rewards(names: Sequence[str], dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Callable]:
     """Checked rewards by their names. The first process calls each once on two made-up completions, before a model is
-    loaded. Raises a `RewardError` as `load_reward`, and for a reward that cannot be called so."""
+    loaded. Raises a `RewardError` as `load_reward`, and for a failed call."""
     functions = [load_reward(name) for name in names]
     rows = [dataset[index % len(dataset)] for index in range(2)]
     completions = [rows[0]["solution"], "a made-up completion"]
-    given: dict[str, Any] = {"prompts": [row["prompt"] for row in rows], "completions": completions}
-    given["completion_ids"] = tokenizer(completions)["input_ids"]
-    given |= {key: [row[key] for row in rows] for key in dataset.column_names if key not in COLUMNS}
+    given: dict[str, Any] = {"completions": completions, "completion_ids": tokenizer(completions)["input_ids"]}
+    given |= {key: [row[key] for row in rows] for key in dataset.column_names}
+    given["prompts"] = given.pop("prompt")
     given |= {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
 
     def try_all() -> None:
@@ -52,7 +51,8 @@ def load_rewards(names: Sequence[str], dataset: Dataset, tokenizer: PreTrainedTo
             except RewardError:
                 raise
             except Exception as error:
-                raise RewardError(f"--reward_funcs {name}: a trial call {describe_error(error)}") from error
+                trial = f"a trial call with {', '.join(given)}"
+                raise RewardError(f"--reward_funcs {name}: {trial} {describe_error(error)}") from error
 
     run_on_all(try_all, main=True)
     return [checked(function) for function in functions]
@@ -63,18 +63,14 @@ def load_reward(name: str) -> Callable:
 
     The function gets the arguments that it names, of `completions`, `prompts`, `completion_ids` and every column of the
     data set (`solution`, `style`, `audio_path`, ...), and returns a list with one number per completion (None: not
-    applicable). It may be a coroutine function. A trial call must be harmless for stateful or paid rewards.
-
-    Raises:
-        RewardError: no such reward, file or function, or the file cannot be run.
+    applicable). It may be a coroutine function. A trial call must be harmless for stateful or paid rewards. Raises a
+    `RewardError` if there is no such reward, file or function, or if the file cannot be run.
     """
     if name in REWARD_FUNCS:
         return REWARD_FUNCS[name]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         raise RewardError(f"--reward_funcs {name}: use one of {', '.join(REWARD_FUNCS)}, or file.py:function")
-    if not Path(path).is_file():
-        raise RewardError(f"--reward_funcs {name}: there is no file {path}")
     try:
         reward = runpy.run_path(path).get(function)
     except Exception as error:
@@ -93,18 +89,16 @@ def checked(function: Callable) -> Callable[..., list[float | None]]:
     """A reward function in the form that TRL calls, which raises the errors of all processes."""
 
     def reward(**given) -> list[float | None]:
-        values, error = None, None
+        values: list[float | None] = []
+        error = None
         try:
             values = call(function, given)
         except Exception as raised:
             error = raised
         # All raise a wrong value; an error of a reward's code is left to its process, which has the traceback.
         found = gather_object([error if error is None or isinstance(error, RewardError) else SystemExit(1)])
-        if error is not None:
-            raise error
-        for other in filter(None, found):
-            raise other
-        assert values is not None
+        for first in filter(None, [error, *found]):
+            raise first
         return values
 
     reward.__name__ = name_of(function)  # in the names of metrics
@@ -119,13 +113,8 @@ def call(function: Callable, given: dict) -> list[float | None]:
     """Call a reward function with those of the arguments `given` that it takes, and check its values. A coroutine is
     awaited in one event loop for all calls, to which a client that it keeps open belongs."""
     parameters = inspect.signature(function).parameters
-    taken = given
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        needed = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
-        if lacking := ", ".join(sorted(needed - given.keys())):
-            raise RewardError(f"reward {name_of(function)}: asks for {lacking}; it can ask for {', '.join(given)}")
-        taken = {key: given[key] for key in parameters if key in given}
-    values = function(**taken)
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    values = function(**{key: value for key, value in given.items() if takes_all or key in parameters})
     if is_async_callable(function):
         values = asyncio.run_coroutine_threadsafe(values, _event_loop()).result()
     check_values(name_of(function), values, given)
@@ -140,16 +129,11 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def check_values(name: str, values, given: dict) -> None:
-    """Raise a `RewardError` unless a reward returned a list with a finite number, or None, for each of B completions.
-
-    Args:
-        given: the arguments of the call; `row`, `audio_path` and `prompts` name the question in a message.
-    """
-    if not isinstance(values, list | tuple):
-        raise RewardError(f"reward {name}: returned {values!r:.80}, of type {type(values).__name__}; {EXPECTED}")
+    """Raise a `RewardError` unless a reward returned a list with a finite number, or None, for each completion. `given`
+    are the arguments of the call, of which `row`, `audio_path` and `prompts` name the question in the message."""
     completions = given["completions"]
-    if len(values) != len(completions):
-        counts = f"{len(values)} values for {len(completions)} completions"
+    if not isinstance(values, list | tuple) or len(values) != len(completions):
+        counts = f"{values!r:.80}, a {type(values).__name__}, for {len(completions)} completions"
         raise RewardError(f"reward {name}: returned {counts}; {EXPECTED}")
     for index, value in enumerate(values):
         if not (value is None or isinstance(value, Real) and -LARGEST <= value <= LARGEST):  # type: ignore[operator]
@@ -167,5 +151,4 @@ def describe_error(error: Exception) -> str:
 def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
     """Raise a `RewardError` unless there is one finite weight for each of the rewards."""
     if len(weights) != len(names) or not all(map(isfinite, weights)):
-        given = " ".join(map(str, weights))
-        raise RewardError(f"--reward_weights {given}: pass one finite number for each of {', '.join(names)}")
+        raise RewardError(f"--reward_weights {weights}: pass one finite number for each of {', '.join(names)}")

@@ -83,11 +83,8 @@ def run(
 
 
 def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> Prepared | None:
-    """Lock the output folder, choose the checkpoint to resume from, examine the data; None for a finished run.
-
-    Raises:
-        ValueError, OSError: the run cannot start as it is.
-    """
+    """Lock the output folder, choose the checkpoint to resume from, examine the data; None for a finished run. Raises a
+    `ValueError` or `OSError` if the run cannot start as it is."""
     data, *_, args, model = parsed
     out, folder = Path(args.output_dir), locate(model.model_name_or_path, model.model_revision)
     if not (args.use_cpu or torch.cuda.is_available()):
@@ -127,10 +124,7 @@ def hold(out: Path, held: ExitStack) -> None:
 
 def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> dict:
     """All that decides a run's result: flags, the content of data, model and rewards, and how its state is split.
-
-    Raises:
-        ValueError: nodes do not share the output folder, or differ in what decides the result.
-    """
+    Raises a `ValueError` if nodes do not share the output folder, or differ in what decides the result."""
     data, *_, args, _ = parsed
     engine = "none"
     if args.deepspeed:
@@ -156,11 +150,8 @@ def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> 
 
 
 def load_training_data(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Dataset:
-    """The usable rows of the training file; the others are written to `dropped.jsonl`.
-
-    Raises:
-        ValueError: more than `max_dropped` of the rows are unusable, or fewer are left than a step takes.
-    """
+    """The usable rows of the training file; the others are written to `dropped.jsonl`. Raises a `ValueError` if more
+    than `max_dropped` of the rows are unusable, or fewer are left than a step takes."""
     rules = Rules(data.prompt_style, processor, data.max_prompt_length, data.audio_channels)
     dropped = examine(data.data_file, "dropped.jsonl", rules, examine_training_file, data, args)
     dataset = load_train_dataset(data.data_file, data.prompt_style, skip=dropped)
@@ -176,10 +167,7 @@ def load_training_data(data: DataArguments, args: TrainingArguments, processor: 
 
 def load_eval_questions(data: DataArguments, args: TrainingArguments, processor: ProcessorMixin) -> Benchmark:
     """The questions of --eval_file that can be answered; the others are written to `dropped_eval.jsonl`.
-
-    Raises:
-        ValueError: too many are unusable, or the file holds no answers that can be scored.
-    """
+    Raises a `ValueError` if too many are unusable, or the file holds no answers that can be scored."""
     rules = Rules(data.prompt_style, processor, channels=data.audio_channels, lenient=True)
     dropped = examine(args.eval_file, "dropped_eval.jsonl", rules, examine_evaluation_file, data, args)
     benchmark = load_questions(args.eval_file, skip=dropped)
