@@ -99,7 +99,7 @@ class Result:
 def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
     """All results below some folders, and for each skipped file or folder one line with the reason. Raises a
     `FileNotFoundError` if a folder does not exist."""
-    found: dict[tuple, Result] = {}
+    found: dict[tuple[tuple, str], Result] = {}  # (all that must be equal, audio) -> runs
     skipped: list[str] = []
     parents = {Path(folder).resolve(): Path(folder) for folder in folders}.values()
     for parent in parents:
@@ -115,8 +115,8 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                     skipped.append(f"nothing of {file}, but it is being evaluated again: the row is the run before")
                 try:
                     result = _read_result(file, f"{parent}/" if len(parents) > 1 else "")
-                    key = (*result.model, *result.asked, result.run.get("allow_missing"), result.audio)
-                    first = found.setdefault(key, result)
+                    inputs = (*result.model, *result.asked, result.run.get("allow_missing"))
+                    first = found.setdefault((inputs, result.audio), result)
                     if first is not result and first.seeds.isdisjoint(result.seeds):
                         first.seeds |= result.seeds
                         first.runs += result.runs
@@ -124,12 +124,12 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                         skipped.append(f"{file}: the same run as another one of {first.label}")
                 except (ValueError, OSError) as error:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
-    for (*key, audio), result in found.items():
-        if audio != "real" and (real := found.get((*key, "real"))):
+    for (inputs, audio), result in found.items():
+        if audio != "real" and (real := found.get((inputs, "real"))):
             real.drops[audio] = result.accuracy
         elif audio != "real":
-            folder = f"{result.folder}/test_{result.label}"
-            skipped.append(f"{folder}: {audio} audio, but no real audio with the same weights and settings")
+            what = f"{audio} audio, but no real audio with the same weights and settings"
+            skipped.append(f"{result.folder}/test_{result.label}: {what}")
     return [result for result in found.values() if result.audio == "real"], skipped
 
 
