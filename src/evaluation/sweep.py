@@ -170,17 +170,15 @@ def _acquire(lock: FileLock) -> None:
 
 def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, files: ResultFiles) -> None:
     """Have the model answer the questions that have no answer, and append the answers to the partial files."""
-    done, process = run_on_all(lambda: files.resume(sweep.force), main=True), processes()
-    if done:
+    if done := run_on_all(lambda: files.resume(sweep.force), main=True):
         say(f"{files.identity.label}: {len(done)} questions are answered already")
     # A batch is repeated as a whole, so that its shape is the same.
     batches = [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]
     if not batches:
         return
-    device = torch.device("cpu")
-    if sweep.device == "cuda" and sweep.engine is complete_with:
-        device = torch.device("cuda", process.local_process_index)
+    on_gpu = sweep.device == "cuda" and sweep.engine is complete_with
+    device = torch.device(f"cuda:{processes().local_process_index}" if on_gpu else "cpu")
     model = run_on_all(lambda: load_model(folder, getattr(torch, files.settings.dtype), device))
     complete = run_on_all(lambda: sweep.engine(model, questions))
-    append = partial(files.append, process.process_index)
+    append = partial(files.append, processes().process_index)
     run_on_all(lambda: answer_batches(complete, questions, batches, append, files.identity.label))
