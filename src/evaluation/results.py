@@ -122,7 +122,7 @@ class ResultFiles:
         self.results.parent.mkdir(parents=True, exist_ok=True)
         done = {} if force else self._read_partials()
         first = self.results.with_name(f"{self.results.name}.partial-0")
-        write_whole(first, _to_jsonl([self.described, *_to_rows(done)]))
+        write_whole(first, self._to_lines(done, header=True))
         for path in set(self._partials()) - {first}:
             path.unlink()
         return done
@@ -144,10 +144,12 @@ class ResultFiles:
     def append(self, process: int, completions: dict[str, Completion]) -> None:
         """Append {id: completion} to the partial file of a process, and wait for the disk."""
         with open(self.results.with_name(f"{self.results.name}.partial-{process}"), "a", encoding="utf-8") as file:
-            header = [] if file.tell() else [self.described]
-            file.write(_to_jsonl([*header, *_to_rows(completions)]))
+            file.write(self._to_lines(completions, header=file.tell() == 0))
             file.flush()
             os.fsync(file.fileno())
+
+    def _to_lines(self, completions: dict[str, Completion], header: bool) -> str:
+        return _to_jsonl([self.described] * header + [[id_, *pair] for id_, pair in completions.items()])
 
     def finish(self, benchmark: Benchmark, missing: list[str], cut: int) -> str:
         """Replace the partial files of a complete run by its results, and return a line about them. `run_*.json` comes
@@ -185,10 +187,6 @@ def to_records(benchmark: Benchmark, completions: dict[str, Completion]) -> list
         record |= {"answer_prediction": answer} if benchmark.name == "mmar" else {"release": benchmark.release}
         records.append(record | {"model_completion": completion.text, CUT_OFF: completion.cut_off})
     return records
-
-
-def _to_rows(completions: dict[str, Completion]) -> list[list]:
-    return [[id_, *completion] for id_, completion in completions.items()]
 
 
 def _to_jsonl(rows: Iterable) -> str:
