@@ -35,8 +35,7 @@ def label_of(model: str) -> str:
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: `model` itself, or the download of a hub name, by default of the newest revision. Raises
-    an `IncompleteCheckpoint` if it is neither."""
+    """`model` if it is a folder, else the hub model of that name. Raises an `IncompleteCheckpoint` if it is neither."""
     if Path(model).is_dir():
         return Path(model)
     if model.startswith(("/", ".")) or model.count("/") != 1:
@@ -141,36 +140,24 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
     lacks tensors, has NaN or infinite ones, or cannot be loaded."""
     if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that do not depend on the batch
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    is_adapter = (Path(folder) / "adapter_config.json").is_file()
+    load = load_merged if (Path(folder) / "adapter_config.json").is_file() else _load
     try:
-        model = (load_merged(folder, dtype=dtype) if is_adapter else _load(folder, dtype)).to(device).eval()
+        model = load(folder, dtype=dtype).to(device).eval()
     except IncompleteCheckpoint:
         raise
     except Exception as error:  # libraries raise many types on damaged files
         raise IncompleteCheckpoint(f"{folder}: cannot be loaded ({type(error).__name__}: {error})") from error
-    check_finite(model, folder)
+    if bad := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+        raise IncompleteCheckpoint(f"{folder}: {bad[0]} has NaN or infinite weights; use an earlier checkpoint")
     return model
 
 
 def _load(folder: str | Path, dtype: str | torch.dtype) -> PreTrainedModel:
-    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, use_safetensors=True
-    )
-    check_complete(info, folder)
-    return model
-
-
-def check_complete(info: dict, folder: str | Path) -> None:
-    """Raise an `IncompleteCheckpoint` if tensors were missing, which transformers initialises at random. `info` is that
-    of `from_pretrained(..., output_loading_info=True)`."""
-    if missing := sorted(info["missing_keys"]):
+    load = Qwen2AudioForConditionalGeneration.from_pretrained
+    model, info = load(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    if missing := sorted(info["missing_keys"]):  # transformers initialises them at random
         raise IncompleteCheckpoint(f"{folder}: lacks {len(missing)} tensors, e.g. {missing[0]}; save it again")
-
-
-def check_finite(model: torch.nn.Module, folder: str | Path) -> None:
-    """Raise an `IncompleteCheckpoint` if a loaded model has NaN or infinite weights."""
-    if bad := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
-        raise IncompleteCheckpoint(f"{folder}: {bad[0]} has NaN or infinite weights; use an earlier checkpoint")
+    return model
 
 
 def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

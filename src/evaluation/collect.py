@@ -20,14 +20,8 @@ from .statistics import confidence_interval
 RUN_FILE = {"label": str, "weights": str, "records": str, "clips": str, "audio": str, "sample_seed": int,
             "allow_missing": bool, "missing": list, "files": dict}  # fmt: skip
 # Settings of a result: column of the table -> keys of the run file.
-SETTINGS = {
-    "prompt": ("style", "prompt_digest"),
-    "decoding": ("decoding",),
-    "dtype": ("dtype",),
-    "tokens": ("max_new_tokens",),
-    "channels": ("channels",),
-    "match": ("match",),
-}
+SETTINGS = {"prompt": ("style", "prompt_digest"), "decoding": ("decoding",), "dtype": ("dtype",),
+            "tokens": ("max_new_tokens",), "channels": ("channels",), "match": ("match",)}  # fmt: skip
 ASKED = ("records", "clips")  # keys of the run file that are equal for all results of a table, as the questions are
 # Characters that control a terminal, or reorder or hide the text around them, or that UTF-8 cannot encode.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -48,27 +42,19 @@ class Result:
     drops: dict[str, float] = field(default_factory=dict)  # `silent`, `shuffled` -> total accuracy in %
 
     def __post_init__(self):
-        self.row, self.seeds = self.prefix + self.label, {self.run.get("sample_seed")}
+        run, self.row, self.scores = self.run, self.prefix + self.label, self.runs[0]
         self.step = int(self.label) if self.label.isdecimal() else None
-        self.audio = self.run.get("audio") or "real"
-        self.settings = {
-            column: " ".join(str(self.run.get(key, "")) for key in keys).strip() for column, keys in SETTINGS.items()
-        }
-        self.asked = (self.benchmark.digest, *(self.run.get(key) for key in ASKED))
-        self.model = (self.folder, self.label, str(self.run.get("weights")), *self.settings.values())
+        self.audio, self.seeds = run.get("audio") or "real", {run.get("sample_seed")}
+        self.not_asked = len(run.get("missing") or [])  # questions that could not be asked and count as wrong
+        self.right = dict(zip(self.records, self.scores.matches, strict=True))  # question's id -> whether it is right
+        texts = {column: [str(run.get(key, "")) for key in keys] for column, keys in SETTINGS.items()}
+        self.settings = {column: " ".join(values).strip() for column, values in texts.items()}
+        self.asked = (self.benchmark.digest, *(run.get(key) for key in ASKED))
+        self.model = (self.folder, self.label, str(run.get("weights")), *self.settings.values())
 
     @property
     def name(self) -> str:
         return f"{self.row} ({self.variant})" if self.variant else self.row
-
-    @property
-    def scores(self) -> Scores:
-        return self.runs[0]
-
-    @property
-    def not_asked(self) -> int:
-        """Questions that could not be asked and count as wrong."""
-        return len(self.run.get("missing") or [])
 
     @property
     def accuracy(self) -> float:
@@ -76,30 +62,21 @@ class Result:
         return statistics.fmean(run.accuracy for run in self.runs)
 
     @property
-    def tasks(self) -> dict[str, tuple[float, int]]:
-        """Task or modality -> (right answers, the mean over the runs; questions, at least one)."""
-        groups = [next(iter(run.groups.values())) for run in self.runs]
+    def counts(self) -> dict[str, tuple[float, int]]:
+        """Task or modality, and `total` -> (right answers, the mean over the runs; questions, at least one)."""
+        groups = [next(iter(run.groups.values())) | {"total": (run.right, run.questions)} for run in self.runs]
         asked = {name: questions for name, (_, questions) in groups[0].items() if questions}
         return {name: (statistics.fmean(group[name][0] for group in groups), asked[name]) for name in asked}
-
-    @property
-    def counts(self) -> dict[str, tuple[float, int]]:
-        return self.tasks | {"total": (statistics.fmean(run.right for run in self.runs), self.scores.questions)}
 
     @property
     def interval(self) -> tuple[float, float]:
         return confidence_interval(*self.counts["total"])
 
-    @property
-    def right(self) -> dict[str, bool]:
-        """Question's id -> whether the (first run's) answer is right."""
-        return dict(zip(self.records, self.scores.matches, strict=True))
-
 
 def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
-    """All results below some folders, and for each skipped file or folder one line with the reason. Raises a
+    """All results below some folders, and a line with the reason for each skipped file or folder. Raises a
     `FileNotFoundError` if a folder does not exist."""
-    found: dict[tuple, Result] = {}
+    found: dict[tuple[tuple, str], Result] = {}  # (all that must be equal, audio) -> runs
     skipped: list[str] = []
     parents = {Path(folder).resolve(): Path(folder) for folder in folders}.values()
     for parent in parents:
@@ -115,8 +92,8 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                     skipped.append(f"nothing of {file}, but it is being evaluated again: the row is the run before")
                 try:
                     result = _read_result(file, f"{parent}/" if len(parents) > 1 else "")
-                    key = (*result.model, *result.asked, result.run.get("allow_missing"), result.audio)
-                    first = found.setdefault(key, result)
+                    inputs = (*result.model, *result.asked, result.run.get("allow_missing"))
+                    first = found.setdefault((inputs, result.audio), result)
                     if first is not result and first.seeds.isdisjoint(result.seeds):
                         first.seeds |= result.seeds
                         first.runs += result.runs
@@ -124,12 +101,12 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                         skipped.append(f"{file}: the same run as another one of {first.label}")
                 except (ValueError, OSError) as error:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
-    for (*key, audio), result in found.items():
-        if audio != "real" and (real := found.get((*key, "real"))):
+    for (inputs, audio), result in found.items():
+        if audio != "real" and (real := found.get((inputs, "real"))):
             real.drops[audio] = result.accuracy
         elif audio != "real":
-            folder = f"{result.folder}/test_{result.label}"
-            skipped.append(f"{folder}: {audio} audio, but no real audio with the same weights and settings")
+            what = f"{audio} audio, but no real audio with the same weights and settings"
+            skipped.append(f"{result.folder}/test_{result.label}: {what}")
     return [result for result in found.values() if result.audio == "real"], skipped
 
 
@@ -147,7 +124,7 @@ def _read_result(file: Path, prefix: str) -> Result:
 
 
 def _read_run(file: Path) -> dict:
-    """The run file of a file of predictions; without one, as for predictions of another program, what its name says.
+    """The run file of a file of predictions, or what the file's name says if there is none (another program's).
     Raises a `ValueError` if it is not a run file."""
     name = file.stem.removeprefix("res_")
     path = file.with_name(f"run_{name}.json")
@@ -166,19 +143,16 @@ def _read_run(file: Path) -> dict:
 
 def build_tables(results: list[Result], sort: str = "total") -> list[tuple[str, list[Result]]]:
     """Title and rows of each table: results on the same questions, rows and clips, best first or by step."""
-    tables: dict[tuple, list[Result]] = {result.asked: [] for result in results}
     ranked = sorted(results, key=lambda result: (result.step is None, result.step or 0, result.row))
     if sort == "total":
         ranked.sort(key=lambda result: -result.accuracy)  # equal ones stay by step
-    for result in ranked:
-        tables[result.asked].append(result)
+    tables = {result.asked: [other for other in ranked if other.asked == result.asked] for result in results}
     titled = []
     for asked, rows in tables.items():
         for result in rows:
             result.variant = ", ".join(result.settings[column] for column in differing(rows))
-        others = [other for other in tables if other[0] == asked[0]]
         notes = [f", {key} {asked[i] or 'not recorded'}" for i, key in enumerate(ASKED, start=1)
-                 if len({other[i] for other in others}) > 1]  # fmt: skip
+                 if len({other[i] for other in tables if other[0] == asked[0]}) > 1]  # fmt: skip
         titled.append((rows[0].benchmark.title + "".join(notes), rows))
     return titled
 
@@ -190,7 +164,7 @@ def differing(results: list[Result]) -> list[str]:
 
 def list_tasks(results: list[Result]) -> list[str]:
     """Tasks of these results, in the order of MMAU's script."""
-    return list(dict.fromkeys(task for result in results for task in result.tasks))
+    return list(dict.fromkeys(task for result in results for task in result.counts if task != "total"))
 
 
 def printable(text: str) -> str:

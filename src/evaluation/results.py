@@ -51,12 +51,12 @@ class Settings:
         """The settings as recorded in the run file. `batch_size` is omitted where it cannot change an answer."""
         built_in = self.engine == "built-in"
         omitted = {"engine", "batch_size"} if built_in and self.dtype == "float32" else {"engine"}
-        described = {key: value for key, value in vars(self).items() if key not in omitted}
         prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], self.style or DEFAULT_STYLE)
-        described |= {"prompt": prompt, "prompt_digest": digest(prompt.encode())[:8]}
         decoding = "greedy" if self.sample_seed is None else "sampled"
         decoding += "" if built_in else f" by {self.engine} (not byte-exact)"
-        return described | {"decoding": decoding, "match": MATCH_RULE}
+        described = {key: value for key, value in vars(self).items() if key not in omitted}
+        return described | {"prompt": prompt, "prompt_digest": digest(prompt.encode())[:8], "decoding": decoding,
+                            "match": MATCH_RULE}  # fmt: skip
 
     def name(self, benchmark: str, usual_style: str, usual_dtype: str) -> str:
         """The stem of the files' names: the benchmark and all settings that are not the usual ones."""
@@ -101,33 +101,29 @@ class ResultFiles:
         self.run, self.scores = results.with_name(f"run_{name}.json"), results.with_name(f"eval_{name}.txt")
         self.described = vars(identity) | settings.describe()
 
-    def _partial(self, process: int) -> Path:
-        return self.results.with_name(f"{self.results.name}.partial-{process}")
-
     def _partials(self) -> list[Path]:
         return sorted(self.results.parent.glob(f"{escape(self.results.name)}.partial-*"))
 
     def find_differences(self) -> list[str] | None:
         """Settings in which the finished run on disk differs from this one, and the names of changed or missing files;
         None if nothing is on disk. Another label or batch size alone is no reason to evaluate again."""
-        if not self.run.is_file() and not self.results.is_file():
-            return None
         try:
             found = read_json(self.run, "evaluate again")
             files = dict(found["files"])
         except (OSError, ValueError, KeyError, TypeError):
-            return [self.run.name]
+            return [self.run.name] if self.run.is_file() or self.results.is_file() else None
         compared = self.described.keys() - {"label", "batch_size"}
         differing = sorted(key for key in compared if found.get(key) != self.described[key])
         return differing + [name for name, content in self._digests().items() if files.get(name) != content]
 
     def resume(self, force: bool = False) -> dict[str, Completion]:
-        """{id: completion} of an unfinished run, then all in one partial file; nothing with `force`. Partial files that
-        belong to other runs are removed."""
+        """{id: completion} of an unfinished run, then all in one partial file; nothing with `force`. The other partial
+        files are removed."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
         done = {} if force else self._read_partials()
-        write_whole(self._partial(0), self._to_lines(done, header=True))
-        for path in set(self._partials()) - {self._partial(0)}:
+        first = self.results.with_name(f"{self.results.name}.partial-0")
+        write_whole(first, self._to_lines(done, header=True))
+        for path in set(self._partials()) - {first}:
             path.unlink()
         return done
 
@@ -147,21 +143,18 @@ class ResultFiles:
 
     def append(self, process: int, completions: dict[str, Completion]) -> None:
         """Append {id: completion} to the partial file of a process, and wait for the disk."""
-        path = self._partial(process)
-        lines = self._to_lines(completions, header=not path.exists())
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(lines)
+        with open(self.results.with_name(f"{self.results.name}.partial-{process}"), "a", encoding="utf-8") as file:
+            file.write(self._to_lines(completions, header=file.tell() == 0))
             file.flush()
             os.fsync(file.fileno())
 
     def _to_lines(self, completions: dict[str, Completion], header: bool) -> str:
-        rows = [[id_, *completion] for id_, completion in completions.items()]
-        return _to_jsonl([self.described, *rows] if header else rows)
+        return _to_jsonl([self.described] * header + [[id_, *pair] for id_, pair in completions.items()])
 
     def finish(self, benchmark: Benchmark, missing: list[str], cut: int) -> str:
         """Replace the partial files of a complete run by its results, and return a line about them. `run_*.json` comes
-        last: where it is, the run is finished. `missing` are ids of questions that could not be asked, and `cut` is the
-        number of clips that were too long."""
+        last: where it is, the run is finished. `missing`: ids of questions that could not be asked. `cut`: number of
+        clips that were too long."""
         records = to_records(benchmark, self._read_partials() | dict.fromkeys(missing, Completion("", False)))
         self.run.unlink(missing_ok=True)  # of an earlier run
         described = self.described | {"missing": missing, "cut": cut}

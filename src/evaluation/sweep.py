@@ -1,8 +1,5 @@
-"""Evaluate several models on one benchmark, in one process or several.
-
-All processes evaluate the same models, and each answers its share of the questions. The first process reads and writes
-the files of results. See also `results.py` (the files) and `answers.py` (the answers).
-"""
+"""Evaluate several models on one benchmark, in one process or several. Each process answers its share of a model's
+questions; the first one reads and writes the files of results. See also `results.py` (the files), `answers.py`."""
 
 import json
 from collections.abc import Callable
@@ -49,7 +46,7 @@ class Sweep:
     suffix: str = ".json"  # of the result files
     device: str = "cpu"  # or cuda
     force: bool = False  # repeat finished evaluations
-    # (model, questions) -> function that completes a batch. Engines other than the built-in one get a model on the CPU.
+    # (model, questions) -> function that completes a batch. Other engines than the built-in one get a model on the CPU.
     engine: Callable[[PreTrainedModel, EncodedQuestions], Complete] = complete_with
 
     @cached_property
@@ -59,13 +56,6 @@ class Sweep:
     @cached_property
     def samples(self) -> dict[str, int | str]:
         return measure_clips(self.benchmark.questions, self.settings.channels)
-
-    def identify(self, label: str, weights: str) -> Identity:
-        benchmark = self.benchmark
-        records = digest(json.dumps([question.record for question in benchmark.questions]).encode())
-        clips = digest(" ".join(self.hashes[question.audio_path] for question in benchmark.questions).encode())
-        return Identity(label=label, weights=weights, benchmark=benchmark.name, release=benchmark.release,
-                        questions=benchmark.digest, records=records, clips=clips)  # fmt: skip
 
 
 def make_jobs(models: list[str], out_dir: str | None = None, out_file: str | None = None) -> list[Job]:
@@ -96,13 +86,13 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
     """Evaluate all models that are not finished, and return the number of models that have results. Models that cannot
     be evaluated are reported and skipped. Raises a `ValueError` if the rows cannot be scored, and a `DataError` if
     questions cannot be asked although the settings require it."""
-    faults, evaluated = sweep.benchmark.faults, 0
-    say(sweep.benchmark.title)
-    if faults:
-        count = f"warning: {len(faults)} of {len(sweep.benchmark.questions)} rows are faulty"
-        say(f"{count}; they are asked and counted nevertheless:\n  {first_problems(faults)}")
-    if sweep.benchmark.has_answers:  # rows that cannot be scored fail now instead of after hours
-        evaluate([question.record | {"model_output": ""} for question in sweep.benchmark.questions])
+    benchmark, evaluated = sweep.benchmark, 0
+    say(benchmark.title)
+    if benchmark.faults:
+        count = f"warning: {len(benchmark.faults)} of {len(benchmark.questions)} rows are faulty"
+        say(f"{count}; they are asked and counted nevertheless:\n  {first_problems(benchmark.faults)}")
+    if benchmark.has_answers:  # rows that cannot be scored fail now instead of after hours
+        evaluate([question.record | {"model_output": ""} for question in benchmark.questions])
     for job in jobs:
         try:
             _evaluate(sweep, job)
@@ -116,8 +106,8 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
 
 
 def _evaluate(sweep: Sweep, job: Job) -> None:
-    """Have one model answer all questions and write its results, unless that is done. Raises a `DataError` if questions
-    cannot be asked, a `ValueError` or `OSError` if the model cannot be loaded or the results cannot be written."""
+    """Have one model answer all questions and write its results, unless that is done. Raises as `run_sweep`, and a
+    `ValueError` or `OSError` if the model cannot be loaded or the results cannot be written."""
     hashes = sweep.hashes  # all processes compute them together
     folder, files, differences = run_on_all(partial(_prepare, sweep, job), main=True)
     if differences == [] and not sweep.force:
@@ -127,11 +117,15 @@ def _evaluate(sweep: Sweep, job: Job) -> None:
         say(f"{files.results}: belongs to another run ({', '.join(differences)} differ); evaluated again")
     processor = run_on_all(lambda: load_processor(folder))
     questions = EncodedQuestions(sweep.benchmark.questions, sweep.samples, processor, files.settings)
-    missing = questions.find_unusable()
-    _report_missing(missing, len(questions.questions), sweep.settings.allow_missing)
-    questions = questions.without(missing)
-    cut = sum(questions.samples[question.audio_path] > questions.window for question in questions.questions)
-    if cut:
+    if missing := questions.find_unusable():
+        listed, allowed = [f"{id_}: {problem}" for id_, problem in missing.items()], sweep.settings.allow_missing
+        count = f"{len(missing)} of {len(questions.questions)} questions cannot be asked"
+        if not allowed or len(missing) == len(questions.questions):
+            effect = ", so there is nothing to evaluate" if allowed else " (--allow_missing counts them as wrong)"
+            raise DataError(f"{count}{effect}:\n  {first_problems(listed)}")
+        say(f"{count} and count as wrong:\n  " + "\n  ".join(listed))
+        questions = questions.without(missing)
+    if cut := sum(questions.samples[question.audio_path] > questions.window for question in questions.questions):
         say(f"{cut} clips exceed the model's {questions.window / SAMPLE_RATE:g} s and are cut, as in the paper")
     lock = FileLock(f"{files.results}.lock", timeout=0)
     run_on_all(partial(_acquire, lock), main=True)
@@ -149,52 +143,42 @@ def _evaluate(sweep: Sweep, job: Job) -> None:
 
 def _prepare(sweep: Sweep, job: Job) -> tuple[Path, ResultFiles, list[str] | None]:
     """A model's folder, its files of results, and their differences from what is on disk."""
-    folder = locate(job.model)
+    folder, benchmark = locate(job.model), sweep.benchmark
     check_whole(folder)
     recorded, asked = load_style(folder), sweep.settings.style
     if asked and recorded and asked != recorded:
         say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {asked} overrides it")
     usual = recorded or DEFAULT_STYLE
     settings = replace(sweep.settings, style=asked or usual)
-    name = f"res_{settings.name(sweep.benchmark.name, usual, DTYPES[sweep.device])}{sweep.suffix}"
-    files = ResultFiles(job.file or job.folder / name, sweep.identify(job.label, fingerprint(folder)), settings)
+    name = f"res_{settings.name(benchmark.name, usual, DTYPES[sweep.device])}{sweep.suffix}"
+    records = json.dumps([question.record for question in benchmark.questions])
+    clips = " ".join(sweep.hashes[question.audio_path] for question in benchmark.questions)
+    identity = Identity(label=job.label, weights=fingerprint(folder), benchmark=benchmark.name,
+                        release=benchmark.release, questions=benchmark.digest, records=digest(records.encode()),
+                        clips=digest(clips.encode()))  # fmt: skip
+    files = ResultFiles(job.file or job.folder / name, identity, settings)
     return folder, files, files.find_differences()
 
 
 def _acquire(lock: FileLock) -> None:
-    folder = Path(lock.lock_file).parent
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire()
+        lock.acquire()  # makes the folder
     except Timeout as error:
+        folder = Path(lock.lock_file).parent
         raise ValueError(f"{folder}: another run writes there; wait, or pass another --out_dir") from error
 
 
 def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, files: ResultFiles) -> None:
     """Have the model answer the questions that have no answer, and append the answers to the partial files."""
-    done, process = run_on_all(lambda: files.resume(sweep.force), main=True), processes()
-    if done:
+    if done := run_on_all(lambda: files.resume(sweep.force), main=True):
         say(f"{files.identity.label}: {len(done)} questions are answered already")
     # A batch is repeated as a whole, so that its shape is the same.
     batches = [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]
     if not batches:
         return
     on_gpu = sweep.device == "cuda" and sweep.engine is complete_with
-    device = torch.device(f"cuda:{process.local_process_index}" if on_gpu else "cpu")
+    device = torch.device(f"cuda:{processes().local_process_index}" if on_gpu else "cpu")
     model = run_on_all(lambda: load_model(folder, getattr(torch, files.settings.dtype), device))
     complete = run_on_all(lambda: sweep.engine(model, questions))
-    append = partial(files.append, process.process_index)
+    append = partial(files.append, processes().process_index)
     run_on_all(lambda: answer_batches(complete, questions, batches, append, files.identity.label))
-
-
-def _report_missing(missing: dict[str, str], total: int, allowed: bool) -> None:
-    """Report {id: why the question cannot be asked}; a `DataError` if that is not allowed, or true of all questions."""
-    if not missing:
-        return
-    listed = [f"{id_}: {problem}" for id_, problem in missing.items()]
-    count = f"{len(missing)} of {total} questions cannot be asked"
-    if not allowed:
-        raise DataError(f"{count} (--allow_missing counts them as wrong):\n  {first_problems(listed)}")
-    if len(missing) == total:
-        raise DataError(f"{count}, so there is nothing to evaluate:\n  {first_problems(listed)}")
-    say(f"{count} and count as wrong:\n  " + "\n  ".join(listed))

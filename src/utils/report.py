@@ -1,8 +1,8 @@
 """Build a run's report: settings, curves, accuracies, every question with every checkpoint's answer, and samples of the
 rollouts in training; as one HTML file that loads nothing else (its Content-Security-Policy forbids it).
 
-Models and data may contain any text. `clean` makes it displayable, Jinja escapes it in the page, and `_to_script` in
-the page's data. The template is `report.html`, with `report.css` and `report.js`.
+Models and data may contain any text: `clean` makes it displayable, and Jinja escapes it. The template is `report.html`,
+with `report.css` and `report.js`.
 """
 
 import base64
@@ -35,9 +35,10 @@ from run.curves import plot_curves, read_history
 
 from .show_acc import PAPER, PAPER_ROW, plot, to_table
 
+HERE = Path(__file__).parent
 SHOWN = 4000  # characters of a text
 STEPS, COMPLETIONS = 20, 8  # steps of training that are shown, and completions of each
-VERSION = re.compile(r"(?m)^- ([A-Z]\w+): (\S+)$")  # in the model card that TRL writes
+VERSION = re.compile(r"(?m)^- ([A-Z]\w+): (\S+)$")  # of a library, in the model card
 
 
 def build_report(run: Path, audio_dir: Path, clips: int, place: Path, allow_outside: bool = False) -> str:
@@ -61,16 +62,18 @@ def build_report(run: Path, audio_dir: Path, clips: int, place: Path, allow_outs
     sets = [_to_set(title, rows, audio_dir) for title, rows in tables]
     inside = None if allow_outside else audio_dir
     add_clips([question for asked in sets for question in asked["questions"]], clips, place, inside)
-    here = Path(__file__)
-    style, script = (here.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
-    page = Environment(loader=FileSystemLoader(here.parent), autoescape=True, undefined=StrictUndefined)
+    page = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     page.filters["clean"] = clean
+    style, script = (Markup((HERE / file).read_text(encoding="utf-8")) for file in ("report.css", "report.js"))
+    card = run / "README.md"  # the model card that TRL writes
+    versions = VERSION.findall(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else []
+    # No `</script>` or `<!--` in the data can end their element.
+    data = Markup(json.dumps({"sets": sets}, allow_nan=False).replace("<", "\\u003c"))
     return page.get_template("report.html").render(
-        name=name, notes=notes, versions=read_versions(run), settings=settings, curves=curves, samples=samples,
+        name=name, notes=notes, versions=dict(versions), settings=settings, curves=curves, samples=samples,
         accuracies=_draw(lambda path: plot(results, path), notes) if results else "",
         tables=[_to_page(*table) | {"number": number} for number, table in enumerate(tables)],
-        data=_to_script({"sets": sets}), style=Markup(style), script=Markup(script),
-        hashes={"style": _csp_hash(style), "script": _csp_hash(script)},
+        data=data, style=style, script=script, hashes={"style": _csp_hash(style), "script": _csp_hash(script)},
     )  # fmt: skip
 
 
@@ -81,13 +84,12 @@ def clean(text: object) -> str:
     return printable(text[:SHOWN]) + rest
 
 
-def _to_script(value: object) -> Markup:
-    """JSON for a script element; no `</script>` or `<!--` in it can end the element."""
-    return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))
-
-
 def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _to_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _draw(draw: Callable[[Path], None], notes: list[str]) -> str:
@@ -95,10 +97,10 @@ def _draw(draw: Callable[[Path], None], notes: list[str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
             draw(path := Path(folder) / "picture.svg")
+            return _to_uri("image/svg+xml", path.read_bytes())
         except (ValueError, FileNotFoundError) as error:
             notes.append(f"no picture: {error}")
             return ""
-        return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 class _Named:
@@ -131,16 +133,9 @@ def read_settings(run: Path) -> dict[str, object]:
             return {key: value[0] for key, value in plain.items()
                     if value and isinstance(value[0], (str, int, float, list)) and key[0] != "_"
                     and not key.endswith("token")}  # fmt: skip
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, EOFError, StopIteration,
-                zipfile.BadZipFile, pickle.UnpicklingError):  # fmt: skip
+        except Exception:  # damaged pickles raise many types
             continue
     return {}
-
-
-def read_versions(run: Path) -> dict[str, str]:
-    """Library -> version, from the model card."""
-    card = run / "README.md"
-    return dict(VERSION.findall(card.read_text(encoding="utf-8", errors="replace"))) if card.is_file() else {}
 
 
 def read_completions(run: Path, notes: list[str]) -> list[dict]:
@@ -164,15 +159,13 @@ def _to_page(title: str, results: list[Result]) -> dict:
     """The template's variables for one table of accuracies."""
     paper = []
     for row in PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8")) if results[0].benchmark.is_original else ():
-        sound, music, speech = (cell.strip() for cell in row["cells"].split("|")[2:5])
-        values = {"sound": sound, "music": music, "speech": speech, "total": row["average"]}
-        paper.append({"step": f"the paper's: {row['name']}"} | values)
+        cells = [f"the paper's: {row['name']}", *map(str.strip, row["cells"].split("|")[2:5]), row["average"]]
+        paper.append(dict(zip(("step", "sound", "music", "speech", "total"), cells, strict=True)))
     groups = {kind: {name: [_share(result, kind, name) for result in results]
                      for name, (_, asked) in names.items() if asked}
               for kind, names in results[0].scores.groups.items()}  # fmt: skip
-    rights, single = [result.right for result in results], [len(result.runs) == 1 for result in results]
-    pairs = [(a, b, compare(rights[a], rights[b])) for a, b in itertools.combinations(range(len(results)), 2)
-             if single[a] and single[b]]  # fmt: skip
+    single = [(number, result.right) for number, result in enumerate(results) if len(result.runs) == 1]
+    pairs = [(a, b, compare(first, second)) for (a, first), (b, second) in itertools.combinations(single, 2)]
     how = {column: sorted({result.settings[column] for result in results} - {""}) for column in SETTINGS}
     table = to_table(results)
     return {
@@ -190,16 +183,14 @@ def _share(result: Result, kind: str, name: str) -> str:
 
 def _to_set(title: str, results: list[Result], audio_dir: Path) -> dict:
     """The script's data for one table's questions; an answer is [text, right, whole completion or "", cut off]."""
-    rights, questions = [result.right for result in results], []
-    ids: dict[str, int] = {}
+    questions, ids = [], dict[str, int]()
     task, *more = (kind.lower() for kind in results[0].scores.groups)
     for number, (id_, record) in enumerate(results[0].records.items(), start=1):
         answers = []
-        for result, right in zip(results, rights, strict=True):
-            answered = result.records[id_]
+        for right, answered in ((result.right[id_], result.records[id_]) for result in results):
             answer, whole = get_prediction(answered), str(answered.get("model_completion") or "")
-            cut = bool(answered.get(CUT_OFF))
-            answers.append([clean(answer), right[id_], clean(whole) if whole != answer else "", cut])
+            shown = clean(whole) if whole != answer else ""
+            answers.append([clean(answer), right, shown, bool(answered.get(CUT_OFF))])
         questions.append({
             "number": number, "id": clean(id_), "task": clean(record.get(task, "")),
             "kind": clean(", ".join(str(record[key]) for key in more if record.get(key))),
@@ -213,7 +204,7 @@ def _to_set(title: str, results: list[Result], audio_dir: Path) -> dict:
 def add_clips(questions: list[dict], count: int, place: Path, inside: Path | None) -> None:
     """Replace each question's `clip`, a path, by the clip itself for `count` of the questions and by a link for the
     others; by nothing, with a `note`, if the clip is missing or outside the folder `inside`. Questions on which models
-    differ come first, then those that all got wrong."""
+    differ come first, then those that all got wrong. An embedded clip is 16 kHz, mono, 30 s at most."""
 
     def interest(question: dict) -> int:
         rights = {answer[1] for answer in question["answers"]}
@@ -221,22 +212,15 @@ def add_clips(questions: list[dict], count: int, place: Path, inside: Path | Non
 
     for question in sorted(questions, key=interest):
         path, question["clip"] = question["clip"], ""
-        if inside is not None and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(inside)):
-            question["note"] = clean(f"{path}: outside {inside}; --allow_outside includes it")
-            continue
-        if not os.path.isfile(path):
-            question["note"] = clean(f"{path}: no such clip; --audio_dir is the folder of the paths")
-            continue
-        question["clip"] = "./" + quote(os.path.relpath(path, place))  # quotes also the `:` of a scheme
-        if count > 0:
-            try:
-                question["clip"], count = encode_clip(path), count - 1
-            except (ValueError, OSError) as error:
-                question["note"] = clean(error)
-
-
-def encode_clip(path: str | Path) -> str:
-    """The model's input (16 kHz, mono, 30 s at most) as Ogg Vorbis in a data URI. Raises as `load_audio`."""
-    file = io.BytesIO()
-    soundfile.write(file, load_audio(path)[: WINDOW_SECONDS * SAMPLE_RATE], SAMPLE_RATE, "VORBIS", format="OGG")
-    return "data:audio/ogg;base64," + base64.b64encode(file.getvalue()).decode()
+        try:
+            if inside is not None and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(inside)):
+                raise ValueError(f"{path}: outside {inside}; --allow_outside includes it")
+            if not os.path.isfile(path):
+                raise ValueError(f"{path}: no such clip; --audio_dir is the folder of the paths")
+            question["clip"] = "./" + quote(os.path.relpath(path, place))  # quotes also the `:` of a scheme
+            if count > 0:
+                samples, file = load_audio(path)[: WINDOW_SECONDS * SAMPLE_RATE], io.BytesIO()  # the model's input
+                soundfile.write(file, samples, SAMPLE_RATE, "VORBIS", format="OGG")
+                question["clip"], count = _to_uri("audio/ogg", file.getvalue()), count - 1
+        except (ValueError, OSError) as error:
+            question["note"] = clean(error)

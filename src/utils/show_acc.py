@@ -6,8 +6,8 @@
     python src/utils/show_acc.py -i exp/model --plot               exp/model/accuracy.png as well
     python src/utils/show_acc.py --paper exp/*                     the table of docs/PAPER.md, filled from these runs
 
-Results on different questions, rows or clips do not compare and get separate tables, followed by a table of totals.
-Settings that the rows of a table share are printed above it; the others are columns. See `evaluation/collect.py`.
+Results on different questions, rows or clips get separate tables, followed by a table of totals. Settings that the rows
+of a table share are printed above it; the others are columns. See `evaluation/collect.py`.
 """
 
 import re
@@ -31,8 +31,7 @@ PAPER = Path(__file__).resolve().parents[2] / "docs" / "PAPER.md"
 PAPER_ROW = re.compile(
     r"(?m)^(?P<cells>\| *(?P<name>.+?) *\|.*\| *(?P<average>[\d.]+) *\|[^|]*OUT_DIR=(?P<folder>\S+).*\|).*\|$"
 )
-# Answers that name none of the choices or several, or were cut off at the token limit (of the first seed): many of them
-# show a bad prompt rather than a bad model.
+# Answers (of the first seed) that name none of the choices or several, or were cut off at the token limit.
 COUNTS = {"no choice": "no_choice", "several": "several", "cut off": "cut_off"}
 
 
@@ -40,7 +39,7 @@ def to_table(results: list[Result]) -> pd.DataFrame:
     """One table as text: accuracies in %, each with its number of questions."""
     rows, best = [], max(results, key=lambda result: result.accuracy)
     for result in results:
-        total, scores = result.accuracy, result.scores
+        total = result.accuracy
         row = {"step": result.row} | {column: result.settings[column] for column in differing(results)}
         row |= {name: f"{100 * right / asked:.2f} ({asked})" for name, (right, asked) in result.counts.items()}
         if len(result.runs) > 1:
@@ -52,7 +51,7 @@ def to_table(results: list[Result]) -> pd.DataFrame:
             row["to the best"] = f"{difference.points:+.2f} (p {difference.p_value:.2g})"
         row |= {audio: f"{drop:.2f} ({drop - total:+.2f})" for audio, drop in result.drops.items()}
         row |= {"not asked": str(result.not_asked)} if result.not_asked else {}
-        rows.append(row | {name: str(getattr(scores, key)) for name, key in COUNTS.items()})
+        rows.append(row | {name: str(getattr(result.scores, key)) for name, key in COUNTS.items()})
     columns = ["step", *differing(results), *list_tasks(results), "total", "95% interval", "to the best"]
     columns += ["silent", "shuffled", "not asked", *COUNTS]
     return pd.DataFrame(rows, columns=columns).dropna(axis=1, how="all").fillna("-")
@@ -62,9 +61,8 @@ def to_numbers(results: list[Result]) -> pd.DataFrame:
     """All results for programs: one number per cell, accuracies in %."""
     rows = []
     for result in results:
-        benchmark = result.benchmark
-        row: dict[str, object] = {"benchmark": benchmark.name, "release": benchmark.release}
-        row |= {"questions": benchmark.digest, "step": result.row} | result.settings
+        row: dict[str, object] = {"benchmark": result.benchmark.name, "release": result.benchmark.release}
+        row |= {"questions": result.benchmark.digest, "step": result.row} | result.settings
         for name in [*list_tasks(results), "total"]:
             right, asked = result.counts.get(name, (0, 0))
             row |= {name: 100 * right / asked if asked else None, f"{name}_questions": asked}
@@ -86,15 +84,14 @@ def format_tables(results: list[Result], sort: str = "total", style: str = "text
         shared = {column: ranked[0].settings[column] for column in SETTINGS if column not in differing(ranked)}
         how = ", ".join(f"{column} {value}" for column, value in shared.items() if value) or "settings: not recorded"
         blocks.append(f"{title}\n{how}\n{_write_table(to_table(ranked), style)}\n")
-    totals = to_totals(tables)
+    totals = _to_totals(tables)
     if any(cells.count("-") < len(tables) - 1 for _, *cells in totals.to_numpy().tolist()):
         blocks.append(f"total on all of these questions\n{_write_table(totals, style)}\n")
     return "\n".join(blocks)
 
 
-def to_totals(tables: list[tuple[str, list[Result]]]) -> pd.DataFrame:
-    """Accuracies in % as text: a row for each model with its settings, a column for each table; `-` where the model was
-    not evaluated."""
+def _to_totals(tables: list[tuple[str, list[Result]]]) -> pd.DataFrame:
+    """Accuracies in % as text: a row per model and settings, a column per table; `-` where it was not evaluated."""
     rows: dict[tuple, list[str]] = {}
     for column, (_, results) in enumerate(tables, start=1):
         for result in results:
@@ -123,8 +120,8 @@ def format_comparison(results: list[Result], first: str, second: str) -> str:
             raise ValueError(f"{len(rows)} results are called {name!r}; choose among: {names}")
         pair += rows
     a, b = pair
-    if differing_inputs := [name for name, x, y in zip(("questions", *ASKED), a.asked, b.asked, strict=True) if x != y]:
-        raise ValueError(f"{first} and {second} do not compare: {', '.join(differing_inputs)} differ")
+    if other := [key for key, x, y in zip(("questions", *ASKED), a.asked, b.asked, strict=True) if x != y]:
+        raise ValueError(f"{first} and {second} do not compare: {', '.join(other)} differ")
     if len(a.runs) + len(b.runs) > 2:
         raise ValueError(f"{first} or {second} is the mean of several seeds; only single runs are compared by question")
     difference = compare(a.right, b.right)
@@ -132,31 +129,27 @@ def format_comparison(results: list[Result], first: str, second: str) -> str:
     lines = [f"{b.name} - {a.name}: {difference.points:+.2f} points (95% interval {low:+.2f} to {high:+.2f}), exact "
              f"McNemar p = {difference.p_value:.3g}; of {difference.questions} questions {difference.gained} became "
              f"right, {difference.lost} wrong"]  # fmt: skip
-    before, after = a.right, b.right
-    for id_ in (id_ for id_ in before if before[id_] != after[id_]):
-        record, sign = a.records[id_], "+" if after[id_] else "-"
-        answers = f"{get_prediction(record)!r} -> {get_prediction(b.records[id_])!r}"
-        lines.append(f"{sign} {id_}: {record['question']} {answers}, right is {record['answer']!r}")
+    for id_, record in a.records.items():
+        if a.right[id_] != b.right[id_]:
+            answers = f"{get_prediction(record)!r} -> {get_prediction(b.records[id_])!r}"
+            sign = "+" if b.right[id_] else "-"
+            lines.append(f"{sign} {id_}: {record['question']} {answers}, right is {record['answer']!r}")
     return "\n".join(lines) + "\n"
 
 
 def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
     """The text of docs/PAPER.md with the last cell of a row filled by the best result in the one of `folders` that its
-    command writes to; and one line for everything that was skipped, for example results on other questions than the
-    paper's."""
-    found: dict[str, list[Result]] = {}
+    command writes to; and a line for each skipped file or result, such as one on other questions than the paper's."""
     results, skipped = read_results(*folders)
-    for result in results:
-        if result.benchmark.is_original:
-            found.setdefault(Path(result.folder).name, []).append(result)
-        else:
-            skipped.append(f"{result.folder}, {result.label}: not MMAU's test-mini in the paper's release")
+    skipped += [f"{result.folder}, {result.label}: not MMAU's test-mini in the paper's release"
+                for result in results if not result.benchmark.is_original]  # fmt: skip
 
     def fill(row: re.Match) -> str:
-        results = found.get(Path(row["folder"]).name)
-        if not results:
+        found = [result for result in results
+                 if result.benchmark.is_original and Path(result.folder).name == Path(row["folder"]).name]  # fmt: skip
+        if not found:
             return f"{row['cells']} |"
-        best = max(results, key=lambda result: result.accuracy)
+        best = max(found, key=lambda result: result.accuracy)
         accuracies = " / ".join(f"{100 * right / asked:.2f}" for right, asked in best.counts.values())
         return f"{row['cells']} {best.label}: {accuracies} ({best.interval[0]:.2f} - {best.interval[1]:.2f}) |"
 
@@ -177,34 +170,30 @@ def plot(results: list[Result], path: str | Path) -> None:
     figure, axes = pyplot.subplots(len(tables), figsize=(9, 5 * len(tables)), squeeze=False, layout="constrained")
     for axis, (title, ranked) in zip(axes[:, 0], tables, strict=True):
         axis.set(title=title, xlabel="step", ylabel="accuracy (%)")
-        _plot_table(axis, ranked)
+        lines: dict[tuple[str, str], list[Result]] = {}  # (folder, settings) -> checkpoints
+        for result in ranked:
+            if result.step is not None:
+                lines.setdefault((result.prefix, result.variant), []).append(result)
+        for index, (line, steps) in enumerate(lines.items()):
+            numbers = to_numbers(steps).set_index(pd.Index([result.step for result in steps]))
+            if len(lines) == 1:
+                axis.plot(numbers[list_tasks(steps)], ".--", alpha=0.7, label=list_tasks(steps))
+            color = "black" if index == 0 else f"C{index}"
+            axis.plot(numbers["total"], "o-", color=color, label=" ".join(["total", *filter(None, line)]))
+            axis.fill_between(numbers.index, numbers.low, numbers.high, color=color, alpha=0.15, label="95% interval")
+        level = {result.name: result.accuracy for result in ranked if result.step is None}
+        if ranked[0].benchmark.is_original:
+            rows = PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8"))
+            level |= {f"paper: {row['name']}": float(row["average"]) for row in rows}
+        for index, (name, accuracy) in enumerate(level.items()):
+            axis.axhline(accuracy, linestyle=":", color=f"C{5 + index}", label=f"{name} ({accuracy:.1f})")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _plot_table(axis, results: list[Result]) -> None:
-    lines: dict[tuple[str, str], list[Result]] = {}  # (folder, settings) -> checkpoints
-    for result in results:
-        if result.step is not None:
-            lines.setdefault((result.prefix, result.variant), []).append(result)
-    for index, (line, steps) in enumerate(lines.items()):
-        numbers = to_numbers(steps).set_index(pd.Index([result.step for result in steps]))
-        if len(lines) == 1:
-            axis.plot(numbers[list_tasks(steps)], ".--", alpha=0.7, label=list_tasks(steps))
-        color = "black" if index == 0 else f"C{index}"
-        axis.plot(numbers["total"], "o-", color=color, label=" ".join(["total", *filter(None, line)]))
-        axis.fill_between(numbers.index, numbers.low, numbers.high, color=color, alpha=0.15, label="95% interval")
-    level = {result.name: result.accuracy for result in results if result.step is None}
-    if results[0].benchmark.is_original:
-        rows = PAPER_ROW.finditer(PAPER.read_text(encoding="utf-8"))
-        level |= {f"paper: {row['name']}": float(row["average"]) for row in rows}
-    for index, (name, accuracy) in enumerate(level.items()):
-        axis.axhline(accuracy, linestyle=":", color=f"C{5 + index}", label=f"{name} ({accuracy:.1f})")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def parse_args() -> Namespace:
+def main() -> None:
     parser = ArgumentParser(description="Print the accuracies of evaluated checkpoints.", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-i", "--input_dir", nargs="+", help="folder(s) that hold test_*/")
@@ -213,11 +202,13 @@ def parse_args() -> Namespace:
     parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text")
     parser.add_argument("--sort", choices=("total", "step"), default="total", help="best first, or by step")
     parser.add_argument("--plot", action="store_true", help="write accuracy.png into (the first of) the folders")
-    return parser.parse_args()
+    try:
+        _show(parser.parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(printable(f"show_acc: {error}"))
 
 
-def show(args: Namespace) -> None:
-    """Print what the command line selects. Raises a `ValueError` or `FileNotFoundError`."""
+def _show(args: Namespace) -> None:
     results: list[Result] = []
     if args.paper is not None:
         text, skipped = fill_paper(PAPER.read_text(encoding="utf-8"), args.paper)
@@ -237,13 +228,6 @@ def show(args: Namespace) -> None:
         if args.plot:
             plot(results, path := Path(args.input_dir[0]) / "accuracy.png")
             print(path, file=sys.stderr)
-
-
-def main() -> None:
-    try:
-        show(parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(printable(f"show_acc: {error}"))
 
 
 if __name__ == "__main__":
