@@ -35,14 +35,7 @@ from model.qwen2_audio import (
 )
 
 from .loss import check_loss, groups_with_gradient, grpo_loss, token_weights
-from .rollout import (
-    Rollout,
-    check_whole_groups,
-    describe_rollout,
-    group_advantages,
-    log_completions,
-    pad_completions,
-)
+from .rollout import Rollout, check_whole_groups, describe_rollout, group_advantages, log_completions, pad_completions
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import check_attention, pack, score, unpack
 
@@ -155,8 +148,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         """G completions of each question.
 
         Returns:
-            The questions on the device, with encoded clips if the encoder is frozen, so that it runs once; token ids
-            and mask (N, G, C), right-padded.
+            The questions on the device, encoded if the encoder is frozen; token ids and mask (N, G, C), right-padded.
         """
         questions = questions.to(self.accelerator.device)
         with (
@@ -219,8 +211,6 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             parts.append([unpack(values, packed, *part.ids.shape[1:]) for values in wanted])
         logps, *entropies = map(torch.cat, zip(*parts, strict=True))
         return logps, entropies[0] if entropies else None
-
-    # Logging
 
     @property
     def group_size(self) -> int:
