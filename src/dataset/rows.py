@@ -44,10 +44,9 @@ def read_lines(path: str | Path) -> Iterator[Row]:
 def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a JSONL file, or of a JSON list, which is read as a whole and raises as `read_json`."""
     if not starts_a_list(path):
-        yield from read_lines(path)
-        return
-    for number, value in enumerate(read_json(path, "write a list, or one object per line"), start=1):
-        yield Row(number, json.dumps(value).encode(), f"row {number}")
+        return read_lines(path)
+    values = enumerate(read_json(path, "write a list, or one object per line"), start=1)
+    return (Row(number, json.dumps(value).encode(), f"row {number}") for number, value in values)
 
 
 def read_records(path: str | Path) -> list[dict]:

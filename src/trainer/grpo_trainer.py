@@ -150,7 +150,8 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         Returns:
             The questions on the device, encoded if the encoder is frozen; token ids and mask (N, G, C), right-padded.
         """
-        questions = questions.to(self.accelerator.device)
+        device = self.accelerator.device
+        questions = questions.to(device)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -170,7 +171,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             in_step = is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation
             going = any_process if in_step else bool
             completions = roll_out(model, questions, self.group_size, self.generation_config, clips, going)
-        return questions, *pad_completions(completions, self.group_size, self._tokenizer.pad_token_id, questions.device)
+        return questions, *pad_completions(completions, self.group_size, self._tokenizer.pad_token_id, device)
 
     def reward(self, rows: list[dict], ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (N, G, F), NaN where a function does not apply, and advantages (N, G) of the completions."""
