@@ -38,10 +38,11 @@ from transformers import Qwen2AudioProcessor
 from trl.models import unwrap_model_for_generation
 
 import row_by_row
+from baselines.sft_trainer import AudioSFTTrainer
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch, count_audio_tokens
 from dataset.prompt import build_solution
-from dataset.rows import write_whole
+from evaluation.files import write_whole
 from evaluation.lengths import count_text_tokens
 from floor import ROW_BY_ROW, SHARED, SUPERVISED, Shape, now
 from model import branches, generation
@@ -53,7 +54,6 @@ from train_sft import SFTRecipeConfig
 from trainer import grpo_trainer
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.rollout import Rollout
-from trainer.sft_trainer import AudioSFTTrainer
 from utils.rewards import accuracy_reward, format_reward
 from without_storage import PeakMemory
 

@@ -44,7 +44,8 @@ from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, open_sound, resa
 from dataset.dataset import check_choices, to_row
 from dataset.encode import MIN_SECONDS
 from dataset.prompt import DEFAULT_STYLE
-from dataset.rows import DataError, read_json, read_records, write_whole
+from dataset.rows import DataError, read_json, read_records
+from evaluation.files import write_whole
 from utils.flags import at_least
 
 CLIP_SECONDS = 10

@@ -27,7 +27,8 @@ from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 
 from dataset.questions import ORIGINAL, REVISED, UNKNOWN, recognise_release, to_benchmark
-from dataset.rows import first_problems, read_records, write_whole
+from dataset.rows import first_problems, read_records
+from evaluation.files import write_whole
 
 HUB = "gamma-lab-umd/MMAU-test-mini"
 PREFIX = re.compile(r"\s*\([A-Z]\)\s*")  # of the hub's choices and answers

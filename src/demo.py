@@ -13,9 +13,9 @@ from statistics import fmean
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from baselines.sft_trainer import AudioSFTTrainer
 from dataset.dataset import load_train_dataset
 from model.tiny import build_demo_model, build_processor
-from trainer.sft_trainer import AudioSFTTrainer
 from utils.flags import at_least
 
 UNTRAINED, WARM_START, SFT = "untrained", "warm_start", "sft"  # folders below the demo's output

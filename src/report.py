@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from dataset.rows import write_whole
+from evaluation.files import write_whole
 from utils.flags import at_least
 from utils.report import build_report
 

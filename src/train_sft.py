@@ -13,10 +13,10 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from trl.trainer.utils import create_model_from_path
 
+from baselines.sft_trainer import AudioSFTTrainer
 from run import attach
 from run.arguments import AudioModelConfig, DataArguments, RunArguments, parse
 from run.startup import Prepared, run
-from trainer.sft_trainer import AudioSFTTrainer
 
 
 @dataclass

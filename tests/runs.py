@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, Trainer, TrainerCallback
 
+from baselines.sft_trainer import AudioSFTTrainer
 from dataset.dataset import load_train_dataset
 from dataset.questions import load_questions
 from run import attach
@@ -15,7 +16,6 @@ from run.curves import PlotCurves
 from train import RecipeConfig
 from train_sft import SFTRecipeConfig
 from trainer.grpo_trainer import AudioGRPOTrainer
-from trainer.sft_trainer import AudioSFTTrainer
 
 DEFAULTS = dict(
     use_cpu=True, questions_per_step=2, learning_rate=1e-2, max_steps=3, save_steps=1, seed=3, report_to="none",

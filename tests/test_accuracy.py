@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2AudioForConditionalGeneration, TrainerCallback
 
 import test_mmau
+from baselines.sft_trainer import AudioSFTTrainer
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.questions import load_questions
@@ -24,7 +25,6 @@ from test_grpo_trainer import length_reward
 from train import RecipeConfig
 from train_sft import SFTRecipeConfig
 from trainer.grpo_trainer import AudioGRPOTrainer
-from trainer.sft_trainer import AudioSFTTrainer
 
 
 def write_benchmark(path: Path, count: int, **row) -> Path:

@@ -11,6 +11,7 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, Trai
 from trl import GRPOConfig
 
 import row_by_row
+from baselines.sft_trainer import AudioSFTTrainer
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.encode import count_tokens_of_frames
@@ -20,7 +21,6 @@ from model.qwen2_audio import PARTS, freeze_parts, load_processor
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.loss import grpo_loss, token_weights
 from trainer.rollout import Rollout
-from trainer.sft_trainer import AudioSFTTrainer
 from utils.rewards import accuracy_reward, format_reward
 
 

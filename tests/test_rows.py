@@ -8,13 +8,12 @@ from dataset.rows import (
     DataError,
     first_problems,
     get_field,
-    open_whole,
     read_json,
     read_lines,
     read_records,
     read_rows,
-    write_whole,
 )
+from evaluation.files import open_whole, write_whole
 
 RECORDS = [{"id": 1, "text": "two\u2028lines"}, {"id": 2}]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)

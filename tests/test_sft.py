@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 import row_by_row
+from baselines.sft_trainer import AudioSFTTrainer
 from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
@@ -16,7 +17,6 @@ from model.qwen2_audio import load_processor
 from run.clips import replace_broken_clips
 from running import run
 from train_sft import SFTRecipeConfig
-from trainer.sft_trainer import AudioSFTTrainer
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
-"""Audio file -> 16 kHz mono float32.
-
-The content of a file decides how it is decoded, not its name: 46 of MMAU's `.wav` files are MP3. libsndfile decodes
-what it can, FFmpeg (PyAV) the rest. A clip is as long as what decodes; if its header promises more, it was cut off.
-"""
+"""Audio file -> 16 kHz mono float32. Its content decides how it is decoded, not its name: 46 of MMAU's `.wav` files are
+MP3. libsndfile decodes what it can, FFmpeg (PyAV) the rest. A clip shorter than its header promises was cut off."""
 
 import os
 import re
@@ -78,9 +75,8 @@ def open_sound(path: str | Path) -> soundfile.SoundFile | None:
 
 
 def _blocks(path: str | Path, count_only: bool = False) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield at least one block of float32 (samples, channels) and its rate in Hz; with `count_only`, (samples, 0) if
-    the header is right. FFmpeg decodes files that do not end where libsndfile expects it, since libsndfile guesses the
-    length of an MP3 without a tag from its first frame, and decodes only the first of several concatenated files."""
+    """Yield blocks of float32 (samples, channels) and their rate in Hz; with `count_only`, (samples, 0) if the header
+    is right. FFmpeg decodes what libsndfile may cut: an MP3 without a length, and several concatenated files."""
     if (file := open_sound(path)) is None:
         yield from _ffmpeg(path, 0.0)
         return

@@ -37,15 +37,13 @@ def count_audio_tokens(samples: int, hop_length: int = 160) -> int:
 
 def count_tokens_of_frames(frames: int) -> int:
     """The number of `<|AUDIO|>` tokens that so many mel frames become."""
-    after_convolution = (frames - 1) // 2 + 1
-    return (after_convolution - 2) // 2 + 1
+    return ((frames - 1) // 2 - 1) // 2 + 1  # a convolution of stride 2, then pooling in pairs
 
 
 def needed_frames(frames: int, window: int) -> int:
     """The number of frames that the encoder needs of a clip with so many: those of its positions after convolution, and
     of one more into which the convolutions reach. The positions then equal those of a full window."""
-    positions = (frames - 1) // 2 + 1
-    return min(2 * (positions + 1), window)
+    return min(2 * ((frames - 1) // 2 + 2), window)
 
 
 def window_samples(processor: Qwen2AudioProcessor | None) -> int:
@@ -56,8 +54,8 @@ def window_samples(processor: Qwen2AudioProcessor | None) -> int:
 def check_clip_length(samples: int, processor: Qwen2AudioProcessor | None) -> None:
     """Raise a `DataError` if a clip is longer than the model's window or shorter than `MIN_SECONDS`."""
     if samples > (window := window_samples(processor)):
-        message = f"the clip lasts {samples / SAMPLE_RATE:.2f} s, the model hears {window / SAMPLE_RATE:g} s; "
-        raise DataError(message + "cut the clip or remove its row", "clip too long")
+        limit = f"the model hears {window / SAMPLE_RATE:g} s; cut the clip or remove its row"
+        raise DataError(f"the clip lasts {samples / SAMPLE_RATE:.2f} s, {limit}", "clip too long")
     if samples < MIN_SECONDS * SAMPLE_RATE:
         message = f"the clip lasts {samples / SAMPLE_RATE:.3f} s, under the {MIN_SECONDS} s needed; remove its row"
         raise DataError(message, "clip too short")
@@ -85,19 +83,14 @@ class Batch:
         return len(self.input_ids)
 
     @property
-    def device(self) -> torch.device:
-        return self.input_ids.device
-
-    @property
     def audio_inputs(self) -> dict[str, Any]:
         """The model's arguments for the clips, within `needed_frames_only`."""
         name = "encoded_clips" if self.encoded else "input_features"
         return {name: self.input_features, "frames": self.frames}
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (self.input_ids, self.attention_mask, self.input_features)
-        ids, mask, features = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return replace(self, input_ids=ids, attention_mask=mask, input_features=features)
+        names = ("input_ids", "attention_mask", "input_features")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def encoded_as(self, clips: torch.Tensor) -> Batch:
         """The same questions with the encoder's output (N, W, A) for their clips."""
@@ -107,16 +100,15 @@ class Batch:
         """The questions of these rows, without padding that only the others need."""
         longest = int(self.attention_mask[rows].sum(dim=1).max())
         frames = [self.frames[row] for row in rows]
-        window = self.input_features.shape[2]
-        needed = count_tokens_of_frames(max(frames)) if self.encoded else needed_frames(max(frames), window)
+        most, window = max(frames), self.input_features.shape[2]
+        needed = count_tokens_of_frames(most) if self.encoded else needed_frames(most, window)
         ids, mask = self.input_ids[rows, -longest:], self.attention_mask[rows, -longest:]
         waves = [self.waves[row] for row in rows] if self.waves else []
         return Batch(ids, mask, self.input_features[rows, :, :needed], frames, self.encoded, waves)
 
 
 def load_and_encode(processor: Qwen2AudioProcessor, rows: list[dict], channels: str) -> Batch:
-    """Decode the clips of N rows of a data set in threads, and encode them with their prompts. Raises as `load_audio`
-    and `encode`."""
+    """Decode N rows' clips in threads, and encode them with their prompts. Raises as `load_audio` and `encode`."""
     with ThreadPoolExecutor() as pool:
         clips = list(pool.map(partial(load_audio, channels=channels), [row["audio_path"] for row in rows]))
     return replace(encode(processor, [row["prompt"] for row in rows], clips), waves=clips)
@@ -130,9 +122,8 @@ def encode(processor: Qwen2AudioProcessor, texts: list[str], clips: list[np.ndar
 
 
 def encode_question(processor: Qwen2AudioProcessor, text: str, clip: np.ndarray) -> BatchFeature:
-    """Encode one question with the frames that its clip needs, not a whole window: a third of the time for 10 s. With a
-    little silence behind the clip, these frames equal those of the padded window to the last bit. Raises as `encode`;
-    the processor checks that the audio tokens match the clip."""
+    """Encode one question with the frames that its clip needs. With a little silence behind the clip, they equal those
+    of the padded window to the last bit. Raises as `encode`."""
     check_no_special_token(text, processor)
     check_clip_length(len(clip), processor)
     extractor = processor.feature_extractor

@@ -1,5 +1,5 @@
 """The contract between model and grader: the question's wording, the required shape of an answer, and how an answer is
-read back, for training, reward and evaluation alike. No other module knows a tag or branches on a style's name.
+read back. No other module knows a tag or branches on a style's name.
 
 Sources: Prompts <1>, <2>, <3> of R1-AQA (arXiv 2503.11197) and the regular expressions of its released code.
 """
@@ -15,7 +15,6 @@ from .rows import read_json
 STYLE_FILE = "prompt_style.json"
 
 # The released code's expressions, without backtracking (`(?>`, `*+`): the same matches, in linear time.
-ANYTHING = re.compile(".*", re.DOTALL)
 ANSWER = re.compile("<answer>.*?</answer>", re.DOTALL)
 THOUGHT_AND_ANSWER = re.compile(r"<think>(?>.*?</think>\s*+<answer>).*?</answer>", re.DOTALL)
 ANSWER_IN_A_LINE = re.compile("^(?>.*?<answer>)(.*?)</answer>", re.MULTILINE)
@@ -51,7 +50,7 @@ class Style:
 ANSWERING = " Output the final answer in <answer> </answer>."
 THINKING = " Output the thinking process in <think> </think> and final answer in <answer> </answer>."
 STYLES = {
-    "choice": Style("choice", "", ANYTHING, str),  # the paper's Prompt <1>
+    "choice": Style("choice", "", re.compile(".*", re.DOTALL), str),  # the paper's Prompt <1>
     "answer": Style("answer", ANSWERING, ANSWER, build_solution),  # <2>
     "think": Style("think", THINKING, THOUGHT_AND_ANSWER, build_solution, thinks=True),  # <3>
 }
@@ -103,9 +102,7 @@ def save_style(folder: str | Path, style: str) -> None:
 def load_style(folder: str | Path) -> str | None:
     """The prompt style that `save_style` recorded, or None; raises a `ValueError` if the record names no style."""
     path = Path(folder) / STYLE_FILE
-    if not path.is_file():
-        return None
     try:
-        return get_style(read_json(path, "correct it")["prompt_style"]).name
+        return get_style(read_json(path, "correct it")["prompt_style"]).name if path.is_file() else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not name a prompt style ({error}); correct or delete it") from error

@@ -27,8 +27,6 @@ TITLES = {"mmau_mini": "MMAU test-mini", "mmau": "MMAU test", "mmar": "MMAR"}
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark."""
-
     id: str
     record: dict  # the row with MMAU's keys
     audio_path: str
@@ -36,8 +34,6 @@ class Question:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The questions of a file."""
-
     name: str  # for file names: mmau_mini, mmau, mmar, or mmau_SPLIT
     release: str  # see `recognise_release`
     digest: str  # of the questions in any order; only results with equal digests are comparable
@@ -59,8 +55,8 @@ class Benchmark:
 
 
 def load_questions(path: str | Path, audio_dir: str | Path | None = None, skip: Container[int] = ()) -> Benchmark:
-    """Read a question file, without the row numbers in `skip`. The clips' relative paths start at `audio_dir`, by
-    default the file's folder. Raises as `to_benchmark`, and a `FileNotFoundError`."""
+    """Read a question file, without the row numbers in `skip`. Relative paths start at `audio_dir`, by default the
+    file's folder. Raises as `to_benchmark`, and a `FileNotFoundError`."""
     records = read_numbered(path := check_is_there(path), skip)
     return to_benchmark(list(records.values()), path, Path(audio_dir or path.parent), list(records))
 
@@ -84,8 +80,7 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path, numbers: Se
         if not str(question.record.get("answer") or "").strip():
             blank.append(f"row {number}")
     if 0 < len(blank) < len(records):
-        what = f"{len(blank)} answers are blank, and others not; fill them in, or blank all"
-        raise ValueError(f"{source}: {what}:\n  {first_problems(blank)}")
+        raise ValueError(f"{source}: fill in the blank answers, or blank all:\n  {first_problems(blank)}")
     records = [question.record for question in questions]
     digest = _digest(question.id + _content_hash(question.record) for question in questions)[:8]
     return Benchmark(_name(records), recognise_release(records), digest, not blank, questions, faults)

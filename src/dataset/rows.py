@@ -1,13 +1,9 @@
-"""Read rows from JSONL files and JSON lists, and write files atomically. Text is UTF-8, with or without a byte-order
-mark. `dataset.py` and `questions.py` know what the keys of a row mean."""
+"""Read rows from JSONL files and JSON lists, in UTF-8 with or without a byte-order mark."""
 
-import hashlib
 import json
-import os
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 
 class DataError(ValueError):
@@ -48,10 +44,9 @@ def read_lines(path: str | Path) -> Iterator[Row]:
 def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a JSONL file, or of a JSON list, which is read as a whole and raises as `read_json`."""
     if not starts_a_list(path):
-        yield from read_lines(path)
-        return
-    for number, value in enumerate(read_json(path, "write a list, or one object per line"), start=1):
-        yield Row(number, json.dumps(value).encode(), f"row {number}")
+        return read_lines(path)
+    values = enumerate(read_json(path, "write a list, or one object per line"), start=1)
+    return (Row(number, json.dumps(value).encode(), f"row {number}") for number, value in values)
 
 
 def read_records(path: str | Path) -> list[dict]:
@@ -108,33 +103,3 @@ def first_problems(problems: Iterable[str], shown: int = 20) -> str:
     """The first problems, one per line, and the number of the others."""
     lines = list(problems)
     return "\n  ".join(lines[:shown] + [f"... and {len(lines) - shown} more"] * (len(lines) > shown))
-
-
-def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    with open_whole(path) as file:
-        file.write(text)
-
-
-@contextmanager
-def open_whole(path: Path) -> Iterator[TextIO]:
-    """A file that gets its name once it is complete. Its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write to a full disk names no file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)

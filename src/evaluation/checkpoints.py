@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Qwen2AudioForConditionalGeneration
 
 from dataset.prompt import load_style, save_style
-from dataset.rows import hash_file, read_json, write_whole
+from dataset.rows import read_json
 from model.checkpoints import PROCESSOR_FILES, complete_checkpoint, keep_base_names
 from model.qwen2_audio import load_processor
+
+from .files import hash_file, write_whole
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 PROCESSOR = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))

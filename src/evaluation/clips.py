@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 
 from dataset.audio import load_audio
 from dataset.questions import Question
-from dataset.rows import hash_file
+
+from .files import hash_file
 
 T = TypeVar("T")
 AUDIO = ("real", "silent", "shuffled")

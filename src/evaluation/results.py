@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 from dataset.prompt import DEFAULT_STYLE, build_question, extract_answer
 from dataset.questions import Benchmark
-from dataset.rows import read_json, write_whole
+from dataset.rows import read_json
 
+from .files import write_whole
 from .mmau import CUT_OFF, MATCH_RULE, evaluate
 
 MAX_NEW_TOKENS = 256  # as in the original

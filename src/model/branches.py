@@ -6,8 +6,8 @@ tokens, step by step. Each step adds one token of every unfinished branch, and a
     cache          p1 p2 p3 | a1 b1 c1 | a2 c2 | a3 ...        branch b ended with its second token, which is not fed
     a3 attends to   x  x  x |  x       |  x    |  x
 
-So a prompt's keys and values are stored once, and read once for all its branches. A finished branch is not fed again. A
-question leaves the cache with its last branch. Logits processors and stopping criteria are those of `model.generate`.
+So a prompt's keys and values are stored once, and read once for all its branches. A question leaves the cache with its
+last branch. Logits processors and stopping criteria are those of `model.generate`.
 
 Shapes: N questions, G generations, B = N * G rows of question and branch, R unfinished rows, A slots of a question's
 unfinished branches, P prompt, T tokens so far, K keys in the cache, H hidden size, V vocabulary.

@@ -22,11 +22,7 @@ Choose = Callable[[torch.Tensor, list[int], list[list[int]]], torch.Tensor]
 
 @torch.inference_mode()
 def generate(
-    model: Qwen2AudioForConditionalGeneration,
-    batch: Batch,
-    ends: list[int],
-    max_new_tokens: int,
-    choose: Choose,
+    model: Qwen2AudioForConditionalGeneration, batch: Batch, ends: list[int], max_new_tokens: int, choose: Choose
 ) -> list[list[int]]:
     """The completions of N prompts.
 
@@ -76,12 +72,9 @@ def forbid_audio(model: Qwen2AudioForConditionalGeneration, logits: torch.Tensor
 def prefill(
     model: Qwen2AudioForConditionalGeneration, batch: Batch, clips: Sequence[torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, Cache]:
-    """Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P.
-
-    Prompts pass in groups of similar length, since padding costs as much as tokens. Within a group they are padded on
-    the right, where causal attention does not look: kernels are slower with a mask. `clips` are the batch's clips if
-    they are already encoded (`encode_clips`).
-    """
+    """Hidden state (N, H) of each prompt's last token, and the cache of all prompts, left-padded to P. `clips` are the
+    batch's clips if they are already encoded (`encode_clips`). Prompts pass in groups of similar length, since padding
+    costs as much as tokens; there they are padded on the right, since kernels are slower with a mask."""
     lengths = batch.attention_mask.sum(dim=1, keepdim=True)  # (N, 1)
     places = torch.arange(batch.input_ids.shape[1], device=lengths.device)  # (P,)
     groups = group_by_length(lengths[:, 0].tolist())
@@ -111,10 +104,8 @@ def prefill(
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's cache that grows by an eighth at a time. `DynamicLayer` copies all of it for every token.
-
-    `keys` and `values` are views of the filled part of larger buffers, whose size follows from the strides.
-    """
+    """A layer's cache that grows by an eighth at a time. `DynamicLayer` copies all of it for every token. `keys` and
+    `values` are views of the filled part of larger buffers, whose size follows from the strides."""
 
     keys: torch.Tensor
     values: torch.Tensor

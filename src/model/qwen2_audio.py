@@ -99,12 +99,10 @@ def encoder_is_frozen(backbone: Qwen2AudioModel) -> bool:
 
 @contextmanager
 def needed_frames_only(model: Qwen2AudioForConditionalGeneration) -> Iterator[None]:
-    """Within this context, forward passes of a Qwen2-Audio take `Batch.audio_inputs`: mel features of less than a full
-    window (`input_features`) or encoded clips from `pad_clips` (`encoded_clips`), and the list of `frames`.
-
-    The model's own forward requires the full window of 30 s. Here the embeddings are made inside the forward pass, so
-    engines (DDP, ZeRO), adapters and gradient checkpointing work as usual. `model` is the one below them.
-    """
+    """Within this context, forward passes of a Qwen2-Audio take `Batch.audio_inputs`: mel features of less than the
+    full window that its own forward requires (`input_features`), or encoded clips from `pad_clips` (`encoded_clips`),
+    and the list of `frames`. Embeddings are made inside the forward pass, so engines (DDP, ZeRO), adapters and
+    gradient checkpointing work as usual. `model` is the one below them."""
 
     def embed(backbone, args, kwargs):
         if (frames := kwargs.pop("frames", None)) is None:
@@ -123,8 +121,7 @@ def needed_frames_only(model: Qwen2AudioForConditionalGeneration) -> Iterator[No
 
 def embed_prompts(backbone: Qwen2AudioModel, input_ids: torch.Tensor, clips: Sequence[torch.Tensor]) -> torch.Tensor:
     """Embeddings (N, T, H) of `input_ids` (N, T), with the projected `clips` of `encode_clips` in the places of their
-    `<|AUDIO|>` tokens. Their numbers are compared on the device, which is not waited for. (`masked_scatter` would be
-    shorter, but its gradient waits.)"""
+    `<|AUDIO|>` tokens. The device is not waited for, as it would be by the gradient of `masked_scatter`."""
     embeddings = backbone.get_input_embeddings()(input_ids)
     audio = backbone.multi_modal_projector(torch.cat(list(clips))).to(embeddings.dtype)
     is_audio = (input_ids == audio_token_id(backbone)).flatten()
@@ -139,11 +136,8 @@ def pad_clips(clips: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: list[int]) -> list[torch.Tensor]:
-    """The encoder's output for N clips, before the projector: N tensors (audio tokens, W).
-
-    Clips are encoded in groups of similar length. `features` (N, M, F) hold N `frames` with audio, and F is at least
-    `needed_frames`.
-    """
+    """The encoder's output for N clips, before the projector: N tensors (audio tokens, W). `features` (N, M, F) hold N
+    `frames` with audio, and F is at least `needed_frames`. Clips are encoded in groups of similar length."""
     encoded: dict[int, torch.Tensor] = {}
     for group in group_by_length(frames):
         kept = [frames[clip] for clip in group]
@@ -154,8 +148,8 @@ def encode_clips(backbone: Qwen2AudioModel, features: torch.Tensor, frames: list
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices in groups in which no length is under 9/10 of the longest. One group under ZeRO-3, where all processes
-    gather weights in each pass, and need the same number of passes."""
+    """Indices in groups in which no length is under 9/10 of the longest; one group under ZeRO-3, where all processes
+    need the same number of passes."""
     if is_deepspeed_zero3_enabled():
         return [list(range(len(lengths)))]
     groups: list[list[int]] = []

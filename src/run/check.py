@@ -30,7 +30,8 @@ from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
 from dataset.encode import MAX_PROMPT_LENGTH, window_samples
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question
 from dataset.questions import check_question, recognise_release, to_question
-from dataset.rows import DataError, Row, open_whole, read_lines, read_rows, starts_a_list
+from dataset.rows import DataError, Row, read_lines, read_rows, starts_a_list
+from evaluation.files import open_whole
 from evaluation.lengths import check_prompt, count_text_tokens
 from utils.flags import at_least
 

@@ -21,8 +21,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
-from dataset.rows import hash_file, read_json, write_whole
+from dataset.rows import read_json
 from evaluation.checkpoints import IncompleteCheckpoint, check_whole, label_of
+from evaluation.files import hash_file, write_whole
 
 from .signals import RunEnded
 

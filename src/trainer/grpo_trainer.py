@@ -35,14 +35,7 @@ from model.qwen2_audio import (
 )
 
 from .loss import check_loss, groups_with_gradient, grpo_loss, token_weights
-from .rollout import (
-    Rollout,
-    check_whole_groups,
-    describe_rollout,
-    group_advantages,
-    log_completions,
-    pad_completions,
-)
+from .rollout import Rollout, check_whole_groups, describe_rollout, group_advantages, log_completions, pad_completions
 from .saving import SelfContainedCheckpoints
 from .shared_prompt import check_attention, pack, score, unpack
 
@@ -155,10 +148,10 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
         """G completions of each question.
 
         Returns:
-            The questions on the device, with encoded clips if the encoder is frozen, so that it runs once; token ids
-            and mask (N, G, C), right-padded.
+            The questions on the device, encoded if the encoder is frozen; token ids and mask (N, G, C), right-padded.
         """
-        questions = questions.to(self.accelerator.device)
+        device = self.accelerator.device
+        questions = questions.to(device)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -178,7 +171,7 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             in_step = is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation
             going = any_process if in_step else bool
             completions = roll_out(model, questions, self.group_size, self.generation_config, clips, going)
-        return questions, *pad_completions(completions, self.group_size, self._tokenizer.pad_token_id, questions.device)
+        return questions, *pad_completions(completions, self.group_size, self._tokenizer.pad_token_id, device)
 
     def reward(self, rows: list[dict], ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (N, G, F), NaN where a function does not apply, and advantages (N, G) of the completions."""
@@ -219,8 +212,6 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             parts.append([unpack(values, packed, *part.ids.shape[1:]) for values in wanted])
         logps, *entropies = map(torch.cat, zip(*parts, strict=True))
         return logps, entropies[0] if entropies else None
-
-    # Logging
 
     @property
     def group_size(self) -> int:

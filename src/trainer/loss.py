@@ -22,7 +22,6 @@ Shapes: N questions, G generations, C completion tokens.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -65,9 +64,7 @@ def constant_length(rollout: Rollout, args) -> torch.Tensor:
     return rollout.mask / (rollout.mask[..., 0].numel() * args.max_completion_length)
 
 
-PolicyTerm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
-TokenWeights = Callable[[Rollout, Any], torch.Tensor]
-LOSSES: dict[str, tuple[PolicyTerm, TokenWeights]] = {
+LOSSES: dict[str, tuple[Callable, Callable]] = {  # policy term, weights of the tokens
     "grpo": (clipped, mean_of_completions),
     "bnpo": (clipped, mean_of_tokens),
     "dr_grpo": (clipped, constant_length),
@@ -106,9 +103,8 @@ def token_weights(rollout: Rollout, args) -> torch.Tensor:
 
 
 def groups_with_gradient(rollout: Rollout, beta: float) -> list[int]:
-    """Indices of the groups that change the gradient: without a KL term only those with an advantage that is not 0.
-
-    One group stays in any case: engines synchronise in forward and backward passes, so every process needs one."""
+    """Indices of the groups that change the gradient: without a KL term only those with an advantage that is not 0. One
+    group stays in any case: engines synchronise in forward and backward passes, so every process needs one."""
     if beta:
         return list(range(len(rollout)))
     return (rollout.advantages != 0).any(dim=1).nonzero()[:, 0].tolist() or [0]
@@ -117,16 +113,13 @@ def groups_with_gradient(rollout: Rollout, beta: float) -> list[int]:
 def grpo_loss(
     logps: torch.Tensor, rollout: Rollout, weights: torch.Tensor, args
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a micro-batch, before it is divided by the number of accumulated ones.
+    """The loss of a micro-batch, before it is divided by the number of accumulated ones, and what to log of each token,
+    (N, G, C) or (N, G, 1).
 
     Args:
         logps: log-probs (N, G, C) of the completions under the policy, in nats.
         rollout: the micro-batch. Without `old_logps` the policy is the one that sampled it: every ratio is 1.
         weights: of `token_weights`, (N, G, C); computed before groups without a gradient are dropped.
-        args: `GRPOConfig`.
-
-    Returns:
-        The loss, and what to log of each token: (N, G, C) or (N, G, 1).
     """
     old = logps.detach() if rollout.old_logps is None else rollout.old_logps
     ratio = importance_ratio(logps, old, rollout.mask, args.importance_sampling_level)
@@ -136,11 +129,8 @@ def grpo_loss(
         loss = loss * rollout.importance
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     too_low, too_high = (ratio < 1 - args.epsilon) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
-    logged = {
-        "clip_ratio/low_mean": too_low,
-        "clip_ratio/high_mean": too_high,
-        "clip_ratio/region_mean": too_low | too_high,
-    }
+    logged = {"clip_ratio/low_mean": too_low, "clip_ratio/high_mean": too_high}
+    logged["clip_ratio/region_mean"] = too_low | too_high
     if args.loss_type == "cispo":
         logged = {"cispo_clip_ratio": (ratio > high) & (advantages > 0)}
     if args.beta:

@@ -4,7 +4,7 @@ Shapes: N questions, G generations, F reward functions, C completion tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import gather_object
@@ -36,19 +36,13 @@ class Rollout:
     def select(self, questions: Sequence[int]) -> "Rollout":
         """The rollout of some of the questions, in this order."""
         index = torch.as_tensor(questions, dtype=torch.long, device=self.ids.device)
-        tensors = {
-            field.name: value[index]
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor) and value.ndim
-        }
+        tensors = {name: value[index] for name, value in vars(self).items() if torch.is_tensor(value) and value.ndim}
         kept = list(questions)
         return replace(self, rows=[self.rows[i] for i in kept], questions=self.questions.take(kept), **tensors)
 
     def shuffled(self, parts: int) -> list["Rollout"]:
         """Micro-batches of whole groups in a random order, drawn from torch's global generator."""
-        order = torch.randperm(len(self)).tolist()
-        size = len(self) // parts
-        return [self.select(order[part * size : (part + 1) * size]) for part in range(parts)]
+        return [self.select(part) for part in torch.randperm(len(self)).view(parts, -1).tolist()]
 
 
 def group_advantages(
@@ -95,9 +89,8 @@ def describe_rollout(
     metrics |= {"group_reward_std": deviation.nanmean(), "frac_reward_zero_std": (deviation < 1e-8).float().mean()}
     for name, column in zip(names, rewards.unbind(dim=2), strict=True):
         metrics |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
-    kinds = {"": lengths.float().flatten(), "terminated_": lengths[ended].float()}
-    for kind, values in kinds.items():
-        values = values if len(values) else torch.zeros(1)
+    for kind, values in (("", lengths), ("terminated_", lengths[ended])):
+        values = values.float().flatten() if len(values) else torch.zeros(1)
         for name, value in (("mean", values.mean()), ("min", values.min()), ("max", values.max())):
             metrics[f"completions/{name}_{kind}length"] = value
     metrics["completions/clipped_ratio"] = 1 - ended.float().mean()
@@ -105,12 +98,8 @@ def describe_rollout(
 
 
 def log_completions(trainer, prompts: list[str], texts: list[str], rewards: torch.Tensor, advantages: torch.Tensor):
-    """Fill TRL's table of completions, and log what reward functions passed to `log_extra` and `log_metric`.
-
-    Args:
-        prompts, texts: of this process's B completions.
-        rewards, advantages: (B of all processes, F) and (N of all processes, G).
-    """
+    """Fill TRL's table of completions, and log what reward functions passed to `log_extra` and `log_metric`. `prompts`
+    and `texts` are this process's B; `rewards` (B, F) and `advantages` (N, G) are those of all processes."""
     logs, mode = trainer._logs, "train" if trainer.model.training else "eval"
     logs["prompt"].extend(gather_object(prompts))
     logs["completion"].extend(gather_object(texts))
@@ -140,7 +129,5 @@ def pad_completions(
 def check_whole_groups(flag: str, size: int, generations: int) -> None:
     """Raise a `ValueError` that names a working number where a batch of `size` completions cuts a group in two."""
     if size % generations:
-        raise ValueError(
-            f"--{flag} {size} counts completions and must hold whole groups of {generations}: "
-            f"use {max(size // generations, 1) * generations} or another multiple"
-        )
+        remedy = f"use {max(size // generations, 1) * generations} or another multiple"
+        raise ValueError(f"--{flag} {size} counts completions and must hold whole groups of {generations}: {remedy}")

@@ -38,9 +38,8 @@ IGNORE = -100  # a label that is not scored
 def check_attention(implementation: str) -> None:
     """Raise a `ValueError` for an implementation that takes no arbitrary mask."""
     if implementation not in ATTENTION:
-        raise ValueError(
-            f"attn_implementation {implementation!r} takes no mask of a shared prompt; use {' or '.join(ATTENTION)}"
-        )
+        usable = " or ".join(ATTENTION)
+        raise ValueError(f"attn_implementation {implementation!r} takes no mask of a shared prompt; use {usable}")
 
 
 @dataclass
@@ -55,10 +54,7 @@ class PackedGroups:
 
 
 def pack(
-    prompt_ids: torch.Tensor,
-    prompt_mask: torch.Tensor,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
+    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_ids: torch.Tensor, completion_mask: torch.Tensor
 ) -> PackedGroups:
     """Pack each question's prompt and completions into one row, without the completions' padding.
 
@@ -69,14 +65,12 @@ def pack(
     Returns:
         `PackedGroups` with K = the completion tokens of the largest group, at least 1.
     """
-    questions, generations, length = completion_ids.shape
-    assert prompt_ids.shape == prompt_mask.shape and len(prompt_ids) == questions
+    generations, length = completion_ids.shape[1:]
     # The branches with their padding: each is the completion shifted right by one, behind the prompt's last token.
     last = prompt_ids[:, -1:, None].expand(-1, generations, 1)
     branch_ids = torch.cat([last, completion_ids[:, :, :-1]], dim=2).flatten(1)  # (N, G * C)
     token = completion_mask.bool().flatten(1)  # (N, G * C)
     labels = completion_ids.flatten(1).masked_fill(~token, IGNORE)  # (N, G * C)
-
     # Drop the padding: tokens to the front in their order, then cut to the longest group of the batch.
     kept = max(1, int(token.sum(dim=1).max()))  # the only value that the host waits for in a pass
     source = (~token).long().argsort(dim=1, stable=True)[:, :kept]  # (N, K)
@@ -91,7 +85,6 @@ def pack(
     may_see = (part[:, None, :] == -1) | (part[:, None, :] == part[:, :, None])  # (N, T query, T key)
     may_see = (may_see & is_token[:, None, :]).tril()
     may_see.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: a softmax over nothing is NaN
-
     return PackedGroups(
         input_ids=torch.cat([prompt_ids[:, :-1], branch_ids.gather(1, source)], dim=1),
         position_ids=torch.cat([prompt_positions, prompt.sum(dim=1, keepdim=True) + offset], dim=1),

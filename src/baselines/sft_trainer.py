@@ -15,9 +15,8 @@ from trl.trainer.utils import add_fused_lm_head
 from dataset.encode import Batch, load_and_encode
 from dataset.prompt import STYLES, extract_answer
 from model.qwen2_audio import base_model, check_audio_token, freeze_parts, needed_frames_only
-
-from .saving import SelfContainedCheckpoints
-from .shared_prompt import IGNORE
+from trainer.saving import SelfContainedCheckpoints
+from trainer.shared_prompt import IGNORE
 
 
 class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):

@@ -1,0 +1,1 @@
+"""Baselines of the paper that are not GRPO."""
