@@ -28,8 +28,8 @@ received: list[int] = []  # signals, as the processes are to get them
 
 @contextmanager
 def recorded():
-    """Around a script's main function. A `SystemExit` with a text is a user's mistake: the launcher prints it once for
-    all processes; without a launcher it is printed here. Tracebacks of other exceptions are recorded as well."""
+    """Around a script's main function. A `SystemExit` with a text is a user's mistake: the launcher, if there is one,
+    prints it once for all processes. Tracebacks of other exceptions are recorded as well."""
     folder, rank = os.environ.pop(FOLDER, ""), os.environ.get("RANK", "0")
     try:
         yield
@@ -59,11 +59,8 @@ def prepare_child() -> None:
 
 
 def run(command: list[str], environments: dict[str, dict]) -> list[list]:
-    """Run a process per rank, forward signals, stop all when one fails; a second signal kills them.
-
-    Returns:
-        Time, rank, status (-n for signal n) and recorded text of every failure, the first one first.
-    """
+    """Run a process per rank, forward signals, stop all when one fails; a second signal kills them. Returns time, rank,
+    status (-n for signal n) and recorded text of every failure, the first one first."""
     running, failed, forwarded, deadline = {}, {}, 0, float("inf")
     with tempfile.TemporaryDirectory() as folder:
         for rank, added in environments.items():
@@ -78,12 +75,10 @@ def run(command: list[str], environments: dict[str, dict]) -> list[list]:
                     record = Path(folder, rank)
                     failed[rank] = json.loads(record.read_text()) if record.exists() else [before, rank, status, ""]
             to_send, forwarded = received[forwarded : forwarded + 1], len(received)
-            if len(received) > 1:
-                to_send = [signal.SIGKILL]
-            elif failed and deadline == float("inf"):
+            if failed and deadline == float("inf"):
                 deadline, to_send = time.monotonic() + GRACE, to_send or ([] if received else [signal.SIGTERM])
             for process in running.values():
-                if time.monotonic() > deadline or to_send == [signal.SIGKILL]:
+                if time.monotonic() > deadline or len(received) > 1:
                     os.killpg(process.pid, signal.SIGKILL)
                 elif to_send:
                     process.send_signal(to_send[0])
@@ -103,7 +98,7 @@ def report(failures: list[list]) -> None:
 
 
 def number(name: str, default: int, least: int = 0, most: int = 65535) -> int:
-    """A whole number from the environment; exits if it is not between `least` and `most`."""
+    """A whole number from the environment; exits if it is out of bounds."""
     word = os.environ.get(name) or str(default)
     if not word.isdecimal() or not least <= int(word) <= most:
         sys.exit(f"{name} is {word!r}; set it to a whole number from {least} to {most}")
@@ -124,10 +119,8 @@ def main() -> int:
     restarts, nodes = number("RESTARTS", 0), number("NODE_NUM", 1, least=1)
     node = number("NODE_RANK", 0, most=nodes - 1)
     host = "127.0.0.1" if nodes == 1 else os.environ.get("MASTER_ADDR") or sys.exit("NODE_NUM > 1 requires MASTER_ADDR")
-    count, port = 1, number("MASTER_PORT", 32777 if nodes > 1 else 0)
-    if os.environ.get("GPU_NUM") or on_cpu or given.help:
-        count = number("GPU_NUM", 1, least=1)
-    else:
+    count, port = number("GPU_NUM", 1, least=1), number("MASTER_PORT", 32777 if nodes > 1 else 0)
+    if not (os.environ.get("GPU_NUM") or on_cpu or given.help):
         count = int(subprocess.check_output([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]))
         count = count or sys.exit("PyTorch sees no GPU; pass --use_cpu true to train a small model on the CPU")
     command = [sys.executable, script, *(["--deepspeed", config] if config else []), *flags]

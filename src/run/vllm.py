@@ -1,18 +1,12 @@
 """Rollouts, and answers of an evaluation, by vLLM in this process (`--use_vllm true`, `--engine vllm`).
 
-TRL's use of vLLM knows images only, pushes weights under names that vLLM's Qwen2-Audio does not have, and repeats the
-prompt for each completion. Here:
-
-    prompt    one per question, with n = G; vLLM expands its single <|AUDIO|> as the processor does: asserted
-    sampling  as the trainer scores: same temperature, nothing cut off (`check_vllm`), no <|AUDIO|> on either side
-              (`audio_token_forbidden`), in the dtype of the trainer's passes
-    weights   the trainer's, adapters merged, before the first rollout after a step; caches are reset
-    chance    from PyTorch's generator: a run follows from its seed
-
+TRL's own use of vLLM knows images only, pushes weights under names that vLLM's Qwen2-Audio does not have, and repeats
+the prompt for each completion. Here a prompt is sent once, with n = G. Tokens are drawn from the distribution that the
+trainer scores: same temperature, nothing cut off (`check_vllm`), no <|AUDIO|> on either side (`audio_token_forbidden`).
+Weights are pushed before the first rollout after a step. vLLM draws by PyTorch's generator, which the seed decides.
 Every process has its own engine for its own questions. Shapes: N questions, G generations, C completion tokens.
 """
 
-import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +22,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
-from trl.distributed import DistributedBackend
 
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch
@@ -51,12 +44,8 @@ UNCUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def check_vllm(args: GRPOConfig, max_prompt_length: int, quantised: bool = False) -> None:
-    """Raise a `ValueError` for settings that do not work with rollouts by vLLM.
-
-    Args:
-        max_prompt_length: tokens of the longest prompt.
-        quantised: the model's layers are stored in 4 or 8 bits.
-    """
+    """Raise a `ValueError` for settings that do not work with rollouts by vLLM. `max_prompt_length` is that of
+    the longest prompt, in tokens; `quantised` layers are stored in 4 or 8 bits."""
     for flag, (possible, reason) in FIXED.items():
         if (value := getattr(args, flag)) not in possible:
             raise ValueError(f"--{flag} {value} with --use_vllm true: {reason}; omit it")
@@ -74,8 +63,8 @@ def check_vllm(args: GRPOConfig, max_prompt_length: int, quantised: bool = False
 
 
 def sample_by_vllm(trainer: AudioGRPOTrainer) -> None:
-    """Replace the trainer's `sample`, and correct for the difference of the two models where the arguments ask for it
-    (truncated importance sampling, see `correct`). `trainer.close` shuts the engine down."""
+    """Replace the trainer's `sample`, and weight its loss by `correct` where the arguments ask for it. `trainer.close`
+    shuts the engine down."""
     engine = Engine(trainer)
     trainer.sample, trainer.close = engine.sample, engine.close
     log_probs, roll_out = trainer.log_probs, trainer.roll_out
@@ -84,42 +73,29 @@ def sample_by_vllm(trainer: AudioGRPOTrainer) -> None:
         with audio_token_forbidden(base_model(trainer.accelerator.unwrap_model(model))):
             return log_probs(model, rollout, entropy)
 
-    def corrected(rows: list[dict]) -> Rollout:
-        return correct(trainer, roll_out(rows), engine.sampled)
-
     trainer.log_probs = log_probs_without_audio_token
     if trainer.args.vllm_importance_sampling_correction:
         trainer.keeps_old_logps = True
-        trainer.roll_out = corrected
+        trainer.roll_out = lambda rows: correct(trainer, roll_out(rows), engine.sampled)
 
 
 def correct(trainer: AudioGRPOTrainer, rollout: Rollout, sampled: torch.Tensor) -> Rollout:
-    """Weight the loss by the ratio of the trainer's to vLLM's probability of what was sampled.
-
-    Args:
-        sampled: vLLM's log-probs (N, G, C), NaN where it has none.
-    """
-    args, mask = trainer.args, rollout.mask.bool()
+    """Weight the loss by the ratio of the trainer's to vLLM's probability of what was sampled (truncated importance
+    sampling), given vLLM's log-probs `sampled` (N, G, C), NaN where it has none."""
+    args, mask, mode = trainer.args, rollout.mask.bool(), trainer.args.vllm_importance_sampling_mode
     difference = ((rollout.old_logps - sampled) * rollout.mask).nan_to_num(nan=0.0)
-    by_sequence = args.vllm_importance_sampling_mode.startswith("sequence")
-    ratio = (difference.sum(dim=2, keepdim=True) if by_sequence else difference).exp()
+    ratio = (difference.sum(dim=2, keepdim=True) if mode.startswith("sequence") else difference).exp()
     low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
     bounded = ratio if low is None and high is None else ratio.clamp(min=low, max=high)
-    truncates = args.vllm_importance_sampling_mode.endswith("truncate")
-    rollout.importance = bounded if truncates else ratio * (bounded == ratio)
+    rollout.importance = bounded if mode.endswith("truncate") else ratio * (bounded == ratio)
     shown = mask if mask.any() else torch.ones_like(mask)  # all completions may be masked
-    apart, weights = difference.abs()[shown], rollout.importance.expand_as(mask)[shown]
-    found = torch.stack([apart.mean(), apart.max(), weights.min(), weights.mean(), weights.max()])
-    means, least, most = (reduce(gather(found[None]), dim=0) for reduce in (torch.mean, torch.amin, torch.amax))
-    metrics = {
-        "sampling_logp_difference/mean": means[0],
-        "sampling_logp_difference/max": most[1],
-        "importance_sampling_ratio/min": least[2],
-        "importance_sampling_ratio/mean": means[3],
-        "importance_sampling_ratio/max": most[4],
-    }
-    for name, value in metrics.items():
-        trainer._metrics["train"][f"sampling/{name}"].append(value.item())
+    for name, values, kinds in (
+        ("sampling_logp_difference", difference.abs()[shown], ("mean", "max")),
+        ("importance_sampling_ratio", rollout.importance.expand_as(mask)[shown], ("min", "mean", "max")),
+    ):
+        for kind in kinds:  # of this process, then of all
+            found = gather(getattr(values, kind)()[None])
+            trainer._metrics["train"][f"sampling/{name}/{kind}"].append(getattr(found, kind)().item())
     return rollout
 
 
@@ -167,23 +143,20 @@ class Engine:
         """G completions of each question; as the trainer's `sample`."""
         trainer = self.trainer
         if trainer.state.global_step != self.step:
-            gather_params = DistributedBackend(trainer.accelerator).gather_params
-            push(self.llm, merged_tensors(trainer.model, gather_params))
+            push(self.llm, merged_tensors(trainer.model, trainer._dist.gather_params))
             self.step = trainer.state.global_step
-        generations, sampling = trainer.group_size, self.sampling.clone()
-        sampling.n = generations
-        outputs = ask(self.llm, unpadded(questions), questions.waves, self.placeholder, sampling)
+        sampling, device = self.sampling.clone(), trainer.accelerator.device
+        sampling.n = trainer.group_size
+        outputs = ask(self.llm, questions, questions.waves, self.placeholder, sampling)
         completions = [completion for output in outputs for completion in output.outputs]
         logps = [[next(iter(drawn.values())).logprob for drawn in one.logprobs] for one in completions]
-        rows = [torch.tensor([math.nan if value is None else value for value in row]) for row in logps]
-        device = trainer.accelerator.device
-        self.sampled = pad_sequence(rows, batch_first=True).unflatten(0, (-1, generations)).to(device)
-        ids = [list(one.token_ids) for one in completions]
-        padded = pad_completions(ids, generations, trainer.processing_class.tokenizer.pad_token_id, device)
-        return questions.to(device), *padded
+        rows = [torch.tensor(np.array(row, dtype=np.float32)) for row in logps]  # None becomes NaN
+        self.sampled = pad_sequence(rows, batch_first=True).unflatten(0, (-1, sampling.n)).to(device)
+        ids, pad_id = [list(one.token_ids) for one in completions], trainer.processing_class.tokenizer.pad_token_id
+        return questions.to(device), *pad_completions(ids, sampling.n, pad_id, device)
 
     def close(self) -> None:
-        """Shut the engine down, and with it the process group, when no process needs the others any more."""
+        """Shut the engine down, and with it the process group: call it when no process needs the others."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
@@ -199,21 +172,18 @@ class GreedyEngine:
         """A function for `answer_batches`; a `ValueError` if the model is not of the first one's size."""
         from vllm import SamplingParams
 
-        run, placeholder = questions.run, audio_token_id(model)
+        run, placeholder, ends = questions.run, audio_token_id(model), end_ids(questions.processor)
         if self.llm is None:
             self.size = model.num_parameters()
             self.llm = start(model, PartialState(), self.on_cpu, dtype=model.dtype, max_num_seqs=run.batch_size)
         if model.num_parameters() != self.size:
             raise ValueError(f"{model.name_or_path}: vLLM was started for a model of another size; evaluate it alone")
         push(self.llm, ((checkpoint_name(name), tensor.data) for name, tensor in model.named_parameters()))
-        forbidden, ends = {placeholder: FORBIDDEN}, end_ids(questions.processor)
-        sampling = SamplingParams(
-            temperature=0, max_tokens=run.max_new_tokens, logit_bias=forbidden, stop_token_ids=ends
-        )
+        bias = {placeholder: FORBIDDEN}
+        sampling = SamplingParams(temperature=0, max_tokens=run.max_new_tokens, logit_bias=bias, stop_token_ids=ends)
 
         def complete(indices: list[int], batch: Batch) -> list[list[int]]:
-            clips = list(map(questions.clip, indices))
-            outputs = ask(self.llm, unpadded(batch), clips, placeholder, sampling)
+            outputs = ask(self.llm, batch, list(map(questions.clip, indices)), placeholder, sampling)
             return [list(output.outputs[0].token_ids) for output in outputs]
 
         return complete
@@ -225,12 +195,8 @@ class GreedyEngine:
 
 
 def start(model: PreTrainedModel, state: Any, on_cpu: bool, **settings) -> Any:
-    """An engine, vLLM's `LLM`, for a model of this configuration, without its weights; to be called in all processes.
-
-    Args:
-        state: accelerate's; knows this process's place.
-        settings: of `vllm.LLM`.
-    """
+    """vLLM's `LLM` for a model of this configuration, without its weights. All processes call it, with accelerate's
+    `state`, which knows their place, and the `settings` of `vllm.LLM`."""
     from trl.trainer.utils import ensure_master_addr_port
     from vllm import LLM
     from vllm.model_executor.models.qwen2_audio import Qwen2AudioFeatureInputs
@@ -256,29 +222,25 @@ def start(model: PreTrainedModel, state: Any, on_cpu: bool, **settings) -> Any:
 
 
 def push(llm: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Give an engine a model's tensors by their names in its checkpoint, and reset what it computed with others: clips'
-    embeddings and prompts' keys and values are cached by input, not by weights."""
+    """Give an engine a model's tensors by their names in its checkpoint, and reset its caches: it keeps clips'
+    embeddings and prompts' keys and values by input, whatever the weights."""
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
     llm.reset_prefix_cache()
     llm.llm_engine.reset_encoder_cache()
 
 
-def ask(llm: Any, prompts: list[list[int]], clips: list[np.ndarray], placeholder: int, sampling: Any) -> list:
-    """vLLM's outputs for N prompts as the processor makes them, with an audio token (`placeholder`) for each 40 ms, and
-    their N clips, float32 (samples,) at 16 kHz."""
-    requests = []
-    for ids, clip in zip(prompts, clips, strict=True):
+def ask(llm: Any, prompts: Batch, clips: list[np.ndarray], placeholder: int, sampling: Any) -> list:
+    """vLLM's outputs for N prompts, with an audio token (`placeholder`) for each 40 ms, and their N clips, float32
+    (samples,) at 16 kHz."""
+    rows = zip(prompts.input_ids, prompts.attention_mask.bool(), strict=True)
+    expanded, requests = [ids[kept].tolist() for ids, kept in rows], []
+    for ids, clip in zip(expanded, clips, strict=True):
         first, count = ids.index(placeholder), ids.count(placeholder)  # vLLM takes one in the place of their run
         unexpanded = ids[: first + 1] + ids[first + count :]
         requests.append({"prompt_token_ids": unexpanded, "multi_modal_data": {"audio": [(clip, SAMPLE_RATE)]}})
     outputs = llm.generate(requests, sampling, use_tqdm=False)
-    assert [output.prompt_token_ids for output in outputs] == prompts, "vLLM has expanded the audio token otherwise"
+    assert [output.prompt_token_ids for output in outputs] == expanded, "vLLM has expanded the audio token otherwise"
     return outputs
-
-
-def unpadded(batch: Batch) -> list[list[int]]:
-    """The token ids of N prompts."""
-    return [ids[kept].tolist() for ids, kept in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)]
 
 
 def checkpoint_name(name: str) -> str:
@@ -309,13 +271,9 @@ def audio_token_forbidden(model: PreTrainedModel) -> Iterator[None]:
 def merged_tensors(
     model: PreTrainedModel, gather_params: Callable[[list[torch.nn.Parameter]], AbstractContextManager]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A model's tensors under the names of its checkpoint, with the adapters merged. The model stays bitwise the same.
-
-    The tensors are copies: vLLM keeps them until a layer is complete, when ZeRO-3 has freed its own.
-
-    Args:
-        gather_params: a context in which parameters that are spread over processes are whole; all must iterate.
-    """
+    """Copies of a model's tensors under the names of its checkpoint, with the adapters merged. vLLM keeps them until a
+    layer is complete, when ZeRO-3 has freed its own. The model stays bitwise the same. All processes must iterate: in
+    the context `gather_params`, parameters that are spread over them are whole."""
     adapted = {m.get_base_layer().weight: m for m in model.modules() if isinstance(m, BaseTunerLayer)}
     for name, parameter in base_model(model).named_parameters():
         if (hasattr(model, "peft_config") and model.prefix in name) or ".original_module." in name:
@@ -323,14 +281,11 @@ def merged_tensors(
         layer = adapted.get(parameter)
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
         with gather_params([parameter] if layer is None else list(layer.parameters())):
-            yield checkpoint_name(name), parameter.data.clone() if layer is None else _merge(layer, parameter)
-
-
-def _merge(layer: BaseTunerLayer, weight: torch.nn.Parameter) -> torch.Tensor:
-    """A copy of a layer's weight with its adapter merged."""
-    kept = weight.data
-    layer.merge(safe_merge=True)  # in a copy
-    merged = weight.data.clone()
-    layer.unmerge()
-    weight.data = kept
-    return merged
+            kept = parameter.data
+            if layer is not None:
+                layer.merge(safe_merge=True)  # in a copy
+            merged = parameter.data.clone()
+            if layer is not None:
+                layer.unmerge()
+                parameter.data = kept
+            yield checkpoint_name(name), merged
