@@ -247,6 +247,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def load_processor(name: str | None) -> Any:
     """The processor that counts tokens; None for `none`, or for the default if it is not in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not name and not try_to_load_from_cache(MODEL, "preprocessor_config.json"):
+        print(f"prompt lengths are not checked: {MODEL} is not in the cache; set --model_path", file=sys.stderr)
+        name = "none"
     if name == "none":
         return None
     from transformers import AutoProcessor  # takes seconds
@@ -256,10 +261,7 @@ def load_processor(name: str | None) -> Any:
         window_samples(processor)  # fails for a model without audio
         return processor
     except (OSError, ValueError, AttributeError) as error:
-        if name:
-            raise ValueError(f"--model_path {name}: its processor cannot be loaded; name another ({error})") from error
-        print(f"prompt lengths are not checked: {MODEL} is not in the cache; set --model_path", file=sys.stderr)
-        return None
+        raise ValueError(f"--model_path {name or MODEL}: no processor loads; name another ({error})") from error
 
 
 def main(argv: list[str] | None = None) -> int:
