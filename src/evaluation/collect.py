@@ -101,21 +101,12 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                         skipped.append(f"{file}: the same run as another one of {first.label}")
                 except (ValueError, OSError) as error:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
-<<<<<<< HEAD
     for (inputs, audio), result in found.items():
         if audio != "real" and (real := found.get((inputs, "real"))):
             real.drops[audio] = result.accuracy
         elif audio != "real":
             what = f"{audio} audio, but no real audio with the same weights and settings"
             skipped.append(f"{result.folder}/test_{result.label}: {what}")
-=======
-    for (*rest, audio), result in found.items():
-        if audio != "real" and (real := found.get((*rest, "real"))):
-            real.drops[audio] = result.accuracy
-        elif audio != "real":
-            where = f"{result.folder}/test_{result.label}"
-            skipped.append(f"{where}: {audio} audio, but no real audio with the same weights and settings")
->>>>>>> moretests
     return [result for result in found.values() if result.audio == "real"], skipped
 
 
