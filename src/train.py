@@ -12,21 +12,10 @@ from trl import GRPOConfig
 
 from run import attach
 from run.arguments import AudioModelConfig, DataArguments, RunArguments, parse
-from run.rewards import REWARD_FUNCS, check_weights, load_rewards, reward_files
+from run.rewards import RewardArguments, check_weights, load_rewards, reward_files
 from run.startup import Prepared, run
 from trainer.grpo_trainer import AudioGRPOTrainer, check_settings
 from trainer.rollout import check_whole_groups
-
-
-@dataclass
-class RewardArguments:
-    """What to reward."""
-
-    reward_funcs: list[str] = HfArg(
-        default_factory=lambda: list(REWARD_FUNCS), help="Summed: accuracy, format, or yours as file.py:name."
-    )
-    resample_uniform_groups: bool = HfArg(default=False, help="Replace questions whose rewards all agree. Paper: no.")
-    max_resample_rounds: int = HfArg(default=4, help="Further rounds of rollouts for that, per generation batch.")
 
 
 @dataclass
@@ -68,9 +57,8 @@ def check(data: DataArguments, rewards: RewardArguments, args: RecipeConfig, mod
         from run.vllm import check_vllm
 
         check_vllm(args, data.max_prompt_length, quantised=model.load_in_4bit or model.load_in_8bit)
-    use_vllm, args.use_vllm = args.use_vllm, False  # attached below
-    check_settings(args)
-    args.use_vllm = use_vllm
+    else:
+        check_settings(args)
 
 
 def build(
@@ -81,21 +69,11 @@ def build(
     args.model_init_kwargs = model.init_kwargs(args) | (args.model_init_kwargs or {})
     use_vllm, args.use_vllm = args.use_vllm, False  # TRL's own takes no audio
     trainer = AudioGRPOTrainer(
-        run.model,
-        reward_funcs,
-        args,
-        run.dataset,
-        processing_class=run.processor,
-        audio_channels=data.audio_channels,
-        freeze=data.freeze,
+        run.model, reward_funcs, args, run.dataset, run.processor, data.audio_channels, data.freeze,
         eval_dataset=run.eval_questions and run.eval_questions.questions,
-        peft_config=model.adapters(),
-        quantization_config=model.quantisation(args),
-    )
+        peft_config=model.adapters(), quantization_config=model.quantisation(args),
+    )  # fmt: skip
     args.use_vllm = use_vllm
-    if model.load_in_4bit or model.load_in_8bit:  # TRL rounds the adapters to bfloat16, in which steps of 1e-6 are lost
-        for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
-            parameter.data = parameter.data.float()
     rounds = rewards.max_resample_rounds if rewards.resample_uniform_groups else 0
     attach(trainer, run.settings, run.eval_questions, rounds)
     trainer.accelerator.print(

@@ -120,7 +120,7 @@ def get_prediction(record: dict) -> str | None:
     return next((str(record[key]) for key in PREDICTION_KEYS if record.get(key) is not None), None)
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = ArgumentParser(description="Print MMAU's official scores of a file with predictions.", allow_abbrev=False)
     parser.add_argument("--input", required=True, help="JSON list or JSONL: the benchmark's rows with `model_output`")
     path = parser.parse_args().input
@@ -128,7 +128,3 @@ def main() -> None:
         print(evaluate(read_records(path)), end="")
     except (ValueError, OSError) as error:
         sys.exit(f"mmau: {error}" if str(path) in str(error) else f"mmau: {path}: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ bare. To remove one attachment, delete its file and its line here."""
 from transformers import Trainer
 
 from dataset.questions import Benchmark
+from model.qwen2_audio import base_model
 
 
 def attach(trainer: Trainer, settings: dict, eval_questions: Benchmark | None = None, rounds: int = 0) -> None:
@@ -24,6 +25,10 @@ def attach(trainer: Trainer, settings: dict, eval_questions: Benchmark | None = 
     from .resample import resample_uniform_groups
     from .signals import StopOnSignal
 
+    if getattr(base_model(trainer.model), "is_quantized", False):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:  # TRL has rounded the adapters to bfloat16, in which steps of 1e-6 are lost
+                parameter.data = parameter.data.float()
     replace_broken_clips(trainer)
     if getattr(trainer.args, "use_vllm", False):
         from .vllm import sample_by_vllm

@@ -8,6 +8,7 @@ import inspect
 import runpy
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import isfinite
 from numbers import Real
@@ -18,6 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.hf_argparser import HfArg
 from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from dataset.rows import DataError
@@ -27,6 +29,17 @@ from utils.rewards import accuracy_reward, format_reward
 REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
 EXPECTED = "return a list with one number per completion, None where the reward does not apply"
 LARGEST = torch.finfo(torch.float32).max  # TRL computes with rewards in float32, where more is infinite
+
+
+@dataclass
+class RewardArguments:
+    """What to reward."""
+
+    reward_funcs: list[str] = HfArg(
+        default_factory=lambda: list(REWARD_FUNCS), help="Summed: accuracy, format, or yours as file.py:name."
+    )
+    resample_uniform_groups: bool = HfArg(default=False, help="Replace questions whose rewards all agree. Paper: no.")
+    max_resample_rounds: int = HfArg(default=4, help="Further rounds of rollouts for that, per generation batch.")
 
 
 class RewardError(DataError):
