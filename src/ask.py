@@ -3,9 +3,9 @@
     python src/ask.py --model_path exp/model/checkpoint-500 --audio clip.wav \
         --question "What makes the sound?" --choices dog cat bell car
 
-Prints the answer (marked if MMAU's score counts it for none of the choices), the completion, and the probability of
-each choice: that the reply is exactly this choice in the shape that the prompt requires, divided by the sum over the
-choices. In style `think` the choices follow the model's own thinking. `--json` prints all of this as JSON.
+Prints the answer (marked if MMAU's score counts it for none of the choices), the completion, and each choice's
+probability to be the whole reply in the shape that the prompt requires, divided by the sum over the choices. In style
+`think` the choices follow the model's own thinking.
 """
 
 import contextlib
@@ -53,9 +53,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def cut_clip(clip, start: float, window: int):
     """At most `window` samples of a clip (samples,) from second `start` on. Raises a `DataError` if there are none."""
-    seconds = len(clip) / SAMPLE_RATE
-    if not 0 <= start < seconds:
-        raise DataError(f"--start {start:g} is outside the clip, which lasts {seconds:.2f} s")
+    if not 0 <= start < len(clip) / SAMPLE_RATE:
+        raise DataError(f"--start {start:g} is outside the clip, which lasts {len(clip) / SAMPLE_RATE:.2f} s")
     return clip[round(start * SAMPLE_RATE) :][:window]
 
 
@@ -66,18 +65,17 @@ def ask(model, processor, clip, question: str, choices: list[str], style: str, m
     ids = generate(model, batch, end_ids(processor), max_new_tokens, Greedy(model, batch))[0]
     tokenizer = processor.tokenizer
     completion = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    replies = [STYLES[style].reply(choice, completion) for choice in choices]
-    reply_ids = [tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id] for reply in replies]  # as a turn ends
-    return completion, score(model, batch, reply_ids).softmax(dim=0).tolist()
+    replies = tokenizer([STYLES[style].reply(choice, completion) for choice in choices])["input_ids"]
+    ended = [reply + [tokenizer.eos_token_id] for reply in replies]  # as a turn ends
+    return completion, score(model, batch, ended).softmax(dim=0).tolist()
 
 
 def run(args: Namespace) -> dict:
     """The fields of `--json`: `prompt` is the user's text, `seconds` the length of the encoded clip. Raises a
     `ValueError` or `OSError` if the question, clip or model cannot be used."""
     question, choices = args.question, args.choices
-    for text in (question, *choices):
-        if text.encode(errors="ignore").decode() != text:
-            raise DataError(f"{text!r} is not UTF-8; correct --question or --choices")
+    if broken := [text for text in (question, *choices) if text.encode(errors="ignore").decode() != text]:
+        raise DataError(f"{broken[0]!r} is not UTF-8; correct --question or --choices")
     if check_choices(question, choices, "--choices") or not all(map(str.strip, choices)):
         raise DataError(f"--choices {choices} holds an empty or repeated choice; pass different words")
     folder = locate(args.model_path)
@@ -123,8 +121,8 @@ def main() -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    lines = [f"answer:     {result['answer']}{'' if result['names_a_choice'] else '  (none of the choices)'}"]
-    lines.append(f"completion: {result['completion']}")
+    mark = "" if result["names_a_choice"] else "  (none of the choices)"
+    lines = [f"answer:     {result['answer']}{mark}", f"completion: {result['completion']}"]
     for choice, probability in sorted(result["probabilities"].items(), key=lambda item: -item[1]):
         lines.append(f"{100 * probability:9.2f}%  {choice}")
     print(printable("\n".join(lines)))

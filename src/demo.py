@@ -1,7 +1,5 @@
 """The demo's models: a small Qwen2-Audio of random weights, and its supervised warm start.
 
-    python src/demo.py --data data/demo --out exp/demo --seed 1    writes exp/demo/untrained and exp/demo/warm_start
-
 `sh run_grpo.sh demo` runs this after `data/make_demo.py`, and then trains and evaluates as for any model.
 """
 
@@ -23,15 +21,11 @@ SMOOTHED = 5  # steps over which the loss is averaged
 
 
 class StopAtLoss(TrainerCallback):
-    """Ends training when the mean of the last `SMOOTHED` losses reaches a target.
-
-    A number of steps would not do: depending on the seed the loss begins to fall up to ten steps later, and GRPO needs
-    a model that uses the audio but still errs.
-    """
+    """Ends training when the mean of the last `SMOOTHED` losses reaches a target: GRPO needs a model that uses the
+    audio but still errs, and the step at which the loss begins to fall depends on the seed."""
 
     def __init__(self, target_loss: float):
-        self.target_loss = target_loss
-        self.losses: list[float] = []
+        self.target_loss, self.losses = target_loss, list[float]()
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" not in logs:  # the summary at the end
@@ -45,12 +39,8 @@ class StopAtLoss(TrainerCallback):
 
 def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float) -> int:
     """Write `out`/untrained and `out`/warm_start, the latter trained to `max_steps` or `target_loss` (nats per answer
-    token), and return the steps. What an earlier demo wrote is removed.
-
-    Raises:
-        FileNotFoundError: there is no demo data.
-        ValueError: `out` holds checkpoints of another run.
-    """
+    token), and return the steps. What an earlier demo wrote is removed. Raises a `FileNotFoundError` if there is no
+    demo data, and a `ValueError` if `out` holds checkpoints of another run."""
     dataset = load_train_dataset(data / "warm_start.jsonl")
     if any(out.glob("checkpoint-*")) and not (out / UNTRAINED).is_dir():
         raise ValueError(f"{out}: holds checkpoints of another run; choose another --out")

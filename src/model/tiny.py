@@ -1,5 +1,4 @@
-"""A small Qwen2-Audio with random weights and its processor, for demo, tests and benchmarks, made without downloads. By
-default it has less than a million parameters, a vocabulary of 400 tokens, and a window of 2 s."""
+"""A small Qwen2-Audio with random weights and its processor, made without downloads for demo, tests and benchmarks."""
 
 import re
 from collections.abc import Iterable
@@ -63,9 +62,8 @@ def build_model(
     vocab_size: int | None = None,
     initializer_range: float = 0.1,
 ) -> Qwen2AudioForConditionalGeneration:
-    """A Qwen2-Audio with random weights (float32, in training mode) for this processor. `intermediate_size` is three
-    times `hidden_size` by default, and `vocab_size` the processor's. At this width an `initializer_range` of 0.02, as
-    for large models, learned nothing in 60 steps, in which 0.1 reached 80%."""
+    """A Qwen2-Audio with random weights (float32, in training mode) for this processor: by default less than a million
+    parameters. `initializer_range` 0.02, usual for large models, learned nothing in 60 steps; 0.1 reached 80%."""
     tokenizer, extractor = processor.tokenizer, processor.feature_extractor
     pad = {"bos_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
     audio = Qwen2AudioEncoderConfig(

@@ -1,8 +1,7 @@
 """Greedy accuracy on a question file during training, by the code with which `test_mmau.py` evaluates a checkpoint.
 
-Every process answers its share. The scores are those of the official script, per task and in total, in percent:
-`eval_accuracy`, `eval_accuracy_sound`, ... A question whose clip breaks during the run is omitted from then on;
-`eval_left_out` counts them.
+Every process answers its share. The scores are the official script's, in percent: `eval_accuracy`,
+`eval_accuracy_sound`, ... `eval_left_out` counts the questions whose clip broke: they are omitted from then on.
 """
 
 import re
@@ -26,11 +25,7 @@ ATTEMPTS = 3  # at an evaluation during which clips break; then the disk is to b
 
 
 class GreedyAccuracy:
-    """Takes the place of `Trainer.evaluate`.
-
-    Args:
-        questions: answered at every evaluation.
-    """
+    """Takes the place of `Trainer.evaluate`: answers these questions at every evaluation."""
 
     def __init__(self, trainer: Trainer, questions: Benchmark):
         self.trainer, self.benchmark, self.left_out = trainer, questions, 0
@@ -38,10 +33,9 @@ class GreedyAccuracy:
     def __call__(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         trainer, scores = self.trainer, self._score()
         metrics = {f"{metric_key_prefix}_accuracy": scores.accuracy}
-        for task, (right, questions) in next(iter(scores.groups.values())).items():
-            if questions:
-                name = re.sub(r"\W+", "_", task)
-                metrics[f"{metric_key_prefix}_accuracy_{name}"] = 100 * right / questions
+        for task, (right, asked) in next(iter(scores.groups.values())).items():
+            if asked:
+                metrics[f"{metric_key_prefix}_accuracy_" + re.sub(r"\W+", "_", task)] = 100 * right / asked
         if self.left_out:
             metrics[f"{metric_key_prefix}_left_out"] = self.left_out
         trainer.log(metrics)
@@ -65,7 +59,7 @@ class GreedyAccuracy:
         return evaluate(to_records(asked, dict(gather_object(list(completions.items())))))
 
     def _encode(self) -> EncodedQuestions:
-        """The questions as the model's inputs. Unusable ones are reported, and omitted at later steps too."""
+        """The questions as the model's inputs. Unusable ones are reported, and omitted for the rest of the run."""
         trainer = self.trainer
         settings = Settings(
             style=trainer.prompt_style or DEFAULT_STYLE,
@@ -85,18 +79,14 @@ class GreedyAccuracy:
 
     def _answer(self, questions: EncodedQuestions, completions: dict[str, Completion]) -> None:
         """Add this process's share of the answers."""
-        trainer = self.trainer
+        trainer, accelerator = self.trainer, self.trainer.accelerator
         if not questions.questions:
             return
-        was_training = trainer.model.training
-        with (
-            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
-            torch.no_grad(),
-            trainer.accelerator.autocast(),
-        ):
+        was_training, quiet = trainer.model.training, trainer.args.disable_tqdm
+        unwrapped = unwrap_model_for_generation(trainer.model_wrapped, accelerator)
+        with unwrapped as model, torch.no_grad(), accelerator.autocast():
             complete = complete_with(base_model(model.eval()), questions)
             try:
-                batches, quiet = questions.batches(), trainer.args.disable_tqdm
-                answer_batches(complete, questions, batches, completions.update, "evaluation", quiet)
+                answer_batches(complete, questions, questions.batches(), completions.update, "evaluation", quiet)
             finally:
                 trainer.model.train(was_training)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
@@ -39,15 +40,13 @@ class StepLines(TrainerCallback):
         odd = [key for key, value in logs.items() if isinstance(value, float) and not isfinite(value)]
         line = json.dumps({"step": state.global_step} | logs | dict.fromkeys(odd))  # JSON has no NaN
         try:
-            with open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
+            with open(Path(args.output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
         except OSError as error:
             self._report_once(f"log.jsonl: not written ({error})")
         try:
-            print(
-                f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {self._text(logs, state)}",
-                flush=True,
-            )
+            step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+            print(f"{step}  {self._text(logs, state)}", flush=True)
         except OSError as error:  # a full disk behind it, or a reader that is gone
             sys.stdout = open(os.devnull, "w")
             self._report_once(f"standard output: not written ({error})")
@@ -55,10 +54,8 @@ class StepLines(TrainerCallback):
     def _report_once(self, problem: str) -> None:
         if problem not in self.unwritten:
             self.unwritten.add(problem)
-            try:
+            with suppress(OSError):
                 print(f"{problem}; the run continues", file=sys.stderr, flush=True)
-            except OSError:
-                pass
 
     def _text(self, logs: dict[str, float], state) -> str:
         if "train_runtime" in logs:

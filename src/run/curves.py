@@ -1,10 +1,7 @@
-"""Draw a run's curves: the paper's six panels and further signs of a healthy or unhealthy run.
-
-The figures come from `trainer_state.json`, so a killed run can be drawn too; the accuracies of evaluated checkpoints
-come from `test_*`. See also `utils/show_acc.py`.
-"""
+"""Draw a run's curves from `trainer_state.json`, a killed run's too, and accuracies of evaluated checkpoints."""
 
 import sys
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -58,23 +55,20 @@ class PlotCurves(TrainerCallback):
 
 
 def read_history(run: Path) -> list[dict]:
-    """The log of a run, one entry per logged step, from its newest complete state. Raises a `FileNotFoundError` if it
-    has none."""
-    found = []
+    """The log of a run, an entry per logged step, from its newest complete state. Raises a `FileNotFoundError`."""
+    found: dict[int, list[dict]] = {}
     for path in (*run.glob("checkpoint-*/trainer_state.json"), run / "trainer_state.json"):
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # cut off; an older one is complete
             state = read_json(path, "an older one is read")
-            found.append((state["global_step"], state["log_history"]))
-        except (OSError, ValueError, KeyError, TypeError):  # cut off; an older one is complete
-            continue
+            found.setdefault(state["global_step"], state["log_history"])
     if not found:
         raise FileNotFoundError(f"{run}: holds no trainer_state.json of a run that has saved")
-    return max(found, key=lambda state: state[0])[1]
+    return found[max(found)]
 
 
 def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
-    """Draw runs over one another: {name: (folder, log)}. The suffix of `path` decides the format. Raises a `ValueError`
-    if there is nothing to draw."""
+    """Draw runs over one another: {name: (folder, log)}; `path`'s suffix is the format. Raises a `ValueError` if there
+    is nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,11 +114,9 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
 def _accuracies(folder: Path, log: pd.DataFrame | None) -> list[tuple[int, float, float, float]]:
     """(step, accuracy in %, distances to the lower and upper end of its interval) of evaluated checkpoints, else of the
     accuracies measured in training, which have no interval."""
-    results = [(step, result) for result in read_results(folder)[0] if (step := result.step) is not None]
-    if results:
-        points = {step: result for step, result in results if result.asked == results[0][1].asked}
+    found = [(step, result) for result in read_results(folder)[0] if (step := result.step) is not None]
+    if points := {step: result for step, result in found if result.asked == found[0][1].asked}:
         bounds = ((step, result.accuracy, *result.interval) for step, result in sorted(points.items()))
         return [(step, value, value - low, high - value) for step, value, low, high in bounds]
-    if log is None or "eval_accuracy" not in log:
-        return []
-    return [(step, value, 0.0, 0.0) for step, value in log["eval_accuracy"].dropna().items()]
+    values = log["eval_accuracy"].dropna() if log is not None and "eval_accuracy" in log else {}
+    return [(step, value, 0.0, 0.0) for step, value in values.items()]

@@ -1,8 +1,8 @@
-"""Steps whose gradient is not finite are skipped: weights and optimizer stay as they were, on all processes.
+"""Steps whose gradient is not finite are skipped: weights and optimizer stay as they were.
 
-Gradients are synchronised before the optimizer step, so every process finds the same norm. DeepSpeed keeps gradients to
-itself and skips such steps by itself. The schedule advances in either case: a step's learning rate follows from its
-number. A float16 run finds its loss scale by skipping; such steps are not counted while the scale can fall.
+Gradients are synchronised before the optimizer step, so every process finds the same norm. DeepSpeed skips such steps
+by itself. The schedule advances in either case. A float16 run skips steps to find its loss scale: while that can fall,
+they do not count as a row.
 """
 
 import math
@@ -21,9 +21,8 @@ class SkipNonFinite(TrainerCallback):
     """Logs `skipped_steps`, the number since the run began, and ends the run after `most` in a row."""
 
     def __init__(self, trainer: Trainer, most: int):
-        self.trainer, self.most = trainer, most
+        self.trainer, self.most, log = trainer, most, trainer.log
         self.skips, self.in_a_row = False, 0
-        log = trainer.log
 
         def log_count(logs: dict[str, float], start_time: float | None = None) -> None:
             if "loss" in logs:
@@ -37,8 +36,7 @@ class SkipNonFinite(TrainerCallback):
     @property
     def total(self) -> int:
         """Skipped steps since the run began, also before it was resumed."""
-        kept = self.trainer.state.stateful_callbacks.get(COUNTER, {})
-        return kept.get("attributes", {}).get("skipped_steps", 0)
+        return self.trainer.state.stateful_callbacks.get(COUNTER, {}).get("attributes", {}).get("skipped_steps", 0)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.is_deepspeed_enabled:
@@ -53,8 +51,8 @@ class SkipNonFinite(TrainerCallback):
         self.in_a_row = self.in_a_row + 1 if self.skips and not self._scale_can_fall() else 0
         if self.skips:
             state.stateful_callbacks[COUNTER] = {"args": {}, "attributes": {"skipped_steps": self.total + 1}}
-            text = f"skipped ({self.in_a_row} in a row, {self.most} end the run)"
-            self.trainer.accelerator.print(f"step {state.global_step}: the gradient is not finite; {text}", flush=True)
+            text = f"the gradient is not finite; skipped ({self.in_a_row} in a row, {self.most} end the run)"
+            self.trainer.accelerator.print(f"step {state.global_step}: {text}", flush=True)
         if self.in_a_row >= self.most:
             raise RunEnded(
                 f"{self.most} steps in a row had a gradient that is not finite (--max_skipped); the weights after step "
@@ -80,4 +78,4 @@ class SkipNonFinite(TrainerCallback):
         if self.trainer.accelerator.scaler is not None:
             return self.trainer.accelerator.scaler.get_scale() > 1
         fp16 = self.trainer.is_deepspeed_enabled and self.trainer.args.fp16
-        return bool(fp16 and self.trainer.optimizer.optimizer.loss_scale > 1)
+        return fp16 and self.trainer.optimizer.optimizer.loss_scale > 1

@@ -3,8 +3,7 @@
 Dynamic sampling, as in DAPO (arXiv 2503.14476, section 3.2), on whole groups. Shapes: N questions, G generations.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 from statistics import fmean
 
@@ -41,8 +40,7 @@ def resample_uniform_groups(trainer: AudioGRPOTrainer, rounds: int) -> None:
             shares.append(fmean(gather_object(uniform.tolist())))
             drawn = list(islice(fresh, max(gather_object([int(uniform.sum())]))))
             count = min(gather_object([len(drawn)]))
-            # No rounds are left, no group is lacking, or a process has tried all its questions.
-            if len(shares) > rounds or count == 0:
+            if len(shares) > rounds or count == 0:  # no group is lacking, or a process has tried all its questions
                 break
             rollout = replace_uniform_groups(rollout, roll_out(drawn[:count]), pad_id)
         metrics = trainer._metrics["train"]
@@ -71,17 +69,16 @@ def replace_uniform_groups(rollout: Rollout, fresh: Rollout, pad_id: int) -> Rol
 
 def join(first: Rollout, second: Rollout, pad_id: int) -> Rollout:
     """The questions of both, padded to the longer completions, prompts and clips."""
-    pairs = {field.name: (getattr(first, field.name), getattr(second, field.name)) for field in fields(first)}
     tensors = {
-        name: _join(pair, pad_id if name == "ids" else 0, left=False)
-        for name, pair in pairs.items()
-        if isinstance(pair[0], torch.Tensor)
+        name: _join(tensor, getattr(second, name), pad_id if name == "ids" else 0)
+        for name, tensor in vars(first).items()
+        if isinstance(tensor, torch.Tensor)
     }
     a, b = first.questions, second.questions
     questions = Batch(
-        _join((a.input_ids, b.input_ids), pad_id, left=True),
-        _join((a.attention_mask, b.attention_mask), 0, left=True),
-        _join((a.input_features, b.input_features), 0, left=False),
+        _join(a.input_ids, b.input_ids, pad_id, left=True),
+        _join(a.attention_mask, b.attention_mask, left=True),
+        _join(a.input_features, b.input_features),
         a.frames + b.frames,
         a.encoded,
         a.waves + b.waves,
@@ -89,8 +86,7 @@ def join(first: Rollout, second: Rollout, pad_id: int) -> Rollout:
     return replace(first, rows=first.rows + second.rows, questions=questions, **tensors)
 
 
-def _join(tensors: Sequence[torch.Tensor], value: int, left: bool) -> torch.Tensor:
-    longest = max(tensor.shape[-1] for tensor in tensors)
-    missing = [longest - tensor.shape[-1] for tensor in tensors]
-    sides = [(length, 0) if left else (0, length) for length in missing]
-    return torch.cat([pad(tensor, side, value=value) for tensor, side in zip(tensors, sides, strict=True)])
+def _join(first: torch.Tensor, second: torch.Tensor, value: int = 0, left: bool = False) -> torch.Tensor:
+    longest = max(first.shape[-1], second.shape[-1])
+    missing = [(tensor, longest - tensor.shape[-1]) for tensor in (first, second)]
+    return torch.cat([pad(tensor, (count, 0) if left else (0, count), value=value) for tensor, count in missing])
