@@ -17,6 +17,7 @@ from conftest import QUESTION, write_tone
 from dataset.dataset import load_train_dataset
 from evaluation.checkpoints import load_merged
 from model.qwen2_audio import PARTS, base_model
+from run import vllm
 from run.arguments import AudioModelConfig
 from run.vllm import Engine, audio_token_forbidden, check_vllm, merged_tensors, sample_by_vllm
 from running import free_port, run, skip_without_compiler
@@ -313,8 +314,7 @@ def test_the_benchmark_takes_its_steps_with_this_engine(tmp_path, monkeypatch):
     settings = Settings("tiny", questions=1, generations=2, seconds=1, completion=3, engine="vllm")
     one = build_contenders(settings, tmp_path, steps=2)[SHARED]
     pushed = []
-    push = engine_of(one.trainer).push_weights
-    monkeypatch.setattr(engine_of(one.trainer), "push_weights", lambda: pushed.append(1) or push())
+    monkeypatch.setattr("run.vllm.push", lambda *args, push=vllm.push: pushed.append(1) or push(*args))
     for _ in range(2):
         one.step(phases := Phases(settings.device))
     assert len(pushed) == 2
