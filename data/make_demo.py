@@ -378,8 +378,9 @@ def make_demo(
         ValueError: a count below 1; `out` exists and holds something else than demo data.
     """
     out = Path(out)
-    if min(counts := (warm_start, train, test, shifted)) < 1:
-        raise ValueError(f"{', '.join(map(str, counts))} questions asked for: every file needs at least 1")
+    counts = {"warm_start": warm_start, "train": train, "test": test, "shifted": shifted}
+    if wrong := [f"--{name} {count}" for name, count in counts.items() if count < 1]:
+        raise ValueError(f"{', '.join(wrong)}: every file needs at least 1 question")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MMAU_FILE).is_file())):
         raise ValueError(f"{out}: holds other data than the demo; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

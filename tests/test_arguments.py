@@ -16,10 +16,6 @@ PARTS = train.DataArguments, train.RewardArguments, train.RecipeConfig, train.Au
 SFT_PARTS = train_sft.ChoiceDataArguments, train_sft.SFTRecipeConfig, train_sft.AudioModelConfig
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="TRL takes YAML values as defaults, which argparse does not check")
-ONE_LAYER = pytest.mark.xfail(strict=True, reason="TRL makes one name a string, which PEFT takes for a whole path")
-
-
 def parse_line(line: str, *more: str) -> tuple:
     return parse(PARTS, train.check, ["--use_cpu", "true", *line.split(), *more])
 
@@ -76,8 +72,8 @@ def test_script_ends_with_one_line_and_status_2(script, name, line):
     ("text", "named"),
     [
         ("max_step: 5", "max_step"),
-        pytest.param("max_steps: 1.5", "max_steps", marks=UNCHECKED),
-        pytest.param("prompt_style: thinking", "prompt_style", marks=UNCHECKED),
+        ("max_steps: 1.5", "max_steps"),
+        ("prompt_style: thinking", "prompt_style"),
         ("beta: {", "--config"),
     ],
 )
@@ -100,7 +96,7 @@ def test_config_file_gives_defaults_to_flags(tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        pytest.param("q_proj", {"q_proj"}, marks=ONE_LAYER),
+        ("q_proj", {"q_proj"}),
         ("q_proj v_proj", {"q_proj", "v_proj"}),
         ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "linear", "up_proj"}),
     ],

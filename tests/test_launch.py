@@ -48,6 +48,7 @@ def launch(tmp_path):
         return subprocess.Popen(
             list(map(str, command)), cwd=tmp_path, env=environment(**{"CONFIG": "", "GPU_NUM": 2, **variables}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
         )  # fmt: skip
 
     return start

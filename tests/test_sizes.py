@@ -12,7 +12,7 @@ CORE = [
 NOT_CORE = {SRC / "model" / "tiny.py"}
 LIMITS = {
     "lines of the core": 2500,
-    "lines of src": 6600,
+    "lines of src": 7100,
     "lines of grpo_trainer.py": 260,
     "overridden methods of TRL and transformers": 8,
 }

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -51,7 +52,10 @@ def job(tmp_path):
         environment = {"PATH": f"{tmp_path / 'bin'}{os.pathsep}/usr/bin:/bin", "LOGS": str(logs)}
         environment |= slurm | {"SLURM_SUBMIT_DIR": str(tmp_path)} | variables
         command = ["sh", tmp_path / "spooled", *flags]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+        )  # fmt: skip
 
     return start
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,6 +60,8 @@ class AudioModelConfig(ModelConfig):
         if HEAD in (self.lora_target_modules or ()):
             raise ValueError(f"--lora_target_modules {HEAD}: its weights make the log-probs without adapters; omit it")
         super().__post_init__()
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
+            self.lora_target_modules = [self.lora_target_modules]  # TRL's string is a regular expression for PEFT
 
     def adapters(self) -> PeftConfig | None:
         """The adapters to train, which record their base's revision on the hub; None without --use_peft."""
@@ -157,6 +160,19 @@ class Parser(TrlParser):
     def error(self, message: str):
         raise ValueError(message)
 
+    def set_defaults_with_config(self, **config) -> list[str]:
+        """Check the values of a --config file like those of flags: TRL takes them as they are."""
+        for action in self._actions:
+            value = config.get(action.dest)
+            if value is not None and (action.type not in (None, str) or action.nargs or action.choices):
+                values = [
+                    self._get_value(action, str(word)) for word in (value if isinstance(value, list) else [value])
+                ]
+                for found in values:
+                    self._check_value(action, found)
+                config[action.dest] = values if action.nargs == "+" else values[0]
+        return super().set_defaults_with_config(**config)
+
 
 def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv: Sequence[str] | None = None) -> tuple:
     """The dataclasses of a training script, filled from the command line and a `--config FILE.yaml`.
@@ -168,7 +184,7 @@ def parse(parts: Sequence[type], check: Callable[..., None] | None = None, argv:
         parsed = Parser(parts, allow_abbrev=False).parse_args_and_config(sys.argv[1:] if argv is None else list(argv))
     except yaml.YAMLError as error:
         raise ValueError(f"--config: not YAML ({' '.join(str(error).split())})") from error
-    except ValueError as error:
+    except (ValueError, ArgumentError) as error:
         raise ValueError(" ".join(str(error).split())) from error  # one line, of libraries too
     if check:
         check(*parsed)
