@@ -36,12 +36,10 @@ FLAGS = (
 ARM = f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\nimport faults\nfaults.arm()\n"
 REWARD = """
 import json, os
-calls = -1  # each process tries it once, before the model is loaded
-def probe(completions, **kwargs):
-    global calls
-    calls += 1
+def probe(completions, trainer_state, **kwargs):
     fault = json.loads(os.environ.get("STRIKE", "{}"))
-    if fault.get("step") == calls:
+    trial = not trainer_state.max_steps  # before the model is loaded
+    if not trial and fault.get("step") == trainer_state.global_step + 1:
         from faults import strike
         strike(fault)
     return [len(text) / 10 for text in completions]
