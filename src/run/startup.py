@@ -131,12 +131,16 @@ def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> 
     if args.deepspeed:
         stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
         engine = f"ZeRO-{stage} on {args.world_size} processes"
-    first = args.local_process_index == 0
-    own, out = None, Path(args.output_dir)
-    if first:
-        own = result_settings(parsed, reward_files) | {"data_file (content)": hash_file(data.data_file)[:16]}
-        own |= {"model (weights)": fingerprint(model), "engine": engine}
-        (marker := out / f".node-{args.process_index}").touch()
+    first, out = args.local_process_index == 0, Path(args.output_dir)
+    marker = out / f".node-{args.process_index}"
+
+    def describe() -> dict:
+        out.mkdir(parents=True, exist_ok=True)  # a node without a shared disk does not have it yet
+        marker.touch()
+        contents = {"data_file (content)": hash_file(data.data_file)[:16], "model (weights)": fingerprint(model)}
+        return result_settings(parsed, reward_files) | contents | {"engine": engine}
+
+    own = run_on_all(lambda: describe() if first else None)
     described = gather_object([(socket.gethostname(), args.process_index, own)] if first else [])
     shared = gather_object([all((out / f".node-{rank}").exists() for _, rank, _ in described)])
     if first:
