@@ -5,6 +5,7 @@ import json
 from importlib.util import find_spec
 from itertools import pairwise
 
+import llvmlite.binding  # noqa: F401, librosa loads it for clips of another rate than 16 kHz; engines must still start
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

@@ -9,6 +9,7 @@ Every process has its own engine for its own questions. Shapes: N questions, G g
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -201,6 +202,9 @@ def start(model: PreTrainedModel, state: Any, on_cpu: bool, **settings) -> Any:
     from vllm import LLM
     from vllm.model_executor.models.qwen2_audio import Qwen2AudioFeatureInputs
 
+    if llvmlite := sys.modules.get("llvmlite.binding.ffi"):  # loaded by librosa, for clips of another rate than 16 kHz
+        # vLLM reads the `__dict__` of all modules' values; llvmlite would return a function of its library.
+        llvmlite.lib._fntab.setdefault("__dict__", {})
     if 2 * model.config.audio_config.max_source_positions != 3000:  # vLLM refuses other windows, its encoder does not
         Qwen2AudioFeatureInputs.validate = lambda self: None
     place = {"RANK": state.process_index, "LOCAL_RANK": state.local_process_index, "WORLD_SIZE": state.num_processes}
