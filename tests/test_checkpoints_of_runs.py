@@ -94,6 +94,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copied, name, damage):
     assert choose_start(arguments(copied), settings, restarted=False) == copied / "checkpoint-2"
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", WEIGHTS])
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(copied, name):
+    settings, start = read_settings(copied / "checkpoint-3"), copied / "checkpoint-3"
+    (start / name).write_bytes(flip((start / name).read_bytes()))
+    with pytest.raises(ValueError, match=name):
+        choose_start(arguments(copied, resume=False, resume_from_checkpoint=str(start)), settings, restarted=False)
+
+
 def test_every_changed_digit_of_a_record_is_found(copied):
     record = copied / "checkpoint-3" / RECORD
     content = record.read_text()

@@ -161,12 +161,14 @@ def describe_newest(out: Path) -> str:
 def choose_start(args: TrainingArguments, settings: dict, restarted: bool) -> Path | None:
     """The checkpoint that a run resumes from, or None for a new one. Nothing is removed. A run that is `restarted` by
     the launcher after a failure resumes if it has a checkpoint. Raises a `ValueError` if there is none to resume from,
-    if its settings differ from `settings`, this run's, or if the folder holds checkpoints of another run."""
+    the one asked for is damaged, its settings differ from `settings`, this run's, or the folder holds checkpoints of
+    another run."""
     out, start = Path(args.output_dir), None
     if args.resume_from_checkpoint and not (restarted and checkpoints_in(out)):
         start = Path(args.resume_from_checkpoint)
         if not start.is_dir():
             raise ValueError(f"--resume_from_checkpoint {start}: no such folder; --resume takes the newest")
+        read_settings(start)  # verifies its files
     elif args.resume or (restarted and checkpoints_in(out)):
         start, problems = find_newest(out)
         if start is None:
