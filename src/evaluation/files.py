@@ -1,4 +1,4 @@
-"""Hash files, and write them atomically."""
+"""Hash files, write them atomically, and lock them."""
 
 import hashlib
 import os
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 
 def hash_file(path: str | Path) -> str:
@@ -36,3 +38,14 @@ def open_whole(path: Path) -> Iterator[TextIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock_file(path: Path, remedy: str) -> FileLock:
+    """Acquire a lock, a file whose folder is created. Raises a `ValueError` with folder and `remedy` if another run
+    holds it, and an `OSError` if it cannot be written."""
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{path.parent}: another run writes there; {remedy}") from error
+    return lock

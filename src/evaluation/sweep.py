@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
 from dataset.audio import SAMPLE_RATE
@@ -20,6 +19,7 @@ from model.qwen2_audio import load_processor
 from .answers import Complete, EncodedQuestions, answer_batches, complete_with
 from .checkpoints import check_whole, fingerprint, label_of, load_model, locate
 from .clips import hash_clips, measure_clips
+from .files import lock_file
 from .mmau import evaluate
 from .processes import processes, run_on_all, say
 from .results import Identity, ResultFiles, Settings, digest
@@ -127,8 +127,8 @@ def _evaluate(sweep: Sweep, job: Job) -> None:
         questions = questions.without(missing)
     if cut := sum(questions.samples[question.audio_path] > questions.window for question in questions.questions):
         say(f"{cut} clips exceed the model's {questions.window / SAMPLE_RATE:g} s and are cut, as in the paper")
-    lock = FileLock(f"{files.results}.lock", timeout=0)
-    run_on_all(partial(_acquire, lock), main=True)
+    path, remedy = files.results.with_name(f"{files.results.name}.lock"), "wait, or pass another --out_dir"
+    lock = run_on_all(lambda: lock_file(path, remedy) if processes().is_main_process else None)
     try:
         _answer(sweep, questions, folder, files)
         now = hash_clips(sweep.benchmark.questions)
@@ -136,8 +136,8 @@ def _evaluate(sweep: Sweep, job: Job) -> None:
             raise DataError(f"{changed}: the clip was replaced during the run; start it again")
         say(f"{job.label}: {run_on_all(lambda: files.finish(sweep.benchmark, sorted(missing), cut), main=True)}")
     finally:
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)  # before the release, after which another run may lock it
+        if lock:
+            path.unlink(missing_ok=True)  # before the release, after which another run may lock it
             lock.release()
 
 
@@ -158,14 +158,6 @@ def _prepare(sweep: Sweep, job: Job) -> tuple[Path, ResultFiles, list[str] | Non
                         clips=digest(clips.encode()))  # fmt: skip
     files = ResultFiles(job.file or job.folder / name, identity, settings)
     return folder, files, files.find_differences()
-
-
-def _acquire(lock: FileLock) -> None:
-    try:
-        lock.acquire()  # makes the folder
-    except Timeout as error:
-        folder = Path(lock.lock_file).parent
-        raise ValueError(f"{folder}: another run writes there; wait, or pass another --out_dir") from error
 
 
 def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, files: ResultFiles) -> None:

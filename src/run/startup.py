@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import filelock
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -20,7 +19,7 @@ from dataset.dataset import check_is_there, load_train_dataset
 from dataset.questions import Benchmark, load_questions
 from dataset.rows import DataError
 from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
-from evaluation.files import hash_file
+from evaluation.files import hash_file, lock_file
 from evaluation.mmau import evaluate
 from evaluation.processes import leave, run_on_all
 from evaluation.results import Completion, to_records
@@ -114,11 +113,7 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
 def hold(out: Path, held: ExitStack) -> None:
     """Make and lock the output folder. A `ValueError` where another run holds it or it cannot be written."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (lock := filelock.FileLock(out / LOCK, timeout=0)).acquire()
-        held.callback(lock.release)
-    except filelock.Timeout as error:
-        raise ValueError(f"{out}: another run writes there; wait for its end, or choose another OUT_DIR") from error
+        held.callback(lock_file(out / LOCK, "wait for its end, or choose another OUT_DIR").release)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror}); choose another OUT_DIR") from error
 
