@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
@@ -67,6 +68,11 @@ def step_of(checkpoint: Path) -> int:
     """300 of `.../checkpoint-300`; for a folder of another name the step in its trainer state."""
     label = label_of(str(checkpoint))
     return int(label) if label.isdecimal() else read_json(checkpoint / STATE, "use another checkpoint")["global_step"]
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if there is no folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def record_state(checkpoint: Path, settings: dict) -> None:
@@ -322,12 +328,8 @@ class KeepCheckpoints(TrainerCallback):
         earlier = [path for path in checkpoints_in(self.out) if (path / RECORD).is_file()]
         if not earlier:
             return
-        needed = 1.05 * sum(path.stat().st_size for path in earlier[-1].rglob("*") if path.is_file())
-        free = shutil.disk_usage(self.out).free
-        short = torch.tensor(int(needed > free), device=self.trainer.args.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(short, torch.distributed.ReduceOp.MAX)
-        if short:
+        needed, free = 1.05 * size_of(earlier[-1]), shutil.disk_usage(self.out).free
+        if any(gather_object([needed > free])):
             raise RunEnded(
                 f"{self.out}/checkpoint-{state.global_step}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
                 f"free. {describe_newest(self.out)}. {FREE_SPACE}",
@@ -339,13 +341,8 @@ class KeepCheckpoints(TrainerCallback):
         another kind."""
         if self.writing is None:
             return None
-        torn = (
-            sum(path.stat().st_size for path in self.writing.rglob("*") if path.is_file())
-            if self.writing.is_dir()
-            else 0
-        )
         # torch.save raises a RuntimeError that names no cause: the disk tells.
-        if isinstance(error, RuntimeError) and shutil.disk_usage(self.out).free > max(torn, 2**24):
+        if isinstance(error, RuntimeError) and shutil.disk_usage(self.out).free > max(size_of(self.writing), 2**24):
             return None
         shutil.rmtree(self.writing, ignore_errors=True)
         return RunEnded(f"{self.writing}: not written ({error}). {describe_newest(self.out)}. {FREE_SPACE}")

@@ -9,7 +9,7 @@ import os
 import signal
 from typing import Any
 
-import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -54,11 +54,8 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(handled, signal.SIG_DFL)
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(self.received, device=args.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        if received:
-            self.stopped = signal.Signals(int(received)).name
+        if received := max(gather_object([self.received])):
+            self.stopped = signal.Signals(received).name
             # There may be seconds left: enough for the checkpoint, not for an evaluation.
             control.should_training_stop, control.should_save, control.should_evaluate = True, True, False
         return control
