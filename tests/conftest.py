@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Before torch and transformers are imported: no network, and no thread pool larger than the work.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: others need the cores too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
