@@ -88,6 +88,16 @@ def questions(tmp_path_factory) -> Path:
     return folder / "train.jsonl"
 
 
+def write_rows(folder: Path, *rows) -> Path:
+    """A training file of rows given as objects, text or bytes."""
+    path = folder / "train.jsonl"
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
 def write_tone(path: Path, seconds: float, frequency: float = 440.0, rate: int = 16_000, channels: int = 1, **format):
     """A quiet tone in noise, as a real audio file."""
     time = np.arange(round(seconds * rate)) / rate

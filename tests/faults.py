@@ -29,7 +29,7 @@ def arm() -> None:
 
 
 def strike(fault: dict) -> None:
-    """Called by a reward, in the middle of a step."""
+    """Called by a reward in the middle of a step, or by `arm` at once."""
     launcher, what = os.getppid(), fault["what"]
     if what == "raise":
         raise RuntimeError("the reward broke")

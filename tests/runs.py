@@ -11,7 +11,7 @@ from baselines.sft_trainer import AudioSFTTrainer
 from dataset.dataset import load_train_dataset
 from dataset.questions import load_questions
 from run import attach
-from run.checkpoints import result_settings
+from run.checkpoints import checkpoints_in, result_settings
 from run.curves import PlotCurves
 from train import RecipeConfig
 from train_sft import SFTRecipeConfig
@@ -74,6 +74,11 @@ def history_of(checkpoint: Path) -> list[dict]:
     """What a checkpoint's run logged, without times."""
     history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [{name: value for name, value in entry.items() if name != "step_time"} for entry in history]
+
+
+def names(out: Path) -> list[str]:
+    """Of a run's checkpoints, in the order of their steps."""
+    return [path.name for path in checkpoints_in(out)]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -21,7 +21,7 @@ from run import attach
 from run.arguments import LINEAR_LAYERS
 from run.checkpoints import checkpoints_in, read_settings
 from run.curves import PlotCurves
-from test_grpo_trainer import length_reward
+from runs import length_reward
 from train import RecipeConfig
 from train_sft import SFTRecipeConfig
 from trainer.grpo_trainer import AudioGRPOTrainer

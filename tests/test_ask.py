@@ -85,7 +85,7 @@ def test_in_think_style_the_choices_follow_the_thinking(small_model, clip, monke
     assert [processor.tokenizer.decode(ids) for ids in scored] == expected
 
 
-def test_the_recorded_style_is_the_default(small_model, clip, monkeypatch, run, tmp_path):
+def test_the_recorded_style_is_the_default(small_model, monkeypatch, run, tmp_path):
     copy = shutil.copytree(small_model, tmp_path / "copy")
     save_style(copy, "think")
     styles = []

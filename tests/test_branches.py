@@ -107,7 +107,7 @@ def test_a_process_that_has_ended_takes_part_until_all_have(model, batch, config
     assert counted[-7:] == [1] * 7
 
 
-def test_the_settings_decide_what_ends_a_completion(model, batch, config, processor):
+def test_the_settings_decide_what_ends_a_completion(model, batch, config):
     config.max_new_tokens, config.min_new_tokens = 9, 9
     assert set(map(len, roll_out(model, batch, 2, config))) == {9}
 

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 from transformers import AutoProcessor
 
-from conftest import QUESTION, ROOT, write_tone
+from conftest import QUESTION, ROOT, write_rows, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.rows import Row
 from run import check as check_module
@@ -48,16 +48,6 @@ def folder(tmp_path) -> Path:
     (tmp_path / "clips").mkdir()
     write_tone(tmp_path / "clips" / "good.wav", 0.5)
     return tmp_path
-
-
-def write(folder: Path, *rows) -> Path:
-    """A training file of rows given as objects, text or bytes."""
-    path = folder / "train.jsonl"
-    lines = [
-        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
-    ]
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
 
 
 def without(row: dict, key: str) -> dict:
@@ -100,7 +90,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
 def test_a_bad_row_is_dropped_and_named(folder, row, reason):
-    path = write(folder, GOOD, row, GOOD)
+    path = write_rows(folder, GOOD, row, GOOD)
     examination = examine_training_file(path)
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
     assert examination.shown[0].startswith(f"{path}, line 2: ")
@@ -110,7 +100,7 @@ def test_a_bad_row_is_dropped_and_named(folder, row, reason):
 
 def test_a_byte_order_mark_does_no_harm(folder):
     marked = b"\xef\xbb\xbf" + json.dumps(GOOD).encode()
-    path = write(folder, marked, GOOD, marked)  # as of files put together
+    path = write_rows(folder, marked, GOOD, marked)  # as of files put together
     assert is_training_file(path) and examine_training_file(path).usable == len(load_train_dataset(path)) == 3
 
 
@@ -202,7 +192,7 @@ BAD_SAMPLES = [
 @pytest.mark.parametrize(("name", "reason"), BAD_CLIPS)
 def test_a_bad_clip_is_dropped_and_named(folder, name, reason, deep):
     make_bad_clip(name, folder / "bad.wav")
-    path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
+    path = write_rows(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
     examination = examine_training_file(path, Rules(deep=deep))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
     assert examination.shown[0].startswith(f"{path}, line 2: {folder / 'bad.wav'}: ")
@@ -211,7 +201,7 @@ def test_a_bad_clip_is_dropped_and_named(folder, name, reason, deep):
 @pytest.mark.parametrize(("name", "reason"), BAD_SAMPLES)
 def test_bad_samples_are_found_by_decoding(folder, name, reason):
     make_bad_clip(name, folder / "bad.wav")
-    path = write(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
+    path = write_rows(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
     examination = examine_training_file(path, Rules(deep=True))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
     if name == "first channel silent":
@@ -220,13 +210,13 @@ def test_bad_samples_are_found_by_decoding(folder, name, reason):
 
 def test_a_clip_that_is_too_long_is_not_decoded(folder):
     soundfile.write(folder / "bad.wav", np.full(31 * 16_000, np.nan, np.float32), 16_000, subtype="FLOAT")
-    path = write(folder, GOOD | {"audio_path": "bad.wav"})
+    path = write_rows(folder, GOOD | {"audio_path": "bad.wav"})
     assert examine_training_file(path, Rules(deep=True)).reasons == {"clip too long": 1}
 
 
 @pytest.mark.parametrize("name", ["a\0b.wav", "\ud800.wav", "x" * 5000 + ".wav", "good.wav/b.wav"])
 def test_names_that_no_file_can_have(folder, name):
-    examination = examine_training_file(write(folder, GOOD, GOOD | {"audio_path": name}))
+    examination = examine_training_file(write_rows(folder, GOOD, GOOD | {"audio_path": name}))
     assert list(examination.dropped) == [2] and len(examination.shown[0]) < 700
     examination.shown[0].encode("utf-8")
 
@@ -259,7 +249,7 @@ def test_what_is_fine_simply_works(folder, deep):
     content[40:44] = b"\xff\xff\xff\xff"  # as a program writes it that does not know the length beforehand
     (folder / "streamed.wav").write_bytes(content)
     names = [*FINE, "link.wav", "streamed.wav"]
-    path = write(folder, *(GOOD | {"id": name, "audio_path": name} for name in names))
+    path = write_rows(folder, *(GOOD | {"id": name, "audio_path": name} for name in names))
     examination = examine_training_file(path, Rules(deep=deep))
     assert not examination.dropped and not examination.notes, examination.table()
     assert load_train_dataset(path)["audio_path"][:] == [str(folder / name) for name in names]
@@ -280,7 +270,7 @@ def test_a_file_handle_is_not_left_open(folder):
 def test_what_is_kept_but_worth_knowing(folder):
     wave = np.sin(np.arange(16_000) / 10)
     soundfile.write(folder / "overdriven.wav", np.clip(3 * wave, -1, 1), 16_000)
-    path = write(
+    path = write_rows(
         folder,
         GOOD,
         GOOD | {"multi_choice": ["dog", "dog", "cat"], "id": 2},
@@ -296,7 +286,7 @@ def test_what_is_kept_but_worth_knowing(folder):
 
 def test_training_gets_the_usable_rows_and_every_process_the_same(folder):
     rows = [GOOD | {"id": i, "answer": i % 3, "audio_path": "good.wav" if i % 4 else f"gone{i}.wav"} for i in range(30)]
-    path = write(folder, *rows)
+    path = write_rows(folder, *rows)
     examination = examine_training_file(path, Rules("think"))
     loaded, again = (load_train_dataset(path, "think", skip=set(examination.dropped)) for _ in range(2))
     assert loaded["row"][:] == [i + 1 for i in range(30) if i % 4] and len(loaded) == examination.usable == 22
@@ -306,7 +296,7 @@ def test_training_gets_the_usable_rows_and_every_process_the_same(folder):
 def test_dropped_rows_are_written(folder):
     bad = [b'{"question_text": "caf\xe9"}', GOOD | {"audio_path": "gone.wav", "id": 7}]
     dropped_file = folder / "out" / "dropped.jsonl"
-    examination = examine_training_file(write(folder, GOOD, *bad), Rules(dropped_file=dropped_file))
+    examination = examine_training_file(write_rows(folder, GOOD, *bad), Rules(dropped_file=dropped_file))
     entries = [json.loads(line) for line in dropped_file.read_text().splitlines()]
     assert [entry["line"] for entry in entries] == list(examination.dropped) == [2, 3]
     assert entries[0] | {"text": ""} == {
@@ -314,27 +304,27 @@ def test_dropped_rows_are_written(folder):
     }  # fmt: skip
     assert entries[1]["id"] == 7 and "gone.wav" in entries[1]["message"]
     assert json.loads(entries[1]["text"]) == bad[1] and "caf\\xe9" in entries[0]["text"]
-    examine_training_file(write(folder, GOOD), Rules(dropped_file=dropped_file))
+    examine_training_file(write_rows(folder, GOOD), Rules(dropped_file=dropped_file))
     assert not dropped_file.exists(), "of an earlier run"
     assert not list(dropped_file.parent.iterdir())
 
 
 def test_too_many_dropped_rows_stop_the_run(folder):
-    examination = examine_training_file(write(folder, *[GOOD] * 9, ""))
+    examination = examine_training_file(write_rows(folder, *[GOOD] * 9, ""))
     examination.check_share(0.1)
     with pytest.raises(ValueError, match=r"(?s)--max_dropped 0.05.*blank line.*line 10"):
         examination.check_share(0.05)
     with pytest.raises(ValueError, match=r"(?s)blank line.*line 1"):
-        examine_training_file(write(folder, "")).check_share(1.0)
+        examine_training_file(write_rows(folder, "")).check_share(1.0)
 
 
 def test_no_file_and_no_rows(folder):
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         examine_training_file(folder / "gone.jsonl")
     with pytest.raises(ValueError, match="train.jsonl"):
-        examine_training_file(write(folder))
+        examine_training_file(write_rows(folder))
     with pytest.raises(ValueError, match="loud"):
-        examine_training_file(write(folder, GOOD), Rules("loud"))
+        examine_training_file(write_rows(folder, GOOD), Rules("loud"))
 
 
 def test_prompt_length_special_tokens_and_window_are_the_models(folder, small_model):
@@ -343,15 +333,17 @@ def test_prompt_length_special_tokens_and_window_are_the_models(folder, small_mo
     token = processor.tokenizer.all_special_tokens[0]
     rows = [GOOD, GOOD | {"question_text": f"What is {token}?"}, GOOD | {"audio_path": "long.wav"}]
     rows += [GOOD | {"question_text": "What " * 200}]
-    examination = examine_training_file(write(folder, *rows), Rules(processor=processor, max_prompt_length=150))
+    examination = examine_training_file(write_rows(folder, *rows), Rules(processor=processor, max_prompt_length=150))
     assert list(examination.dropped) == [2, 3, 4]
     assert set(examination.reasons) == {"special token in the question", "clip too long", "prompt too long"}
     assert token in examination.shown[0] and "max_prompt_length 150" in examination.shown[2]
     tokens, where = examination.longest_prompt
     assert where == "line 1"
-    longer = examine_training_file(write(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens))
+    longer = examine_training_file(write_rows(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens))
     assert not longer.dropped and longer.longest_prompt == (tokens, "line 1")
-    assert examine_training_file(write(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens - 1)).dropped
+    assert examine_training_file(
+        write_rows(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens - 1)
+    ).dropped
 
 
 # Evaluation files
@@ -462,8 +454,8 @@ def test_real_mmau(shared, tmp_path):
 
 
 def test_kinds_of_files(folder, tmp_path):
-    assert is_training_file(write(folder, "", GOOD)) and not is_training_file(write_items(folder, ITEM))
-    assert not is_training_file(write(folder, json.dumps(ITEM)))
+    assert is_training_file(write_rows(folder, "", GOOD)) and not is_training_file(write_items(folder, ITEM))
+    assert not is_training_file(write_rows(folder, json.dumps(ITEM)))
     path = tmp_path / "train_qa.json"
     path.write_text(json.dumps([without(GOOD, "audio_path")], indent=1))
     with pytest.raises(ValueError, match="train_qa.json"):
@@ -479,17 +471,17 @@ def check(*arguments, **settings):
 
 @pytest.mark.slow
 def test_the_command(folder, small_model, capsys):
-    path = write(folder, GOOD, GOOD | {"audio_path": "gone.wav"}, GOOD)
+    path = write_rows(folder, GOOD, GOOD | {"audio_path": "gone.wav"}, GOOD)
     process = check(path, "--model_path", small_model, "--deep", "--workers", 2)
     assert process.returncode == 1
     assert f"{path}, line 2: {folder / 'gone.wav'}: " in process.stdout
     assert "3 rows, 2 usable, 1 dropped" in process.stdout and "longest prompt" in process.stdout
-    assert main([str(write(folder, GOOD, GOOD)), "--model_path", "none"]) == 0
+    assert main([str(write_rows(folder, GOOD, GOOD)), "--model_path", "none"]) == 0
     assert "2 usable, 0 dropped" in capsys.readouterr().out
 
 
 def test_what_the_command_refuses(folder, capsys):
-    path = str(write(folder, GOOD))
+    path = str(write_rows(folder, GOOD))
     for arguments, name in ((["gone.jsonl"], "gone.jsonl"), ([path, "--model_path", str(folder)], "--model_path")):
         assert main(arguments) == 2
         assert name in capsys.readouterr().err
@@ -515,7 +507,7 @@ def test_the_default_model_is_loaded_from_the_cache_only(folder, small_model, mo
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "preprocessor_config.json")
-    path = str(write(folder, GOOD))
+    path = str(write_rows(folder, GOOD))
     assert main([path]) == 0 == main([path, "--model_path", "some/model"])
     assert calls == [(check_module.MODEL, True), ("some/model", False)]
 
@@ -524,7 +516,7 @@ def test_without_the_model_the_rest_is_checked(folder, capsys, monkeypatch):
     monkeypatch.setattr(check_module, "MODEL", "nobody/has-this-model")
     monkeypatch.setattr(AutoProcessor, "from_pretrained", None)  # not called
     rows = [GOOD] * 10 + [GOOD | {"answer": 9}] * 25
-    assert main([str(write(folder, *rows))]) == 1
+    assert main([str(write_rows(folder, *rows))]) == 1
     out, err = capsys.readouterr()
     assert "--model_path" in err and "line 30: " in out and "line 31: " not in out and "--dropped_file" in out
 

@@ -11,13 +11,9 @@ import pytest
 
 from run.checkpoints import RECORD, checkpoints_in, choose_start, find_newest, read_settings
 from run.startup import train
-from runs import InStep, history_of, make_run
+from runs import InStep, history_of, make_run, names
 
 WEIGHTS = "model.safetensors"
-
-
-def names(out: Path) -> list[str]:
-    return [path.name for path in checkpoints_in(out)]
 
 
 def resumable(out: Path) -> list[str]:

@@ -1,10 +1,8 @@
 """A clip that cannot be read during training is replaced by another question's."""
 
-import json
-
 import pytest
 
-from conftest import QUESTION, write_tone
+from conftest import QUESTION, write_rows, write_tone
 from dataset.rows import DataError
 from run.clips import replace_broken_clips
 from test_grpo_trainer import make_trainer, roll_out
@@ -14,7 +12,7 @@ def test_a_broken_clip_is_named_and_its_question_replaced(small_model, tmp_path,
     for i in range(4):
         write_tone(tmp_path / f"{i}.wav", 1.0 + 0.1 * i)
     rows = [QUESTION | {"answer": 0, "audio_path": f"{i}.wav"} for i in range(4)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path, *rows)
     trainer = make_trainer(
         small_model, tmp_path / "train.jsonl", tmp_path / "out", gradient_accumulation_steps=2, max_steps=1
     )

@@ -219,16 +219,9 @@ def test_two_processes_through_the_launcher_write_the_same_bytes(swept, trained,
     out.mkdir()
     for path in trained.iterdir():
         (out / path.name).symlink_to(path)
-    environment = os.environ | {
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "GPU_NUM": "2",
-        "OUT_DIR": str(out),
-        "MMAU_DIR": str(questions.parent),
-        "BATCH_SIZE": "5",
-    }
+    variables = environment(GPU_NUM=2, OUT_DIR=out, MMAU_DIR=questions.parent, BATCH_SIZE=5)
     command = ["sh", str(ROOT / "test_mmau.sh"), *TOKENS, "--device", "cpu"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     for step in ("100", "200"):
         assert results(out / f"test_{step}") == results(swept / f"test_{step}")
@@ -588,7 +581,7 @@ def test_missing_and_unreadable_clips_stop_the_run_before_the_first_batch(tmp_pa
     assert evaluate(records).questions == 6
 
 
-def test_silent_and_shuffled_audio(few, checkpoint, trained):
+def test_silent_and_shuffled_audio(few, checkpoint):
     flags = ["--model_path", checkpoint, "--data_file", few]
     sweep(*flags)
     sweep(*flags, "--hear", "silent")
@@ -773,9 +766,8 @@ def test_the_benchmark_runs():
 
 
 def test_the_launcher_without_checkpoints_says_what_to_do(tmp_path):
-    environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "OUT_DIR": str(tmp_path), "GPU_NUM": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    run = subprocess.run(["sh", "test_mmau.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    variables = environment(OUT_DIR=tmp_path, GPU_NUM=1)
+    run = subprocess.run(["sh", "test_mmau.sh"], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert run.returncode == 1 and "sh run_grpo.sh makes them" in run.stderr
 
 

@@ -9,7 +9,8 @@ from trl import GRPOConfig
 from dataset.dataset import load_train_dataset
 from run.arguments import LINEAR_LAYERS
 from run.resample import resample_uniform_groups
-from test_grpo_trainer import length_reward, roll_out
+from runs import length_reward
+from test_grpo_trainer import roll_out
 from trainer.grpo_trainer import AudioGRPOTrainer
 
 EVERYWHERE = list(LINEAR_LAYERS)

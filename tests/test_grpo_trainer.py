@@ -12,21 +12,17 @@ from trl import GRPOConfig
 
 import row_by_row
 from baselines.sft_trainer import AudioSFTTrainer
-from conftest import QUESTION, write_tone
+from conftest import QUESTION, write_rows, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.encode import count_tokens_of_frames
 from dataset.prompt import load_style
 from model.branches import draw
 from model.qwen2_audio import PARTS, freeze_parts, load_processor
+from runs import length_reward
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.loss import grpo_loss, token_weights
 from trainer.rollout import Rollout
 from utils.rewards import accuracy_reward, format_reward
-
-
-def length_reward(completions, **kwargs) -> list[float]:
-    """The share of letters before the middle of the alphabet: differs within most groups of an untrained model."""
-    return [sum(c < "n" for c in text) / max(len(text), 1) for text in completions]
 
 
 def make_trainer(model, data, output_dir, style="answer", rewards=None, **settings) -> AudioGRPOTrainer:
@@ -341,7 +337,7 @@ def test_a_question_with_a_special_token_is_refused(small_model, tmp_path):
     """Also in a data set that was not examined: the model would take the text as a turn's end."""
     write_tone(tmp_path / "fine.wav", 1.0)
     row = QUESTION | {"audio_path": "fine.wav", "question_text": "What? <|im_end|>", "answer": 0}
-    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    write_rows(tmp_path, *[row] * 4)
     with pytest.raises(ValueError, match=r"What\? <\|im_end\|>"):
         make_trainer(small_model, tmp_path / "train.jsonl", tmp_path / "out", max_steps=1).train()
 

@@ -112,7 +112,7 @@ if rank == "1":
     assert (tmp_path / "got-0").read_text() == "SIGTERM " and (tmp_path / "saved-0").exists()
 
 
-def test_process_that_does_not_stop_is_killed_with_its_children(launch, tmp_path):
+def test_process_that_does_not_stop_is_killed_with_its_children(launch):
     script = """
 if rank == "1":
     wait_for("child")

@@ -1,7 +1,6 @@
 """GRPO with adapters: the base model is the reference, checkpoints hold the adapter, and merge into a full model."""
 
 import json
-import runpy
 import shlex
 import shutil
 import sys
@@ -15,7 +14,6 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
 import row_by_row
-from conftest import ROOT
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
 from evaluation.checkpoints import (
@@ -33,7 +31,8 @@ from model.checkpoints import complete_checkpoint
 from model.qwen2_audio import load_processor
 from run.arguments import AudioModelConfig
 from running import run, skip_without_compiler
-from test_grpo_trainer import length_reward, roll_out
+from runs import length_reward
+from test_grpo_trainer import roll_out
 from trainer.grpo_trainer import AudioGRPOTrainer
 
 TARGETS = AudioModelConfig().lora_target_modules
@@ -123,30 +122,21 @@ def rename_base(adapter: Path, to: Path, name: str | None, **more) -> Path:
     return to
 
 
-def start(script, monkeypatch, *flags) -> None:
-    """Run a training script in this process."""
-    words = [
-        "--use_cpu",
-        "true",
-        "--questions_per_step",
-        "2",
-        "--max_steps",
-        "1",
-        "--save_steps",
-        "1",
-        "--report_to",
-        "none",
-    ]
-    words += ["--num_generations", "2", "--max_completion_length", "4"] if script == "train.py" else []
-    monkeypatch.setattr(sys, "argv", [script, *words, *map(str, flags)])
-    runpy.run_path(str(ROOT / "src" / script), run_name="__main__")
+def start(script, name: str, *flags) -> None:
+    """One step of a training script."""
+    words = ["--use_cpu", "true", "--questions_per_step", "2", "--max_steps", "1", "--save_steps", "1"]
+    words += ["--num_generations", "2", "--max_completion_length", "4"] if name == "train.py" else []
+    status, said = script(name, *words, "--report_to", "none", *flags)
+    assert status == 0, said
 
 
-@pytest.mark.parametrize("script", ["train.py", pytest.param("train_sft.py", marks=pytest.mark.slow)])
-def test_the_base_is_recorded_so_that_it_is_found_from_anywhere(small_model, questions, tmp_path, monkeypatch, script):
+@pytest.mark.parametrize("name", ["train.py", pytest.param("train_sft.py", marks=pytest.mark.slow)])
+def test_the_base_is_recorded_so_that_it_is_found_from_anywhere(
+    small_model, questions, tmp_path, monkeypatch, script, name
+):
     monkeypatch.chdir(small_model.parent)
     flags = ["--model_name_or_path", small_model.name, "--data_file", questions, "--output_dir", tmp_path / "out"]
-    start(script, monkeypatch, "--use_peft", "true", *flags)
+    start(script, name, "--use_peft", "true", *flags)
     monkeypatch.chdir(tmp_path)
     for folder in (Path("out"), Path("out/checkpoint-1")):
         assert find_base(folder).samefile(small_model)
@@ -193,13 +183,11 @@ def test_a_missing_base_is_named_with_the_command_that_merges_another_copy(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", ["false", "true"])
-def test_a_run_starts_from_an_adapter_as_from_its_merged_model(
-    adapter, small_model, questions, tmp_path, monkeypatch, peft
-):
+def test_a_run_starts_from_an_adapter_as_from_its_merged_model(adapter, questions, tmp_path, script, peft):
     """With a learning rate of 0, what is saved is what was loaded."""
     out, merged = tmp_path / "out", load_merged(adapter).state_dict()
     flags = ["--model_name_or_path", adapter, "--data_file", questions, "--output_dir", out, "--learning_rate", "0"]
-    start("train.py", monkeypatch, *flags, "--use_peft", peft)
+    start(script, "train.py", *flags, "--use_peft", peft)
     if peft == "true":
         assert record_of(out)["base_model_name_or_path"] == str(out / "start")
     else:

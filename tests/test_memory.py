@@ -1,6 +1,5 @@
 """The calculated memory of a run (`benchmarks/memory_table.py`) against what the trainer's real steps hold."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ from transformers import AutoConfig
 from trl import GRPOConfig
 
 import memory_table
-from conftest import QUESTION, write_tone
+from conftest import QUESTION, write_rows, write_tone
 from dataset.dataset import load_train_dataset
 from memory_table import Estimate, Settings, estimate
 from run.arguments import LINEAR_LAYERS
@@ -29,8 +28,7 @@ def two_seconds(tmp_path_factory):
     rows = [QUESTION | {"id": i, "answer": 0, "audio_path": f"{i}.wav"} for i in range(4)]
     for row in rows:
         write_tone(folder / row["audio_path"], seconds=2.0, frequency=300 * (row["id"] + 1))
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_train_dataset(folder / "train.jsonl")
+    return load_train_dataset(write_rows(folder, *rows))
 
 
 def by_turns(completions, **kwargs) -> list[float]:

@@ -11,7 +11,8 @@ from dataset.dataset import load_train_dataset
 from model.qwen2_audio import load_processor
 from run.rewards import RewardError, check_values, check_weights, checked, load_reward, load_rewards, reward_files
 from running import run
-from test_grpo_trainer import length_reward, make_trainer
+from runs import length_reward
+from test_grpo_trainer import make_trainer
 from utils.rewards import accuracy_reward
 
 REWARDS = """

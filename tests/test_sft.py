@@ -9,7 +9,7 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 import row_by_row
 from baselines.sft_trainer import AudioSFTTrainer
-from conftest import QUESTION, write_tone
+from conftest import QUESTION, write_rows, write_tone
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
 from dataset.rows import DataError
@@ -36,7 +36,7 @@ def test_exactly_the_answer_is_learned(small_model, processor, tmp_path, style, 
     for answer, seconds in ((0, 0.6), (2, 1.5)):
         write_tone(tmp_path / f"{answer}.wav", seconds)
         rows.append(QUESTION | {"answer": answer, "audio_path": f"{answer}.wav"})
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path, *rows)
     dataset = load_train_dataset(tmp_path / "train.jsonl", style)
     batch = make_trainer(small_model, tmp_path / "train.jsonl", tmp_path, style).collate(list(dataset))
     for ids, labels, mask, row, text in zip(
@@ -74,7 +74,7 @@ def make_trainer(model, data, output_dir, style="choice", freeze=(), **settings)
 def test_the_question_of_a_broken_clip_is_replaced(small_model, tmp_path):
     write_tone(tmp_path / "0.wav", 1.0)
     rows = [QUESTION | {"answer": 0, "audio_path": f"{i}.wav"} for i in range(2)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path, *rows)
     trainer = make_trainer(small_model, tmp_path / "train.jsonl", tmp_path / "out", questions_per_step=2)
     with pytest.raises(DataError):
         trainer.train()

@@ -13,15 +13,11 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from run.checkpoints import checkpoints_in, find_newest
+from run.checkpoints import find_newest
 from run.signals import HANDLED, StopOnSignal
 from run.startup import train
 from running import environment, run
-from runs import InStep, history_of, make_run, same
-
-
-def names(out: Path) -> list[str]:
-    return [path.name for path in checkpoints_in(out)]
+from runs import InStep, history_of, make_run, names, same
 
 
 @pytest.fixture(autouse=True)

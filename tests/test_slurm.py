@@ -100,7 +100,7 @@ def test_failure_is_the_status_of_the_job(job, tmp_path):
     assert not (tmp_path / "logs" / "requeued").exists()
 
 
-def test_wrong_folder_is_refused(job, tmp_path):
+def test_wrong_folder_is_refused(job):
     with job(SLURM_SUBMIT_DIR="/") as run:
         assert run.wait(20) == 1 and "run_grpo.sh" in run.stderr.read()
 

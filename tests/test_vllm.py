@@ -14,7 +14,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 from trl import GRPOConfig
 
 import row_by_row
-from conftest import QUESTION, write_tone
+from conftest import QUESTION, write_rows, write_tone
 from dataset.dataset import load_train_dataset
 from evaluation.checkpoints import load_merged
 from model.qwen2_audio import PARTS, base_model
@@ -22,8 +22,9 @@ from run import vllm
 from run.arguments import AudioModelConfig
 from run.vllm import Engine, audio_token_forbidden, check_vllm, merged_tensors, sample_by_vllm
 from running import free_port, run, skip_without_compiler
+from runs import length_reward
 from test_evaluate import make_rows, write_questions
-from test_grpo_trainer import first_rows, length_reward
+from test_grpo_trainer import first_rows
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.rollout import Rollout
 
@@ -75,8 +76,7 @@ def long_questions(tmp_path_factory):
     for i in range(4):
         write_tone(folder / f"{i}.wav", seconds=5 + 0.3 * i, frequency=200 * (i + 1))
     rows = [QUESTION | {"id": i, "answer": i % 3, "audio_path": f"{i}.wav"} for i in range(4)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "train.jsonl"
+    return write_rows(folder, *rows)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_completions_follow_from_the_seed(trainer):
 
 
 @with_vllm
-def test_no_audio_token_is_sampled(trainer, monkeypatch):
+def test_no_audio_token_is_sampled(trainer):
     audio = trainer.model.config.audio_token_id
     kept = trainer.model.lm_head.weight.detach().clone()
     with torch.no_grad():
