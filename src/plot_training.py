@@ -1,6 +1,6 @@
 """Draw the curves of training runs over one another: python src/plot_training.py exp/a exp/b --out curves.png
 
-The figures come from the newest checkpoint, so a run may be unfinished.
+The figures come from the newest complete `trainer_state.json`, so a run may be unfinished or killed.
 """
 
 import sys

@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--prompt_style", choices=STYLES, help="default: the style recorded in the checkpoint, else "
         f"{DEFAULT_STYLE} (the paper's Prompt <2>); choice is <1>, think <3>")  # fmt: skip
     add("--hear", choices=AUDIO, default="real", help="silent or shuffled instead of the clip: is the model listening?")
-    add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of a clip to hear; paper: first")
+    add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of a clip to use; paper: first")
     add("--sample", action="store_true", help="draw answers as the original did, instead of the most probable tokens")
     add("--seed", type=at_least(0), default=42, help="of --sample")
     add("--max_new_tokens", type=at_least(1), default=MAX_NEW_TOKENS, help="longest completion")

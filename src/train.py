@@ -23,7 +23,7 @@ class RecipeConfig(RunArguments, GRPOConfig):
     """TRL's `GRPOConfig` with the paper's recipe as defaults, and the accumulation derived from the world size."""
 
     output_dir: str = HfArg(default="exp/model", aliases="--out_dir", help="Checkpoints go here.")
-    per_device_train_batch_size: int | None = HfArg(default=None, help="Completions, whole groups. Default: one.")
+    per_device_train_batch_size: int | None = HfArg(default=None, help="Completions per pass. Default: one group.")
     num_generations: int = HfArg(default=8, help="Completions per question, G. Paper: 8.")
     learning_rate: float = HfArg(default=1e-6, help="Peak, of AdamW. Paper: 1e-6.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradient clipping. Paper: 1.0.")
@@ -33,8 +33,8 @@ class RecipeConfig(RunArguments, GRPOConfig):
     temperature: float = HfArg(default=1.0, help="Of sampling. Paper: 1.0.")
     top_k: int = HfArg(default=50, help="Of sampling; 0 is off. Paper: 50, its library's default.")
     max_completion_length: int | None = HfArg(default=256, help="New tokens at most. Paper: 256.")
-    num_completions_to_print: int | None = HfArg(default=0, help="Of --log_completions; its files hold all of them.")
-    gradient_checkpointing: bool | None = HfArg(default=None, help="Now activation_checkpointing. Paper: off.")
+    num_completions_to_print: int | None = HfArg(default=0, help="Printed by --log_completions; its files hold all.")
+    gradient_checkpointing: bool | None = HfArg(default=None, help="Deprecated: use --activation_checkpointing.")
 
     def __post_init__(self):
         if self.per_device_train_batch_size is None:

@@ -26,6 +26,7 @@ class AudioSFTTrainer(SelfContainedCheckpoints, Trainer):
         model: the loaded model, with or without adapters.
         args: `remove_unused_columns` is turned off.
         train_dataset: from `load_train_dataset`, in one prompt style: `choice` or `answer`.
+        processor: the model's; saved with every checkpoint.
         audio_channels: `first` or `mean`, see `load_audio`.
         freeze: parts of the model that are not trained, of `PARTS`.
         **kwargs: passed to `transformers.Trainer`.

@@ -1,7 +1,7 @@
 """Questions and clips -> the model's input tensors, for training and evaluation alike. The processor alone would pad
 every clip to 30 s. The encoder masks the frames behind the audio, so most of them are omitted here.
 
-Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames (as many as the longest clip needs).
+Shapes: N questions, P prompt tokens (left-padded), M mel bins, F mel frames, A audio tokens, W width of the encoder.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def window_samples(processor: Qwen2AudioProcessor | None) -> int:
 def check_clip_length(samples: int, processor: Qwen2AudioProcessor | None) -> None:
     """Raise a `DataError` if a clip is longer than the model's window or shorter than `MIN_SECONDS`."""
     if samples > (window := window_samples(processor)):
-        limit = f"the model hears {window / SAMPLE_RATE:g} s; cut the clip or remove its row"
+        limit = f"the model takes {window / SAMPLE_RATE:g} s at most; cut the clip or remove its row"
         raise DataError(f"the clip lasts {samples / SAMPLE_RATE:.2f} s, {limit}", "clip too long")
     if samples < MIN_SECONDS * SAMPLE_RATE:
         message = f"the clip lasts {samples / SAMPLE_RATE:.3f} s, under the {MIN_SECONDS} s needed; remove its row"

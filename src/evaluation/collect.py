@@ -89,7 +89,7 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                 skipped.append(f"{folder}: {'not finished yet' if unfinished else 'holds no results'}")
             for file in files:
                 if any(folder.glob(f"{file.name}.partial-*")):
-                    skipped.append(f"nothing of {file}, but it is being evaluated again: the row is the run before")
+                    skipped.append(f"the unfinished new run of {file}; the table shows the result of the earlier run")
                 try:
                     result = _read_result(file, f"{parent}/" if len(parents) > 1 else "")
                     inputs = (*result.model, *result.asked, result.run.get("allow_missing"))

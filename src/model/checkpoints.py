@@ -25,7 +25,7 @@ def keep_base_names(model: PreTrainedModel) -> None:
 def complete_checkpoint(folder: str | Path, processor: ProcessorMixin) -> None:
     """Add the processor to a folder with a saved model or adapter, and make its configuration portable. The processor's
     files are copied byte for byte, from their folder or the hub's cache, since transformers 4 cannot read what
-    `save_pretrained` of transformers 5 writes. That is called only if there are none."""
+    `save_pretrained` of transformers 5 writes. It is called only if no such file is found."""
     folder = Path(folder)
     _complete_config(folder)
     for path in folder.glob("*.safetensors"):  # written for their owner alone, whatever the umask

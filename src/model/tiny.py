@@ -90,7 +90,7 @@ def build_model(
     model = Qwen2AudioForConditionalGeneration(config)
     positions = model.model.audio_tower.embed_positions  # fixed, as in Qwen2-Audio's checkpoint
     positions.weight = torch.nn.Parameter(sinusoids(*positions.weight.shape), requires_grad=False)
-    # Qwen2-Audio-Instruct's defaults, so that code which sets nothing inherits the same here.
+    # Qwen2-Audio-Instruct's defaults, so that code that relies on the defaults gets the same ones here.
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.5, "top_k": 20, "repetition_penalty": 1.1}
     ends = tokenizer.convert_tokens_to_ids(END_TOKENS)
     model.generation_config = GenerationConfig(**pad, eos_token_id=ends, **sampling)

@@ -1,5 +1,5 @@
-"""What a training run needs besides the algorithm. `attach` lists all of it; without that call the same algorithm runs
-bare. To remove one attachment, delete its file and its line here."""
+"""What a training run attaches to the algorithm. Without the call of `attach` the same algorithm runs bare. To omit an
+attachment, remove its line here; `startup.py` needs `KeepCheckpoints` and `StopOnSignal`."""
 
 from transformers import Trainer
 

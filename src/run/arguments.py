@@ -47,7 +47,7 @@ class AudioModelConfig(ModelConfig):
 
     model_name_or_path: str = HfArg(default="Qwen/Qwen2-Audio-7B-Instruct", help="Hub name or folder of a Qwen2-Audio.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = HfArg(
-        default=None, help="Of the weights. Default: bfloat16 under DeepSpeed with bf16, else float32."
+        default=None, help="Of the weights. Default: bfloat16 with bf16 under DeepSpeed or if quantised, else float32."
     )
     lora_dropout: float = HfArg(default=0.0, help="Of adapters. Above 0, the policy differs from the one that sampled.")
     lora_target_modules: list[str] | None = HfArg(
@@ -115,18 +115,18 @@ class RunArguments:
     )
     resume: bool = HfArg(default=False, help="Continue from the newest whole checkpoint of output_dir.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="Continue from this folder; true: as --resume.")
-    force_resume: bool = HfArg(default=False, help="Resume although settings differ that change the result.")
+    force_resume: bool = HfArg(default=False, help="Resume although settings that change the result differ.")
     overwrite_output_dir: bool = HfArg(
         default=False, help="First remove checkpoints and results of another run, or of steps after the resumed one."
     )
-    max_skipped: int = HfArg(default=5, help="Steps in a row with a gradient that is not finite that end the run.")
+    max_skipped: int = HfArg(default=5, help="End the run after this many steps in a row without a finite gradient.")
     logging_steps: float = HfArg(default=1, help="Steps between two lines of metrics.")
-    bf16: bool | None = HfArg(default=None, help="Mixed precision. Default: unless --use_cpu or --fp16.")
+    bf16: bool | None = HfArg(default=None, help="bfloat16 mixed precision. Default: on without --use_cpu and --fp16.")
     questions_per_step: int = HfArg(default=16, help="Questions per optimizer step. Paper: 16.")
     gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: what makes questions_per_step.")
     eval_file: str | None = HfArg(default=None, help="Questions, as MMAU's or AVQA's, to answer every eval_steps.")
     ddp_timeout: int = HfArg(default=1800, help="Seconds that a process waits for the others before the run ends.")
-    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Off: each takes part in every step.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Off: every step uses all trained parameters.")
     use_wandb: bool = HfArg(default=False, help="Short for --report_to wandb.")
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""What a training run prints: a line a logged step that fits 100 columns; all figures go to `log.jsonl`."""
+"""Print one line of at most 100 columns per logged step, and write all figures to `log.jsonl`."""
 
 import json
 import os

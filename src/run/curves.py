@@ -1,4 +1,4 @@
-"""Draw a run's curves from `trainer_state.json`, a killed run's too, and accuracies of evaluated checkpoints."""
+"""Draw a run's curves from its newest `trainer_state.json`, and the accuracies of its evaluated checkpoints."""
 
 import sys
 from contextlib import suppress
@@ -35,7 +35,7 @@ SMOOTHED = 0.05  # share of a run's steps over which its line is averaged
 class PlotCurves(TrainerCallback):
     """Draws `training.png` in the output folder at saves, at most every `RECENT` s, and at the end."""
 
-    _drawn = -inf  # s, on the clock; or when the run began
+    _drawn = -inf  # `monotonic()`, s, at the last drawing; before the first, at the start of training
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._drawn = monotonic()

@@ -1,8 +1,8 @@
 """Steps whose gradient is not finite are skipped: weights and optimizer stay as they were.
 
 Gradients are synchronised before the optimizer step, so every process finds the same norm. DeepSpeed skips such steps
-by itself. The schedule advances in either case. A float16 run skips steps to find its loss scale: while that can fall,
-they do not count as a row.
+by itself. The schedule advances in either case. A float16 run skips steps to find its loss scale; while the scale can
+still fall, these skips do not count towards `most`.
 """
 
 import math

@@ -48,7 +48,7 @@ class StopOnSignal(TrainerCallback):
         self.received = number
         if self.speaks:
             text = f"\n{signal.Signals(number).name}: finishing step {self.state.global_step + 1}, then saving; "
-            os.write(2, f"{text}once more quits without saving\n".encode())
+            os.write(2, f"{text}a second signal exits without saving\n".encode())
         if LAUNCHED not in os.environ:
             for handled in self.usual:
                 signal.signal(handled, signal.SIG_DFL)

@@ -34,11 +34,11 @@ from trainer.rollout import Rollout, pad_completions
 FORBIDDEN = -100.0  # on a token's logit: the lowest that vLLM takes
 # flag -> the values that work, and why others do not
 FIXED = {
-    "vllm_mode": (("colocate",), "a server of TRL's gets no clips"),
+    "vllm_mode": (("colocate",), "TRL's server does not receive the clips"),
     "vllm_tensor_parallel_size": ((1,), "each process samples the completions of its own questions"),
     "vllm_model_impl": (("vllm", "auto"), "weights are pushed under the names of vLLM's own model"),
     "vllm_structured_outputs_regex": ((None,), "the trainer scores tokens as if all of them could have been drawn"),
-    "vllm_enable_sleep_mode": ((False,), "it was never tried"),
+    "vllm_enable_sleep_mode": ((False,), "sleep mode is not supported"),
     "generation_kwargs": ((None,), "they are those of transformers' `generate`"),
 }
 UNCUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -243,7 +243,7 @@ def ask(llm: Any, prompts: Batch, clips: list[np.ndarray], placeholder: int, sam
         unexpanded = ids[: first + 1] + ids[first + count :]
         requests.append({"prompt_token_ids": unexpanded, "multi_modal_data": {"audio": [(clip, SAMPLE_RATE)]}})
     outputs = llm.generate(requests, sampling, use_tqdm=False)
-    assert [output.prompt_token_ids for output in outputs] == expanded, "vLLM has expanded the audio token otherwise"
+    assert [output.prompt_token_ids for output in outputs] == expanded, "vLLM expanded the audio tokens differently"
     return outputs
 
 

@@ -64,7 +64,7 @@ def constant_length(rollout: Rollout, args) -> torch.Tensor:
     return rollout.mask / (rollout.mask[..., 0].numel() * args.max_completion_length)
 
 
-LOSSES: dict[str, tuple[Callable, Callable]] = {  # policy term, weights of the tokens
+LOSSES: dict[str, tuple[Callable, Callable]] = {  # policy term and weight of each token, both (N, G, C)
     "grpo": (clipped, mean_of_completions),
     "bnpo": (clipped, mean_of_tokens),
     "dr_grpo": (clipped, constant_length),

@@ -1,7 +1,7 @@
 """Checkpoints that load by themselves, for both trainers.
 
-Saved are the weights under the base checkpoint's tensor names, whatever engine trained them, the processor's files as
-they came, and the prompt style. What a run needs to resume is written by transformers' `Trainer`.
+Saves the weights under the base checkpoint's tensor names, whatever engine trained them, the processor's files
+unchanged, and the prompt style. transformers' `Trainer` writes what a run needs to resume.
 """
 
 from typing import Any
