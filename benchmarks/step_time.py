@@ -1,6 +1,6 @@
 """Time of one optimizer step's share of one process, by its phases, against row by row and supervised fine-tuning.
 
-    python benchmarks/step_time.py                                     70 M random weights, on a CPU or the GPU
+    python benchmarks/step_time.py                                     72 M random weights, on a CPU or the GPU
     python benchmarks/step_time.py --size 7b --checkpointing --json step.json      Qwen2-Audio-7B's shape, made in place
 
 The three contenders (`steps.py`) take turns; seconds are medians. All completions have the full length. The table gives

@@ -48,10 +48,7 @@ def environment(**added) -> dict[str, str]:
         # DeepSpeed's compiled operators hold paths of the environment they were built in.
         "TORCH_EXTENSIONS_DIR": str(bin_folder.parent / "torch_extensions"),
     }
-    variables = os.environ | own | {key: str(value) for key, value in added.items()}
-    if "PYTHONPATH" in added and "PYTHONPATH" in os.environ:  # coverage.py finds its plugin there
-        variables["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-    return variables
+    return os.environ | own | {key: str(value) for key, value in added.items()}
 
 
 def free_port() -> int:
