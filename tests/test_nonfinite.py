@@ -105,7 +105,7 @@ REWARD = "def mine(completions, **_):\n    return [float(i + len(text)) for i, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["", "ds_zero2", "ds_zero3"])
+@pytest.mark.parametrize("engine", ["ds_zero2", "ds_zero3"])  # without: a fault in test_faults.py
 def test_the_gradient_of_one_process_stops_all_from_stepping(small_model, questions, tmp_path, engine):
     skip_without_compiler(engine)
     (tmp_path / "spoiled.py").write_text(SPOILED)

@@ -4,19 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
-from conftest import ROOT
 from run.checkpoints import find_newest
 from run.signals import HANDLED, StopOnSignal
 from run.startup import train
-from running import environment, run
+from running import run
 from runs import InStep, history_of, make_run, names, same
 
 
@@ -167,35 +164,3 @@ def test_life_of_a_run(small_model, questions, tmp_path):
     again = run(*command, "--resume", OUT_DIR=out, **places)
     assert json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4, again.stdout
     assert names(out) == ["checkpoint-2", "checkpoint-4"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("times", [1, 2])
-def test_two_processes_stop_together(small_model, questions, tmp_path, times):
-    out, reward, in_step = tmp_path / "out", tmp_path / "rewards.py", tmp_path / "in-step"
-    reward.write_text(  # the second step lasts until both signals have arrived
-        "import pathlib, time\n"
-        "def slow(completions, trainer_state, **_):\n"
-        "    if trainer_state.global_step == 1:\n"
-        f"        pathlib.Path({str(in_step)!r}).touch()\n"
-        "        time.sleep(5)\n"
-        "    return [float(len(text)) for text in completions]\n"
-    )
-    command = (
-        "sh", "run_grpo.sh", "--use_cpu", "true", "--questions_per_step", "8", "--num_generations", "2",
-        "--max_completion_length", "4", "--save_steps", "1000", "--max_steps", "1000", "--report_to", "none",
-        "--reward_funcs", f"{reward}:slow",
-    )  # fmt: skip
-    places = dict(MODEL_NP=small_model, DATA_FILE=questions, OUT_DIR=out, GPU_NUM=2)
-    with subprocess.Popen(command, cwd=ROOT, env=environment(**places), stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 200
-        while not in_step.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for _ in range(times):
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-        status = process.wait(200)
-    if times == 1:
-        assert status == 0 and names(out) == ["checkpoint-2"] and find_newest(out)[0] is not None
-    else:
-        assert status == 128 + signal.SIGKILL and not names(out)

@@ -146,7 +146,7 @@ def test_a_run_writes_its_model_log_and_list_of_dropped_rows(start, questions, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("difference", ["flags", "data", "folder"])
+@pytest.mark.parametrize("difference", ["data", "folder"])
 def test_nodes_that_differ_or_share_no_folder_are_refused(small_model, questions, tmp_path, difference):
     """Two processes that take each other for another machine, as torchrun's variables tell them."""
     other = tmp_path / "other.jsonl"
@@ -160,7 +160,7 @@ def test_nodes_that_differ_or_share_no_folder_are_refused(small_model, questions
         command = [
             sys.executable, "src/train.py", "--use_cpu", "true", "--questions_per_step", "2", "--num_generations", "2",
             "--max_completion_length", "4", "--max_steps", "1", "--report_to", "none", "--disable_tqdm", "true",
-            "--model_name_or_path", small_model, "--beta", "0.5" if different and difference == "flags" else "0.04",
+            "--model_name_or_path", small_model,
             "--data_file", other if different and difference == "data" else questions,
             "--output_dir", tmp_path / (f"out{rank}" if difference == "folder" else "out"),
         ]  # fmt: skip

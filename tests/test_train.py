@@ -112,7 +112,7 @@ def real_questions(shared, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "engine"), [(1, ""), *((2, name) for name in ("", *DEEPSPEED))])
+@pytest.mark.parametrize(("processes", "engine"), [(1, ""), (2, "ds_zero3")])
 def test_the_launcher_trains_on_real_clips(tiny_model, real_questions, tmp_path, processes, engine):
     skip_without_compiler(engine)
     done = run(
@@ -252,14 +252,10 @@ def test_launchers_are_posix(launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [("--data_file", "{bad}"), ("--eval_file", "gone.json"), ("--reward_funcs", "gone.py:f")]
-)
-def test_bad_input_stops_the_run_without_a_traceback(small_model, questions, tmp_path, flags):
-    (tmp_path / "bad.data").write_text('{"question_text": "What?"}\n')
-    flag, value = flags[0], flags[1].format(bad=tmp_path / "bad.data")
+def test_bad_input_stops_the_run_without_a_traceback(small_model, questions, tmp_path):
+    (value := tmp_path / "bad.data").write_text('{"question_text": "What?"}\n')
     done = run(
-        "python", "src/train.py", *SMALL_RUN, "--data_file", questions, "--model_name_or_path", small_model,
-        "--output_dir", tmp_path / "out", flag, value, check=False,
+        "python", "src/train.py", *SMALL_RUN, "--data_file", value, "--model_name_or_path", small_model,
+        "--output_dir", tmp_path / "out", check=False,
     )  # fmt: skip
-    assert done.returncode == 2 and value in done.stdout and "Traceback" not in done.stdout, done.stdout
+    assert done.returncode == 2 and str(value) in done.stdout and "Traceback" not in done.stdout, done.stdout
