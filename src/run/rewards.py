@@ -9,7 +9,6 @@ import runpy
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -20,7 +19,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.hf_argparser import HfArg
-from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from dataset.rows import DataError
 from evaluation.processes import run_on_all
@@ -28,6 +26,7 @@ from utils.rewards import accuracy_reward, format_reward
 
 REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
 EXPECTED = "return a list with one number per completion, None where the reward does not apply"
+RUNNER = asyncio.Runner()  # one event loop for all calls, to which a client that a reward keeps open belongs
 LARGEST = torch.finfo(torch.float32).max  # TRL computes with rewards in float32, where more is infinite
 
 
@@ -123,22 +122,14 @@ def name_of(function: Callable) -> str:
 
 
 def call(function: Callable, given: dict) -> list[float | None]:
-    """Call a reward function with those of the arguments `given` that it takes, and check its values. A coroutine is
-    awaited in one event loop for all calls, to which a client that it keeps open belongs."""
+    """Call a reward function with those of the arguments `given` that it takes, and check its values."""
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     values = function(**{key: value for key, value in given.items() if takes_all or key in parameters})
-    if is_async_callable(function):
-        values = asyncio.run_coroutine_threadsafe(values, _event_loop()).result()
+    if inspect.iscoroutine(values):
+        values = RUNNER.run(values)
     check_values(name_of(function), values, given)
     return [None if value is None else float(value) for value in values]
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    _, loop, ready = start_event_loop_in_daemon("rewards")
-    ready.wait()
-    return loop
 
 
 def check_values(name: str, values, given: dict) -> None:
