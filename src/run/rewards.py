@@ -41,13 +41,9 @@ class RewardArguments:
     max_resample_rounds: int = HfArg(default=4, help="Further rounds of rollouts for that, per generation batch.")
 
 
-class RewardError(DataError):
-    """A reward that cannot be found, called or used; the message names it and what is expected."""
-
-
 def load_rewards(names: Sequence[str], dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Callable]:
     """Checked rewards by their names. The first process calls each once on two made-up completions, before a model is
-    loaded. Raises a `RewardError` as `load_reward`, and for a failed call."""
+    loaded. Raises a `DataError` as `load_reward`, and for a failed call."""
     functions = [load_reward(name) for name in names]
     rows = [dataset[index % len(dataset)] for index in range(2)]
     completions = [rows[0]["solution"], "a made-up completion"]
@@ -60,11 +56,11 @@ def load_rewards(names: Sequence[str], dataset: Dataset, tokenizer: PreTrainedTo
         for name, function in zip(names, functions, strict=True):
             try:
                 call(function, given)
-            except RewardError:
+            except DataError:
                 raise
             except Exception as error:
                 trial = f"a trial call with {', '.join(given)}"
-                raise RewardError(f"--reward_funcs {name}: {trial} {describe_error(error)}") from error
+                raise DataError(f"--reward_funcs {name}: {trial} {describe_error(error)}") from error
 
     run_on_all(try_all, main=True)
     return [checked(function) for function in functions]
@@ -76,19 +72,19 @@ def load_reward(name: str) -> Callable:
     The function gets the arguments that it names, of `completions`, `prompts`, `completion_ids` and every column of the
     data set (`solution`, `style`, `audio_path`, ...), and returns a list with one number per completion (None: not
     applicable). It may be a coroutine function. A trial call must be harmless for stateful or paid rewards. Raises a
-    `RewardError` if there is no such reward, file or function, or if the file cannot be run.
+    `DataError` if there is no such reward, file or function, or if the file cannot be run.
     """
     if name in REWARD_FUNCS:
         return REWARD_FUNCS[name]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
-        raise RewardError(f"--reward_funcs {name}: use one of {', '.join(REWARD_FUNCS)}, or file.py:function")
+        raise DataError(f"--reward_funcs {name}: use one of {', '.join(REWARD_FUNCS)}, or file.py:function")
     try:
         reward = runpy.run_path(path).get(function)
     except Exception as error:
-        raise RewardError(f"--reward_funcs {name}: running the file {describe_error(error)}") from error
+        raise DataError(f"--reward_funcs {name}: running the file {describe_error(error)}") from error
     if not callable(reward):
-        raise RewardError(f"--reward_funcs {name}: {path} has no function {function!r}")
+        raise DataError(f"--reward_funcs {name}: {path} has no function {function!r}")
     return reward
 
 
@@ -108,7 +104,7 @@ def checked(function: Callable) -> Callable[..., list[float | None]]:
         except Exception as raised:
             error = raised
         # All raise a wrong value; an error of a reward's code is left to its process, which has the traceback.
-        found = gather_object([error if error is None or isinstance(error, RewardError) else SystemExit(1)])
+        found = gather_object([error if error is None or isinstance(error, DataError) else SystemExit(1)])
         for first in filter(None, [error, *found]):
             raise first
         return values
@@ -133,17 +129,17 @@ def call(function: Callable, given: dict) -> list[float | None]:
 
 
 def check_values(name: str, values, given: dict) -> None:
-    """Raise a `RewardError` unless a reward returned a list with a finite number, or None, for each completion. `given`
+    """Raise a `DataError` unless a reward returned a list with a finite number, or None, for each completion. `given`
     are the arguments of the call, of which `row`, `audio_path` and `prompts` name the question in the message."""
     completions = given["completions"]
     if not isinstance(values, list | tuple) or len(values) != len(completions):
         counts = f"{values!r:.80}, a {type(values).__name__}, for {len(completions)} completions"
-        raise RewardError(f"reward {name}: returned {counts}; {EXPECTED}")
+        raise DataError(f"reward {name}: returned {counts}; {EXPECTED}")
     for index, value in enumerate(values):
         if not (value is None or isinstance(value, Real) and -LARGEST <= value <= LARGEST):  # type: ignore[operator]
             known = [f"{key} {given[key][index]!r:.200}" for key in ("row", "audio_path", "prompts") if key in given]
             where = f"{completions[index]!r:.200} ({', '.join(known)})"
-            raise RewardError(f"reward {name}: is {value!r:.80} for the completion {where}; {EXPECTED}")
+            raise DataError(f"reward {name}: is {value!r:.80} for the completion {where}; {EXPECTED}")
 
 
 def describe_error(error: Exception) -> str:
@@ -153,6 +149,6 @@ def describe_error(error: Exception) -> str:
 
 
 def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
-    """Raise a `RewardError` unless there is one finite weight for each of the rewards."""
+    """Raise a `DataError` unless there is one finite weight for each of the rewards."""
     if len(weights) != len(names) or not all(map(isfinite, weights)):
-        raise RewardError(f"--reward_weights {weights}: pass one finite number for each of {', '.join(names)}")
+        raise DataError(f"--reward_weights {weights}: pass one finite number for each of {', '.join(names)}")
