@@ -86,13 +86,9 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
     if len(runs) > 1:
         axes[0, 0].legend(fontsize="small")
     figure.suptitle(", ".join(runs))
-    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib does
-    partial = path.with_stem(f".{path.stem}.partial")
     try:
-        figure.savefig(partial, dpi=110)
-        partial.replace(path)
+        figure.savefig(path, dpi=110)
     finally:
-        partial.unlink(missing_ok=True)
         pyplot.close(figure)
 
 
