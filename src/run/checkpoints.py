@@ -37,13 +37,11 @@ IGNORED = (
     "output_dir", "logging_", "log_", "save_", "eval_", "do_", "report_to", "run_name", "resume", "force_resume",
     "overwrite_output_dir", "keep_optimizer", "max_skipped", "dataloader_", "ddp_", "local_rank", "use_wandb",
     "per_device_", "gradient_accumulation_steps", "gradient_checkpointing", "activation_checkpointing", "deepspeed",
-    "steps_per_generation", "use_cpu",
-    "num_completions_to_print", "disable_tqdm", "push_to_hub", "hub_", "load_best_model_at_end", "trackio", "project",
-    "metric_for_best_model", "greater_is_better", "max_dropped", "data_file", "model_name_or_path", "debug",
-    "accelerator_config", "remove_unused", "skip_memory_metrics", "batch_eval_metrics", "prediction_loss_only",
-    "include_", "num_generations_eval", "vllm_gpu_memory_utilization", "vllm_server", "vllm_group_port",
-    "enable_jit_checkpoint",
-    "restore_callback_states",
+    "steps_per_generation", "use_cpu", "num_completions_to_print", "disable_tqdm", "push_to_hub", "hub_", "trackio",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_dropped", "data_file", "debug",
+    "model_name_or_path", "project", "accelerator_config", "remove_unused", "skip_memory_metrics", "include_",
+    "batch_eval_metrics", "prediction_loss_only", "num_generations_eval", "vllm_gpu_memory_utilization",
+    "vllm_server", "vllm_group_port", "enable_jit_checkpoint", "restore_callback_states",
 )  # fmt: skip
 
 
