@@ -35,8 +35,6 @@ from evaluation.files import open_whole
 from evaluation.lengths import check_prompt, count_text_tokens
 from utils.flags import at_least
 
-MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
-
 
 @dataclass(frozen=True)
 class Rules:
@@ -211,7 +209,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("file", help="training JSONL, MMAU's JSON or MMAR's JSONL")
-    add("--model_path", default=MODEL, help="its processor counts the prompts' tokens; `none`: they are not counted")
+    add("--model_path", default="Qwen/Qwen2-Audio-7B-Instruct", help="its processor counts tokens; none: no count")
     add("--prompt_style", dest="style", choices=STYLES, default=DEFAULT_STYLE, help="of the prompts that are counted")
     add("--max_prompt_length", type=at_least(1), default=MAX_PROMPT_LENGTH, help="tokens, audio included, in training")
     add("--audio_dir", help="folder of an evaluation file's clips; default: the file's own")
