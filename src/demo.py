@@ -49,8 +49,7 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
             shutil.rmtree(folder)
     processor = build_processor([*dataset["prompt"], *dataset["solution"]])
     model = build_demo_model(out / UNTRAINED, processor, seed)
-    size = f"{model.num_parameters() / 1e6:.2f} M parameters, vocabulary {len(processor.tokenizer)}"
-    print(f"{out / UNTRAINED}: a Qwen2-Audio of {size}", flush=True)
+    print(f"{out / UNTRAINED}: a Qwen2-Audio of {model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     recipe = TrainingArguments(
         output_dir=str(out / WARM_START),
         max_steps=max_steps,
