@@ -89,12 +89,10 @@ def correct(trainer: AudioGRPOTrainer, rollout: Rollout, sampled: torch.Tensor) 
     bounded = ratio if low is None and high is None else ratio.clamp(min=low, max=high)
     rollout.importance = bounded if mode.endswith("truncate") else ratio * (bounded == ratio)
     shown = mask if mask.any() else torch.ones_like(mask)  # all completions may be masked
-    for name, values, kinds in (
-        ("sampling_logp_difference", difference.abs()[shown], ("mean", "max")),
-        ("importance_sampling_ratio", rollout.importance.expand_as(mask)[shown], ("min", "mean", "max")),
-    ):
-        for kind in kinds:  # of this process, then of all
-            found = gather(getattr(values, kind)()[None])
+    weights = rollout.importance.expand_as(mask)
+    for name, values in (("sampling_logp_difference", difference.abs()), ("importance_sampling_ratio", weights)):
+        for kind in ("min", "mean", "max"):  # of this process, then of all
+            found = gather(getattr(values[shown], kind)()[None])
             trainer._metrics["train"][f"sampling/{name}/{kind}"].append(getattr(found, kind)().item())
     return rollout
 
