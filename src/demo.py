@@ -37,10 +37,10 @@ class StopAtLoss(TrainerCallback):
             print(f"warm start: step {len(self.losses)}, loss {mean:.3f} (until {self.target_loss})", flush=True)
 
 
-def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float) -> int:
+def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float = 0.25) -> int:
     """Write `out`/untrained and `out`/warm_start, the latter trained to `max_steps` or `target_loss` (nats per answer
-    token), and return the steps. What an earlier demo wrote is removed. Raises a `FileNotFoundError` if there is no
-    demo data, and a `ValueError` if `out` holds checkpoints of another run."""
+    token: at 0.4 the shape is right and the word random), and return the steps. What an earlier demo wrote is removed.
+    Raises a `FileNotFoundError` without demo data, and a `ValueError` if `out` holds checkpoints of another run."""
     dataset = load_train_dataset(data / "warm_start.jsonl")
     if any(out.glob("checkpoint-*")) and not (out / UNTRAINED).is_dir():
         raise ValueError(f"{out}: holds checkpoints of another run; choose another --out")
@@ -77,8 +77,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="for the models")
     parser.add_argument("--seed", type=at_least(0), default=1, help="decides weights and order")
     parser.add_argument("--max_steps", type=at_least(1), default=80, help="of the warm start, at most")
-    # at 0.4 the shape is right and the word random, at 0 nothing is left to learn
-    parser.add_argument("--target_loss", type=float, default=0.25, help="end the warm start at this loss")
     args = parser.parse_args()
     try:
         prepare(**vars(args))
