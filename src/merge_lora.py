@@ -15,8 +15,7 @@ def main() -> None:
     parser.add_argument("--adapter", required=True, help="checkpoint of a run with --use_peft true")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--base", help="base model; default: the one that the adapter records")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
-                        help="of the written weights; default: the base's own")  # fmt: skip
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="to write")
     args = parser.parse_args()
     try:
         if args.out.exists():
