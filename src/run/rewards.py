@@ -97,8 +97,7 @@ def checked(function: Callable) -> Callable[..., list[float | None]]:
     """A reward function in the form that TRL calls, which raises the errors of all processes."""
 
     def reward(**given) -> list[float | None]:
-        values: list[float | None] = []
-        error = None
+        error: Exception | None = None
         try:
             values = call(function, given)
         except Exception as raised:
