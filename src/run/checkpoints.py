@@ -116,10 +116,8 @@ def read_settings(checkpoint: Path, verify: bool = True) -> dict:
     their digests. Raises an `IncompleteCheckpoint` that says why a run cannot resume from it."""
     check_whole(checkpoint)
     if not (checkpoint / RECORD).is_file():
-        raise IncompleteCheckpoint(
-            f"{checkpoint}: holds weights only (see --keep_optimizer); --model_name_or_path {checkpoint} starts a new "
-            "run from them"
-        )
+        remedy = f"--model_name_or_path {checkpoint} starts a new run from them"
+        raise IncompleteCheckpoint(f"{checkpoint}: holds weights only (see --keep_optimizer); {remedy}")
     try:
         record = read_json(checkpoint / RECORD, "use another checkpoint")
         settings, files = dict(record["settings"]), dict(record["files"])
