@@ -67,7 +67,6 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(recipe.output_dir)
-    print(f"{out / WARM_START}: saved", flush=True)
     return trainer.state.global_step
 
 
