@@ -37,10 +37,10 @@ class StopAtLoss(TrainerCallback):
             print(f"warm start: step {len(self.losses)}, loss {mean:.3f} (until {self.target_loss})", flush=True)
 
 
-def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float) -> int:
+def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float = 0.25) -> int:
     """Write `out`/untrained and `out`/warm_start, the latter trained to `max_steps` or `target_loss` (nats per answer
-    token), and return the steps. What an earlier demo wrote is removed. Raises a `FileNotFoundError` if there is no
-    demo data, and a `ValueError` if `out` holds checkpoints of another run."""
+    token: at 0.4 the shape is right and the word random), and return the steps. What an earlier demo wrote is removed.
+    Raises a `FileNotFoundError` without demo data, and a `ValueError` if `out` holds checkpoints of another run."""
     dataset = load_train_dataset(data / "warm_start.jsonl")
     if any(out.glob("checkpoint-*")) and not (out / UNTRAINED).is_dir():
         raise ValueError(f"{out}: holds checkpoints of another run; choose another --out")
@@ -49,8 +49,7 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
             shutil.rmtree(folder)
     processor = build_processor([*dataset["prompt"], *dataset["solution"]])
     model = build_demo_model(out / UNTRAINED, processor, seed)
-    size = f"{model.num_parameters() / 1e6:.2f} M parameters, vocabulary {len(processor.tokenizer)}"
-    print(f"{out / UNTRAINED}: a Qwen2-Audio of {size}", flush=True)
+    print(f"{out / UNTRAINED}: a Qwen2-Audio of {model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     recipe = TrainingArguments(
         output_dir=str(out / WARM_START),
         max_steps=max_steps,
@@ -68,7 +67,6 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(recipe.output_dir)
-    print(f"{out / WARM_START}: saved", flush=True)
     return trainer.state.global_step
 
 
@@ -78,8 +76,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="for the models")
     parser.add_argument("--seed", type=at_least(0), default=1, help="decides weights and order")
     parser.add_argument("--max_steps", type=at_least(1), default=80, help="of the warm start, at most")
-    # at 0.4 the shape is right and the word random, at 0 nothing is left to learn
-    parser.add_argument("--target_loss", type=float, default=0.25, help="end the warm start at this loss")
     args = parser.parse_args()
     try:
         prepare(**vars(args))

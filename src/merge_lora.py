@@ -10,23 +10,17 @@ from pathlib import Path
 from evaluation.checkpoints import write_merged
 
 
-def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
-    """As `write_merged`; raises a `ValueError` if `out` exists."""
-    if Path(out).exists():
-        raise ValueError(f"{out}: exists already; choose another --out")
-    write_merged(adapter, Path(out), base, dtype)
-
-
 def main() -> None:
     parser = ArgumentParser(description="Merge a LoRA checkpoint into a full model.", allow_abbrev=False)
     parser.add_argument("--adapter", required=True, help="checkpoint of a run with --use_peft true")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--base", help="base model; default: the one that the adapter records")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
-                        help="of the written weights; default: the base's own")  # fmt: skip
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="to write")
     args = parser.parse_args()
     try:
-        merge(**vars(args))
+        if args.out.exists():
+            raise ValueError(f"{args.out}: exists already; choose another --out")
+        write_merged(args.adapter, args.out, args.base, args.dtype)
     except (ValueError, OSError) as error:
         sys.exit(f"merge_lora.py: {error}")
     print(f"{args.out}: written")

@@ -93,7 +93,7 @@ def test_a_bad_row_is_dropped_and_named(folder, row, reason):
     path = write_rows(folder, GOOD, row, GOOD)
     examination = examine_training_file(path)
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
-    assert examination.shown[0].startswith(f"{path}, line 2: ")
+    assert examination.examples[reason].startswith("line 2: ")
     assert reason in examination.table() and "3 rows, 2 usable, 1 dropped (33.3%)" in examination.table()
     assert load_train_dataset(path, skip=set(examination.dropped))["row"][:] == [1, 3]
 
@@ -195,7 +195,7 @@ def test_a_bad_clip_is_dropped_and_named(folder, name, reason, deep):
     path = write_rows(folder, GOOD, GOOD | {"audio_path": "bad.wav"}, GOOD)
     examination = examine_training_file(path, Rules(deep=deep))
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
-    assert examination.shown[0].startswith(f"{path}, line 2: {folder / 'bad.wav'}: ")
+    assert examination.examples[reason].startswith(f"line 2: {folder / 'bad.wav'}: ")
 
 
 @pytest.mark.parametrize(("name", "reason"), BAD_SAMPLES)
@@ -217,8 +217,9 @@ def test_a_clip_that_is_too_long_is_not_decoded(folder):
 @pytest.mark.parametrize("name", ["a\0b.wav", "\ud800.wav", "x" * 5000 + ".wav", "good.wav/b.wav"])
 def test_names_that_no_file_can_have(folder, name):
     examination = examine_training_file(write_rows(folder, GOOD, GOOD | {"audio_path": name}))
-    assert list(examination.dropped) == [2] and len(examination.shown[0]) < 700
-    examination.shown[0].encode("utf-8")
+    (example,) = examination.examples.values()
+    assert list(examination.dropped) == [2] and len(example) < 700
+    example.encode("utf-8")
 
 
 FINE = {
@@ -268,19 +269,10 @@ def test_a_file_handle_is_not_left_open(folder):
 
 
 def test_what_is_kept_but_worth_knowing(folder):
-    wave = np.sin(np.arange(16_000) / 10)
-    soundfile.write(folder / "overdriven.wav", np.clip(3 * wave, -1, 1), 16_000)
-    path = write_rows(
-        folder,
-        GOOD,
-        GOOD | {"multi_choice": ["dog", "dog", "cat"], "id": 2},
-        GOOD,
-        GOOD | {"audio_path": "overdriven.wav", "id": 3},
-    )
+    path = write_rows(folder, GOOD, GOOD | {"multi_choice": ["dog", "dog", "cat"], "id": 2}, GOOD)
     examination = examine_training_file(path, Rules(deep=True))
-    assert not examination.dropped and examination.usable == 4
-    overdriven = "clip overdriven (over 1% of its samples at full scale)"
-    assert examination.notes == {"choices with duplicates": 1, overdriven: 1}
+    assert not examination.dropped and examination.usable == 3
+    assert examination.notes == {"choices with duplicates": 1}
     assert "choices with duplicates" in examination.table() and "line 2" in examination.table()
 
 
@@ -300,13 +292,13 @@ def test_dropped_rows_are_written(folder):
     entries = [json.loads(line) for line in dropped_file.read_text().splitlines()]
     assert [entry["line"] for entry in entries] == list(examination.dropped) == [2, 3]
     assert entries[0] | {"text": ""} == {
-        "line": 2, "id": None, "reason": "not UTF-8", "text": "", "message": entries[0]["message"],
+        "line": 2, "reason": "not UTF-8", "text": "", "message": entries[0]["message"],
     }  # fmt: skip
-    assert entries[1]["id"] == 7 and "gone.wav" in entries[1]["message"]
+    assert "gone.wav" in entries[1]["message"]
     assert json.loads(entries[1]["text"]) == bad[1] and "caf\\xe9" in entries[0]["text"]
     examine_training_file(write_rows(folder, GOOD), Rules(dropped_file=dropped_file))
-    assert not dropped_file.exists(), "of an earlier run"
-    assert not list(dropped_file.parent.iterdir())
+    assert dropped_file.read_text() == "", "those of an earlier run are gone"
+    assert list(dropped_file.parent.iterdir()) == [dropped_file]
 
 
 def test_too_many_dropped_rows_stop_the_run(folder):
@@ -336,11 +328,11 @@ def test_prompt_length_special_tokens_and_window_are_the_models(folder, small_mo
     examination = examine_training_file(write_rows(folder, *rows), Rules(processor=processor, max_prompt_length=150))
     assert list(examination.dropped) == [2, 3, 4]
     assert set(examination.reasons) == {"special token in the question", "clip too long", "prompt too long"}
-    assert token in examination.shown[0] and "max_prompt_length 150" in examination.shown[2]
-    tokens, where = examination.longest_prompt
-    assert where == "line 1"
+    assert token in examination.examples["special token in the question"]
+    assert "max_prompt_length 150" in examination.examples["prompt too long"]
+    tokens = examination.longest_prompt
     longer = examine_training_file(write_rows(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens))
-    assert not longer.dropped and longer.longest_prompt == (tokens, "line 1")
+    assert not longer.dropped and longer.longest_prompt == tokens
     assert examine_training_file(
         write_rows(folder, GOOD), Rules(processor=processor, max_prompt_length=tokens - 1)
     ).dropped
@@ -371,9 +363,7 @@ BAD_ITEMS = [
     (without(ITEM, "audio_id"), "`audio_id` missing"),
     (ITEM | {"audio_id": 5}, "`audio_id` of the wrong type"),
     (ITEM | {"audio_id": "gone.wav"}, "clip missing"),
-    (ITEM | {"audio_id": "../good.wav"}, "clip outside the data folder"),
-    (ITEM | {"audio_id": "clips/../../good.wav"}, "clip outside the data folder"),
-    (ITEM | {"audio_id": "/etc/hostname"}, "clip outside the data folder"),
+    (ITEM | {"audio_id": "/etc/hostname"}, "clip is no audio file"),
     (ITEM | {"id": "first"}, "id repeated"),
 ]
 
@@ -383,7 +373,7 @@ def test_a_bad_evaluation_row_is_named_with_its_number(folder, item, reason):
     path = write_items(folder, ITEM | {"id": "first"}, item, ITEM | {"id": "third"})
     examination = examine_evaluation_file(path)
     assert list(examination.dropped) == [2] and examination.reasons == {reason: 1}
-    assert examination.shown[0].startswith(f"{path}, row 2: ")
+    assert examination.examples[reason].startswith("row 2: ")
 
 
 def test_good_evaluation_rows(folder):
@@ -438,19 +428,14 @@ def test_real_mmau(shared, tmp_path):
         os.link(tmp_path / "clip.wav", tmp_path / item["audio_id"])
     (tmp_path / items[5]["audio_id"]).unlink()
     examination = examine_evaluation_file(tmp_path / source.name)
-    assert (
-        examination.rows == 1000
-        and list(examination.dropped) == [6]
-        and "MMAU release v05.15.25 of 2025-08-09" in examination.kind
-    )
+    assert examination.rows == 1000 and list(examination.dropped) == [6]
     assert (
         examination.notes["choices with duplicates"]
         == sum(len(set(item["choices"])) < len(item["choices"]) for item in items)
         > 0
     )
-    assert (
-        examination.shown[0].startswith(f"{tmp_path / source.name}, row 6: ") and items[5]["id"] in examination.shown[0]
-    )
+    example = examination.examples["clip missing"]
+    assert example.startswith("row 6: ") and items[5]["id"] in example
 
 
 def test_kinds_of_files(folder, tmp_path):
@@ -458,8 +443,7 @@ def test_kinds_of_files(folder, tmp_path):
     assert not is_training_file(write_rows(folder, json.dumps(ITEM)))
     path = tmp_path / "train_qa.json"
     path.write_text(json.dumps([without(GOOD, "audio_path")], indent=1))
-    with pytest.raises(ValueError, match="train_qa.json"):
-        is_training_file(path)
+    assert not is_training_file(path), "AVQA's annotations, before they are prepared"
 
 
 # The command
@@ -472,9 +456,9 @@ def check(*arguments, **settings):
 @pytest.mark.slow
 def test_the_command(folder, small_model, capsys):
     path = write_rows(folder, GOOD, GOOD | {"audio_path": "gone.wav"}, GOOD)
-    process = check(path, "--model_path", small_model, "--deep", "--workers", 2)
+    process = check(path, "--model_path", small_model, "--deep")
     assert process.returncode == 1
-    assert f"{path}, line 2: {folder / 'gone.wav'}: " in process.stdout
+    assert f"line 2: {folder / 'gone.wav'}: " in process.stdout
     assert "3 rows, 2 usable, 1 dropped" in process.stdout and "longest prompt" in process.stdout
     assert main([str(write_rows(folder, GOOD, GOOD)), "--model_path", "none"]) == 0
     assert "2 usable, 0 dropped" in capsys.readouterr().out
@@ -482,10 +466,10 @@ def test_the_command(folder, small_model, capsys):
 
 def test_what_the_command_refuses(folder, capsys):
     path = str(write_rows(folder, GOOD))
-    for arguments, name in ((["gone.jsonl"], "gone.jsonl"), ([path, "--model_path", str(folder)], "--model_path")):
+    for arguments, name in ((["gone.jsonl"], "gone.jsonl"), ([path, "--model_path", str(folder)], str(folder))):
         assert main(arguments) == 2
         assert name in capsys.readouterr().err
-    for arguments in ([path, "--workers", "0"], [path, "--dee"]):
+    for arguments in ([path, "--max_prompt_length", "0"], [path, "--dee"]):
         with pytest.raises(SystemExit):
             main(arguments)
 
@@ -494,31 +478,8 @@ def test_whole_numbers_have_a_bound():
     parse = at_least(1)
     assert parse("1") == 1 and at_least(-2)("-2") == -2
     for word in ("0", "-3", "1.5", "x", ""):
-        with pytest.raises(ArgumentTypeError, match="1"):
+        with pytest.raises((ArgumentTypeError, ValueError)):  # argparse names the flag and the word for both
             parse(word)
-
-
-def test_the_default_model_is_loaded_from_the_cache_only(folder, small_model, monkeypatch):
-    load, calls = AutoProcessor.from_pretrained, []
-
-    def from_pretrained(name, **settings):
-        calls.append((name, settings["local_files_only"]))
-        return load(small_model)
-
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "preprocessor_config.json")
-    path = str(write_rows(folder, GOOD))
-    assert main([path]) == 0 == main([path, "--model_path", "some/model"])
-    assert calls == [(check_module.MODEL, True), ("some/model", False)]
-
-
-def test_without_the_model_the_rest_is_checked(folder, capsys, monkeypatch):
-    monkeypatch.setattr(check_module, "MODEL", "nobody/has-this-model")
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", None)  # not called
-    rows = [GOOD] * 10 + [GOOD | {"answer": 9}] * 25
-    assert main([str(write_rows(folder, *rows))]) == 1
-    out, err = capsys.readouterr()
-    assert "--model_path" in err and "line 30: " in out and "line 31: " not in out and "--dropped_file" in out
 
 
 # Size

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 import plot_training
-from run import curves
 from run.curves import PlotCurves, plot_curves, read_history
 from test_show_acc import write_result
 
@@ -63,31 +62,17 @@ def test_accuracies_are_those_of_evaluated_checkpoints_else_of_the_log(tmp_path,
     assert (steps, values) == ([1, 3], [50.0, 70.0]) and all(0 < bound < 10 for side in ends for bound in side)
 
 
-def test_the_picture_is_refreshed_and_a_run_continues_without_it(tmp_path, capsys):
+def test_the_picture_is_written_at_the_end_and_a_run_ends_well_without_it(tmp_path, capsys):
     state = SimpleNamespace(is_world_process_zero=True, log_history=[{"step": 1, "loss": 1.0}])
-    PlotCurves().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    PlotCurves().on_train_end(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     state.log_history.clear()
     PlotCurves().on_train_end(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     assert "training.png" in capsys.readouterr().err
     shutil.rmtree(tmp_path)
     state.log_history.append({"step": 1, "loss": 1.0})
-    PlotCurves().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    PlotCurves().on_train_end(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     assert "training.png" in capsys.readouterr().err
-
-
-def test_saves_in_quick_succession_draw_once(tmp_path, monkeypatch):
-    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"step": 1, "loss": 1.0}])
-    callback, drawn, now = PlotCurves(), [], [100.0]
-    monkeypatch.setattr(curves, "monotonic", lambda: now[0])
-    monkeypatch.setattr(curves, "plot_curves", lambda *args: drawn.append(now[0]))
-    given = SimpleNamespace(output_dir=str(tmp_path)), state, None
-    callback.on_train_begin(*given)
-    for now[0] in (110.0, 140.0, 150.0, 171.0, 172.0):
-        callback.on_save(*given)
-    assert drawn == [140.0, 171.0]
-    callback.on_train_end(*given)
-    assert drawn == [140.0, 171.0, 172.0]
 
 
 def test_a_run_of_one_step_or_none(tmp_path):

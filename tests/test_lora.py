@@ -24,9 +24,9 @@ from evaluation.checkpoints import (
     full_model,
     load_merged,
     load_model,
+    write_merged,
 )
 from merge_lora import main as merge_main
-from merge_lora import merge
 from model.checkpoints import complete_checkpoint
 from model.qwen2_audio import load_processor
 from run.arguments import AudioModelConfig
@@ -75,7 +75,7 @@ def test_the_checkpoint_is_the_adapter_and_merges_into_what_was_trained(trainer,
     assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
     assert not (folder / "model.safetensors").exists() and load_style(folder) == "answer"
 
-    merge(folder, tmp_path / "merged")
+    write_merged(folder, tmp_path / "merged")
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(
         load_file(small_model / "model.safetensors")
     )
@@ -90,12 +90,13 @@ def test_the_checkpoint_is_the_adapter_and_merges_into_what_was_trained(trainer,
         torch.testing.assert_close(row_by_row.log_probs(merged, prompts, ids, mask), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_what_cannot_be_merged(small_model, adapter, tmp_path):
+def test_what_cannot_be_merged(small_model, adapter, tmp_path, monkeypatch):
     for folder in (small_model, rename_base(adapter, tmp_path / "lost", str(tmp_path / "gone"))):
         with pytest.raises(IncompleteCheckpoint):
             load_merged(folder)
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        merge(adapter, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", "--adapter", str(adapter), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=str(tmp_path)):
+        merge_main()
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_a_missing_base_is_named_with_the_command_that_merges_another_copy(
         words[-1] = str(tmp_path / "full")
         monkeypatch.setattr(sys, "argv", words)
         merge_main()
-        merge(adapter, tmp_path / "expected")
+        write_merged(adapter, tmp_path / "expected")
         assert fingerprint(tmp_path / "full") == fingerprint(tmp_path / "expected")
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from conftest import ROOT
 from dataset.dataset import load_train_dataset
+from dataset.rows import DataError
 from model.qwen2_audio import load_processor
-from run.rewards import RewardError, check_values, check_weights, checked, load_reward, load_rewards, reward_files
+from run.rewards import check_values, check_weights, checked, load_reward, load_rewards, reward_files
 from running import run
 from runs import length_reward
 from test_grpo_trainer import make_trainer
@@ -88,7 +89,7 @@ def test_rewards_are_found_by_name(file):
 
 @pytest.mark.parametrize("name", ["speed", "gone.py:f", "{file}:nothing", "{file}", "{file}:not_callable"])
 def test_a_reward_that_does_not_exist(file, name):
-    with pytest.raises(RewardError) as found:
+    with pytest.raises(DataError) as found:
         load_reward(name := name.format(file=file))
     assert f"--reward_funcs {name}" in str(found.value)
 
@@ -96,14 +97,14 @@ def test_a_reward_that_does_not_exist(file, name):
 @pytest.mark.parametrize("code, line", [("import os\nimport a_missing_module\n", 2), ("def f(:\n", 1)])
 def test_a_file_that_cannot_be_run_is_named_with_its_line(tmp_path, code, line):
     (tmp_path / "bad.py").write_text(code)
-    with pytest.raises(RewardError) as found:
+    with pytest.raises(DataError) as found:
         load_reward(f"{tmp_path}/bad.py:f")
     assert f"{tmp_path}/bad.py" in str(found.value) and f"line {line}" in str(found.value)
 
 
 @pytest.mark.parametrize("name", ["number", "strings", "few", "tensor", "broken", "divided", "label", "late", "lazy"])
 def test_an_unusable_reward_is_found_by_a_trial_call(dataset, tokenizer, file, name):
-    with pytest.raises(RewardError) as found:
+    with pytest.raises(DataError) as found:
         load_rewards(["accuracy", f"{file}:{name}"], dataset, tokenizer)
     assert name in str(found.value) and "\n" not in str(found.value)
 
@@ -147,7 +148,7 @@ def test_asynchronous_calls_share_one_event_loop():
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e39, 10**400, np.float32("nan"), "1", 1j])
 def test_a_value_that_is_no_finite_number_names_reward_and_row(value):
     given = GIVEN | {"row": [7, 9], "audio_path": ["x.wav", "y.wav"]}
-    with pytest.raises(RewardError) as found:
+    with pytest.raises(DataError) as found:
         check_values("judge", [1.0, value], given)
     assert all(part in str(found.value) for part in ("judge", "'four'", "row 9", "y.wav"))
     check_values("judge", [True, None], given)
@@ -156,7 +157,7 @@ def test_a_value_that_is_no_finite_number_names_reward_and_row(value):
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]])
 def test_weights_must_be_a_finite_number_for_each_reward(weights):
-    with pytest.raises(RewardError, match="--reward_weights"):
+    with pytest.raises(DataError, match="--reward_weights"):
         check_weights(weights, ["accuracy", "format"])
     check_weights([1.0, 0.5], ["accuracy", "format"])
 
@@ -170,7 +171,7 @@ def test_one_broken_value_stops_training_but_none_is_not_applicable(small_model,
 
     rewards = [length_reward, checked(judge)]
     trainer = make_trainer(small_model, questions, tmp_path, max_steps=3, save_strategy="no", rewards=rewards)
-    with pytest.raises(RewardError, match="reward judge: .*row \\d"):
+    with pytest.raises(DataError, match="reward judge: .*row \\d"):
         trainer.train()
     assert trainer.state.global_step == 1 and len(calls) == 2
     assert "rewards/judge/mean" in trainer.state.log_history[0]

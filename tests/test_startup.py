@@ -112,7 +112,7 @@ def test_the_evaluation_file_is_examined_as_the_training_file(start, questions, 
         evaluate(rows, "--max_dropped", "0.25")
     assert asked == [["q0", "q2", "q3"]]
     (dropped,) = map(json.loads, (tmp_path / "out" / "dropped_eval.jsonl").read_text().splitlines())
-    assert dropped["line"] == 2 and dropped["id"] == "q1"
+    assert dropped["line"] == 2 and json.loads(dropped["text"])["id"] == "q1"
     unlabelled = [row | {"answer": "", "split": "test"} for row in rows if row["id"] != "q1"]
     status, said = evaluate(unlabelled)
     assert status == 2 and str(path) in said

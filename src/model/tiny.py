@@ -27,11 +27,7 @@ SPECIAL_TOKENS = (PAD, "<|im_start|>", IM_END, "<|AUDIO|>", "<|audio_bos|>", "<|
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 400) -> Qwen2Tokenizer:
-    """A Qwen2 tokenizer (byte-level BPE) of at most `vocab_size` tokens, with merges learned from `texts`. Raises a
-    `ValueError` if `vocab_size` is too small for the 256 bytes and the special tokens."""
-    least = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size {vocab_size}: the bytes and special tokens alone take {least}")
+    """A Qwen2 tokenizer (byte-level BPE) of at most `vocab_size` tokens, with merges learned from `texts`."""
     others = [token for token in SPECIAL_TOKENS if token not in END_TOKENS]
     blank = Qwen2Tokenizer(pad_token=PAD, eos_token=IM_END, extra_special_tokens=others, padding_side="left")
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))

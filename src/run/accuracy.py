@@ -1,7 +1,7 @@
 """Greedy accuracy on a question file during training, by the code with which `test_mmau.py` evaluates a checkpoint.
 
 Every process answers its share. The scores are the official script's, in percent: `eval_accuracy`,
-`eval_accuracy_sound`, ... `eval_left_out` counts the questions whose clip broke: they are omitted from then on.
+`eval_accuracy_sound`, ... `eval_left_out` counts the questions whose clip broke before: they are omitted from then on.
 """
 
 import re
@@ -14,14 +14,12 @@ from trl.models import unwrap_model_for_generation
 
 from dataset.prompt import DEFAULT_STYLE
 from dataset.questions import Benchmark
-from dataset.rows import DataError, first_problems
+from dataset.rows import first_problems
 from evaluation.answers import EncodedQuestions, answer_batches, complete_with
 from evaluation.clips import measure_clips
-from evaluation.mmau import Scores, evaluate
+from evaluation.mmau import evaluate
 from evaluation.results import MAX_NEW_TOKENS, Completion, Settings, to_records
 from model.qwen2_audio import base_model
-
-ATTEMPTS = 3  # at an evaluation during which clips break; then the disk is to blame
 
 
 class GreedyAccuracy:
@@ -31,32 +29,19 @@ class GreedyAccuracy:
         self.trainer, self.benchmark, self.left_out = trainer, questions, 0
 
     def __call__(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        trainer, scores = self.trainer, self._score()
+        trainer, questions = self.trainer, self._encode()
+        asked = replace(self.benchmark, questions=questions.questions)
+        completions = gather_object(list(self._answer(questions).items()))
+        scores = evaluate(to_records(asked, dict(completions)))
         metrics = {f"{metric_key_prefix}_accuracy": scores.accuracy}
-        for task, (right, asked) in next(iter(scores.groups.values())).items():
-            if asked:
-                metrics[f"{metric_key_prefix}_accuracy_" + re.sub(r"\W+", "_", task)] = 100 * right / asked
+        for task, (right, count) in next(iter(scores.groups.values())).items():
+            if count:
+                metrics[f"{metric_key_prefix}_accuracy_" + re.sub(r"\W+", "_", task)] = 100 * right / count
         if self.left_out:
             metrics[f"{metric_key_prefix}_left_out"] = self.left_out
         trainer.log(metrics)
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         return metrics
-
-    def _score(self) -> Scores:
-        """Scores of all questions whose clip can be used; if one breaks in between, all are answered again without."""
-        for _ in range(ATTEMPTS):
-            questions, error = self._encode(), None
-            completions: dict[str, Completion] = {}
-            try:
-                self._answer(questions, completions)
-            except (DataError, OSError) as raised:
-                error = raised
-            if not any(gather_object([error is not None])):
-                break
-        else:
-            raise error or DataError("--eval_file: another process cannot read the clips")
-        asked = replace(self.benchmark, questions=questions.questions)
-        return evaluate(to_records(asked, dict(gather_object(list(completions.items())))))
 
     def _encode(self) -> EncodedQuestions:
         """The questions as the model's inputs. Unusable ones are reported, and omitted for the rest of the run."""
@@ -77,11 +62,12 @@ class GreedyAccuracy:
             trainer.accelerator.print(f"--eval_file: {len(problems)} questions are omitted from now on:\n  {listed}")
         return questions
 
-    def _answer(self, questions: EncodedQuestions, completions: dict[str, Completion]) -> None:
-        """Add this process's share of the answers."""
+    def _answer(self, questions: EncodedQuestions) -> dict[str, Completion]:
+        """This process's share of the answers."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
+        completions: dict[str, Completion] = {}
         if not questions.questions:
-            return
+            return completions
         was_training, quiet = trainer.model.training, trainer.args.disable_tqdm
         unwrapped = unwrap_model_for_generation(trainer.model_wrapped, accelerator)
         with unwrapped as model, torch.no_grad(), accelerator.autocast():
@@ -90,3 +76,4 @@ class GreedyAccuracy:
                 answer_batches(complete, questions, questions.batches(), completions.update, "evaluation", quiet)
             finally:
                 trainer.model.train(was_training)
+        return completions

@@ -3,7 +3,7 @@
     python src/run/check.py data/AVQA/train_qa.data
     python src/run/check.py data/MMAU/mmau-test-mini.json --deep
 
-Lists bad rows by file and line, and counts them by reason. Clips are checked by their headers, with --deep by their
+Counts bad rows by reason, and shows the first of each. Clips are checked by their headers, with --deep by their
 samples. Exit status: 0 if every row is usable, 1 if not, 2 if the file is unusable.
 """
 
@@ -29,13 +29,11 @@ from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, decode
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
 from dataset.encode import MAX_PROMPT_LENGTH, window_samples
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question
-from dataset.questions import check_question, recognise_release, to_question
+from dataset.questions import check_question, to_question
 from dataset.rows import DataError, Row, read_lines, read_rows, starts_a_list
 from evaluation.files import open_whole
 from evaluation.lengths import check_prompt, count_text_tokens
 from utils.flags import at_least
-
-MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,12 @@ class Rules:
 
     style: str = DEFAULT_STYLE
     processor: Any = None  # the model's; without one, neither prompt lengths nor special tokens are checked
-    max_prompt_length: int | None = MAX_PROMPT_LENGTH  # tokens, audio included; None is no limit
+    max_prompt_length: int | None = MAX_PROMPT_LENGTH  # tokens, audio included; None: any, and long clips are cut
     channels: str = "first"  # see `load_audio`
-    cut_long_clips: bool = False  # accept clips over the window, which evaluation cuts
     lenient: bool = False  # keep rows of an evaluation file that can be asked but break a rule, with a note
-    deep: bool = False  # decode every clip: NaN, silence, clipping
+    deep: bool = False  # decode every clip: NaN, silence, damage
     audio_dir: str | Path | None = None  # folder of an evaluation file's clips; default: the file's own
-    workers: int | None = None  # threads that read clips; default: one per core, at least 8
-    dropped_file: Path | None = None  # receives the bad rows as JSONL; removed if there are none
+    dropped_file: Path | None = None  # receives the bad rows as JSONL
     progress: bool = False  # show a bar if stderr is a terminal
 
 
@@ -60,12 +56,11 @@ class Examined:
     """A row with what was found so far."""
 
     row: Row
-    id: object = None
     prompt: str = ""
     audio_path: str = ""
     notes: list[str] = field(default_factory=list)
     error: DataError | None = None
-    samples: int = 0  # of the clip, at 16 kHz
+    samples: int = 0  # of the clip, at 16 kHz, after a cut
     tokens: int = 0  # of the prompt; 0 without a processor
 
 
@@ -74,15 +69,13 @@ class Examination:
     """What was found in a file. Of usable rows only counts are kept."""
 
     file: Path
-    kind: str = "training file"
     rows: int = 0
     dropped: list[int] = field(default_factory=list)  # row numbers (line numbers in JSONL)
     reasons: Counter = field(default_factory=Counter)  # reason -> dropped rows
     notes: Counter = field(default_factory=Counter)  # note -> usable rows
     examples: dict[str, str] = field(default_factory=dict)  # reason or note -> its first row
-    shown: list[str] = field(default_factory=list)  # the first bad rows
     longest: float = 0.0  # clip, in s
-    longest_prompt: tuple[int, str] = (0, "")  # tokens and row; 0 without a processor
+    longest_prompt: int = 0  # tokens; 0 without a processor
 
     @property
     def usable(self) -> int:
@@ -96,24 +89,22 @@ class Examination:
             self.dropped.append(examined.row.number)
             self.reasons[error.reason] += 1
             self.examples.setdefault(error.reason, f"{where}: {error}")
-            self.shown += [f"{self.file}, {where}: {error}"] * (len(self.shown) < 20)
             return
         for note in examined.notes:
             self.notes[note] += 1
             self.examples.setdefault(note, where)
         self.longest = max(self.longest, examined.samples / SAMPLE_RATE)
-        self.longest_prompt = max(self.longest_prompt, (examined.tokens, where), key=lambda prompt: prompt[0])
+        self.longest_prompt = max(self.longest_prompt, examined.tokens)
 
     def table(self) -> str:
         """Counts by reason of the dropped rows and by note of the usable ones, each with its first row."""
         dropped = f"{len(self.dropped)} dropped ({len(self.dropped) / self.rows:.1%})"
-        lines = [f"{self.file}: {self.kind}, {self.rows} rows, {self.usable} usable, {dropped}"]
+        lines = [f"{self.file}: {self.rows} rows, {self.usable} usable, {dropped}"]
         for kept, counts in (("", self.reasons), ("kept: ", self.notes)):
             for reason, count in counts.most_common():
-                lines.append(f"  {count:>8}  {kept}{reason}  {self.examples[reason]:.120}")
-        tokens, where = self.longest_prompt
-        longest = f"longest prompt {tokens} tokens ({where}), " if tokens else ""
-        return "\n".join([*lines, f"  {longest}longest clip {self.longest:.2f} s"])
+                lines.append(f"  {count:>8}  {kept}{reason}  {self.examples[reason]:.500}")
+        prompt = f"longest prompt {self.longest_prompt} tokens, " if self.longest_prompt else ""
+        return "\n".join([*lines, f"  {prompt}longest clip {self.longest:.2f} s"])
 
     def check_share(self, max_dropped: float) -> None:
         """Raise a `ValueError` with the table if a larger share of the rows was dropped, or no row is usable."""
@@ -136,17 +127,12 @@ def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Exam
 def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
     """As `examine_training_file`, but as in evaluation prompts may have any length, and long clips are cut."""
     audio_dir = Path(os.path.abspath(rules.audio_dir or Path(data_file).parent))
-    records: list[dict] = []
     ids: dict[str, int] = {}
 
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
-        records.append(record)
         question = to_question(record, number, audio_dir, ids)
         try:
             notes = check_question(question)
-            clip = question.record.get("audio_id") or question.record["audio_path"]
-            if not Path(os.path.normpath(audio_dir / clip)).is_relative_to(audio_dir):
-                raise DataError(f"{clip!r:.200} is outside {audio_dir}; move it", "clip outside the data folder")
         except DataError as error:
             if not rules.lenient:
                 raise
@@ -154,18 +140,13 @@ def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Ex
         prompt = build_question(question.record["question"], question.record["choices"], rules.style)
         return prompt, question.audio_path, notes
 
-    examination = _examine(data_file, read_rows, rule, replace(rules, max_prompt_length=None, cut_long_clips=True))
-    examination.kind = f"evaluation file, MMAU release {recognise_release(records)}"
-    return examination
+    return _examine(data_file, read_rows, rule, replace(rules, max_prompt_length=None))
 
 
 def is_training_file(data_file: str | Path) -> bool:
-    """Whether a file holds training rows (JSONL without `choices`). Raises a `ValueError` for AVQA's annotations."""
+    """Whether a file holds training rows: JSONL without `choices`."""
     with open(data_file, "rb") as file:
-        head = file.read(2**16)
-    if (is_list := starts_a_list(data_file)) and b'"multi_choice"' in head:
-        raise ValueError(f"{data_file}: AVQA's annotations; convert them with data/prepare_avqa.py")
-    return not is_list and b'"choices"' not in head
+        return b'"choices"' not in file.read(2**16) and not starts_a_list(data_file)
 
 
 def _examine(data_file: str | Path, read: Callable[[Path], Iterator[Row]], rule: Callable, rules: Rules) -> Examination:
@@ -173,59 +154,53 @@ def _examine(data_file: str | Path, read: Callable[[Path], Iterator[Row]], rule:
     examination = Examination(check_is_there(data_file))
     rows = iter(tqdm(read(examination.file), disable=None if rules.progress else True, unit=" rows"))
     bad_rows = open_whole(rules.dropped_file) if rules.dropped_file else nullcontext()
-    with ThreadPool(rules.workers or max(8, os.cpu_count() or 1)) as pool, bad_rows as file:
+    with ThreadPool(max(8, os.cpu_count() or 1)) as pool, bad_rows as file:
         while chunk := [_read(row, rule) for row in islice(rows, 1000)]:  # bounds the memory
             pool.map(lambda examined: examine_clip(examined, rules), chunk, chunksize=16)
             _check_prompts([examined for examined in chunk if not examined.error], rules)
             for examined in chunk:
                 examination.enter(examined)
-                if examined.error and file:
-                    entry = {"line": examined.row.number, "id": examined.id, "reason": examined.error.reason}
+                if (error := examined.error) and file:
                     text = examined.row.text.decode("utf-8", "backslashreplace").strip()[:2000]
-                    file.write(json.dumps(entry | {"message": str(examined.error), "text": text}) + "\n")
-    if rules.dropped_file and not examination.dropped:
-        rules.dropped_file.unlink()
+                    entry = {"line": examined.row.number, "reason": error.reason, "message": str(error), "text": text}
+                    file.write(json.dumps(entry) + "\n")
     if not examination.rows:
         raise ValueError(f"{data_file}: {NO_ROWS}")
     return examination
 
 
 def _read(row: Row, rule: Callable) -> Examined:
-    examined = Examined(row)
     try:
-        record = row.parse()
-        examined.id = record.get("id")
-        examined.prompt, examined.audio_path, examined.notes = rule(record, row.number)
+        return Examined(row, *rule(row.parse(), row.number))
     except DataError as error:
-        examined.error = error
-    return examined
+        return Examined(row, error=error)
 
 
 def examine_clip(examined: Examined, rules: Rules) -> None:
     """Set the clip's samples, notes and error. Runs in threads, since headers wait for the disk, and decoding releases
     the GIL."""
+    if examined.error:
+        return
     window = window_samples(rules.processor)
     try:
-        samples = examined.samples = 0 if examined.error else count_samples(examined.audio_path)
-        if samples > window and rules.cut_long_clips:
+        examined.samples = count_samples(examined.audio_path)
+        if examined.samples > window and rules.max_prompt_length is None:
+            examined.samples = window
             examined.notes.append(f"clip over {window / SAMPLE_RATE:g} s, will be cut")
-        if samples and rules.deep and (samples <= window or rules.cut_long_clips):  # longer clips are refused anyway
-            if (abs(decode(examined.audio_path, rules.channels)[0]) >= 1 - 2**-15).mean() > 0.01:  # 16-bit full scale
-                examined.notes.append("clip overdriven (over 1% of its samples at full scale)")
+        if rules.deep and examined.samples <= window:  # longer ones are refused anyway
+            decode(examined.audio_path, rules.channels)
     except DataError as error:
         examined.error = error
 
 
 def _check_prompts(chunk: list[Examined], rules: Rules) -> None:
     """Set the prompts' tokens, or the error of a prompt or clip with a wrong length."""
-    processor = rules.processor
-    longest = window_samples(processor) if rules.cut_long_clips else sys.maxsize
     prompts = [examined.prompt for examined in chunk]
-    text_tokens = count_text_tokens(processor, prompts) if processor and chunk else [0] * len(chunk)
+    text_tokens = count_text_tokens(rules.processor, prompts) if rules.processor and chunk else [0] * len(chunk)
     for examined, prompt, tokens in zip(chunk, prompts, text_tokens, strict=True):
         try:
-            samples = min(examined.samples, longest)
-            examined.tokens = check_prompt(prompt, samples, tokens, processor, rules.max_prompt_length)
+            limit = rules.max_prompt_length
+            examined.tokens = check_prompt(prompt, examined.samples, tokens, rules.processor, limit)
         except DataError as error:
             examined.error = DataError(f"{examined.audio_path}: {error}", error.reason)
 
@@ -234,52 +209,30 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("file", help="training JSONL, MMAU's JSON or MMAR's JSONL")
-    add("--model_path", help=f"model whose processor counts tokens, or `none`; default: {MODEL} if it is in the cache")
-    add("--prompt_style", choices=STYLES, default=DEFAULT_STYLE, help="of the prompts that are counted")
+    add("--model_path", default="Qwen/Qwen2-Audio-7B-Instruct", help="its processor counts tokens; none: no count")
+    add("--prompt_style", dest="style", choices=STYLES, default=DEFAULT_STYLE, help="of the prompts that are counted")
     add("--max_prompt_length", type=at_least(1), default=MAX_PROMPT_LENGTH, help="tokens, audio included, in training")
     add("--audio_dir", help="folder of an evaluation file's clips; default: the file's own")
-    add("--audio_channels", choices=CHANNELS, default="first", help="channel(s) of a clip that --deep examines")
-    add("--deep", action="store_true", help="decode every clip: NaN, silence, overdriven, damaged in the middle")
-    add("--workers", type=at_least(1), help="threads that read clips; default: one per core, at least 8")
+    add("--audio_channels", dest="channels", choices=CHANNELS, default="first", help="that --deep examines")
+    add("--deep", action="store_true", help="decode every clip: NaN, silence, damaged in the middle")
     add("--dropped_file", type=Path, help="write the bad rows here, as JSONL with the reasons")
     return parser.parse_args(argv)
 
 
-def load_processor(name: str | None) -> Any:
-    """The processor that counts tokens; None for `none`, or for the default if it is not in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if not name and not try_to_load_from_cache(MODEL, "preprocessor_config.json"):
-        print(f"prompt lengths are not checked: {MODEL} is not in the cache; set --model_path", file=sys.stderr)
-        name = "none"
-    if name == "none":
-        return None
-    from transformers import AutoProcessor  # takes seconds
-
-    try:
-        processor = AutoProcessor.from_pretrained(name or MODEL, trust_remote_code=False, local_files_only=not name)
-        window_samples(processor)  # fails for a model without audio
-        return processor
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"--model_path {name or MODEL}: no processor loads; name another ({error})") from error
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = vars(parse_args(argv))
+    file, model = args.pop("file"), args.pop("model_path")
     try:
-        examine = examine_training_file if is_training_file(check_is_there(args.file)) else examine_evaluation_file
-        rules = Rules(
-            args.prompt_style, load_processor(args.model_path), args.max_prompt_length, args.audio_channels,
-            deep=args.deep, audio_dir=args.audio_dir, workers=args.workers, dropped_file=args.dropped_file,
-            progress=True,
-        )  # fmt: skip
-        examination = examine(args.file, rules)
+        examine = examine_training_file if is_training_file(check_is_there(file)) else examine_evaluation_file
+        if model != "none":
+            from model.qwen2_audio import load_processor  # takes seconds
+
+            args["processor"] = load_processor(model)
+        examination = examine(file, Rules(**args, progress=True))
     except (ValueError, OSError) as error:
         print(f"check.py: {error}", file=sys.stderr)
         return 2
-    if more := len(examination.dropped) - len(examination.shown):
-        examination.shown.append(f"... and {more} more (--dropped_file writes all)")
-    print(*examination.shown, examination.table(), sep="\n")
+    print(examination.table())
     return 1 if examination.dropped else 0
 
 

@@ -9,7 +9,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-EXACT = ("trl", "transformers")
 LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+)\s*(;\s*sys_platform == \"(?P<platform>\w+)\")?")
 
 
@@ -26,11 +25,10 @@ def read_pins(path: Path) -> dict[str, str]:
 
 def compare_versions(pins: dict[str, str]) -> tuple[list[str], list[str]]:
     """(missing or wrong packages, packages of other versions), each as `name==pinned (found: ...)`."""
-    lacking: list[str] = []
-    differing: list[str] = []
+    lacking, differing = list[str](), list[str]()
     for name, pinned in pins.items():
         try:
-            found, wrong = version(name).split("+")[0], lacking if name in EXACT else differing
+            found, wrong = version(name).split("+")[0], lacking if name in ("trl", "transformers") else differing
         except PackageNotFoundError:
             found, wrong = "nothing", lacking
         if found != pinned:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
@@ -32,20 +31,17 @@ RECORD = "resume.json"
 STATE = "trainer_state.json"  # stays in every checkpoint: it holds the log
 # What transformers and DeepSpeed write to resume: all but weights and processor.
 BULK = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*", "latest", "zero_to_fp32.py")
-FREE_SPACE = "Free space, or keep less (--save_total_limit, --keep_optimizer, --save_steps)"
 BY_RESULT = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that depend on an evaluation
 # Flags that cannot change what is learned, by their beginnings: everything else is compared when a run resumes.
 IGNORED = (
     "output_dir", "logging_", "log_", "save_", "eval_", "do_", "report_to", "run_name", "resume", "force_resume",
     "overwrite_output_dir", "keep_optimizer", "max_skipped", "dataloader_", "ddp_", "local_rank", "use_wandb",
     "per_device_", "gradient_accumulation_steps", "gradient_checkpointing", "activation_checkpointing", "deepspeed",
-    "steps_per_generation", "use_cpu",
-    "num_completions_to_print", "disable_tqdm", "push_to_hub", "hub_", "load_best_model_at_end", "trackio", "project",
-    "metric_for_best_model", "greater_is_better", "max_dropped", "data_file", "model_name_or_path", "debug",
-    "accelerator_config", "remove_unused", "skip_memory_metrics", "batch_eval_metrics", "prediction_loss_only",
-    "include_", "num_generations_eval", "vllm_gpu_memory_utilization", "vllm_server", "vllm_group_port",
-    "enable_jit_checkpoint",
-    "restore_callback_states",
+    "steps_per_generation", "use_cpu", "num_completions_to_print", "disable_tqdm", "push_to_hub", "hub_", "trackio",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_dropped", "data_file", "debug",
+    "model_name_or_path", "project", "accelerator_config", "remove_unused", "skip_memory_metrics", "include_",
+    "batch_eval_metrics", "prediction_loss_only", "num_generations_eval", "vllm_gpu_memory_utilization",
+    "vllm_server", "vllm_group_port", "enable_jit_checkpoint", "restore_callback_states",
 )  # fmt: skip
 
 
@@ -68,11 +64,6 @@ def step_of(checkpoint: Path) -> int:
     """300 of `.../checkpoint-300`; for a folder of another name the step in its trainer state."""
     label = label_of(str(checkpoint))
     return int(label) if label.isdecimal() else read_json(checkpoint / STATE, "use another checkpoint")["global_step"]
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 if there is no folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def record_state(checkpoint: Path, settings: dict) -> None:
@@ -99,14 +90,13 @@ def update_state(checkpoint: Path, state: TrainerState) -> None:
 
 
 def _write_record(checkpoint: Path, settings: dict, files: dict[str, str]) -> None:
-    record = {"settings": settings, "files": files}
-    write_whole(checkpoint / RECORD, json.dumps(record | {"digest": _digest(record)}, indent=2) + "\n")
+    record = {"settings": settings, "files": files, "digest": _digest(settings, files)}
+    write_whole(checkpoint / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def _digest(record: dict) -> str:
-    """Of settings and files, whatever the order of their names."""
-    content = {name: record[name] for name in ("settings", "files")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _digest(settings: dict, files: dict[str, str]) -> str:
+    content = json.dumps({"settings": settings, "files": files}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _hash(folder: Path, files: Sequence[str]) -> dict[str, str]:
@@ -126,14 +116,12 @@ def read_settings(checkpoint: Path, verify: bool = True) -> dict:
     their digests. Raises an `IncompleteCheckpoint` that says why a run cannot resume from it."""
     check_whole(checkpoint)
     if not (checkpoint / RECORD).is_file():
-        raise IncompleteCheckpoint(
-            f"{checkpoint}: holds weights only (see --keep_optimizer); --model_name_or_path {checkpoint} starts a new "
-            "run from them"
-        )
+        remedy = f"--model_name_or_path {checkpoint} starts a new run from them"
+        raise IncompleteCheckpoint(f"{checkpoint}: holds weights only (see --keep_optimizer); {remedy}")
     try:
         record = read_json(checkpoint / RECORD, "use another checkpoint")
         settings, files = dict(record["settings"]), dict(record["files"])
-        if record["digest"] != _digest(record):
+        if record["digest"] != _digest(settings, files):
             raise ValueError(f"{RECORD} was changed")
         int(read_json(checkpoint / STATE, "use another checkpoint")["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -183,9 +171,7 @@ def choose_start(args: TrainingArguments, settings: dict, restarted: bool) -> Pa
         for problem in problems:
             print(f"passed over: {problem}", flush=True)
     if start:
-        config = getattr(args, "hf_deepspeed_config", None)
-        converted = bool(config and config.get_value("checkpoint.load_universal", False))
-        compare_settings(start, settings, args.force_resume, converted)
+        compare_settings(start, settings, args)
     foreign = [] if args.resume or restarted else foreign_checkpoints(out, start)
     if foreign and not args.overwrite_output_dir:
         raise ValueError(
@@ -195,10 +181,11 @@ def choose_start(args: TrainingArguments, settings: dict, restarted: bool) -> Pa
     return start
 
 
-def compare_settings(checkpoint: Path, now: dict, force: bool, converted: bool = False) -> None:
-    """Raise a `ValueError` that names what differs from a checkpoint's settings. With `force` only the engine counts,
-    whose state no other one can read unless it is `converted` to DeepSpeed's universal form."""
-    before = read_settings(checkpoint, verify=False)
+def compare_settings(checkpoint: Path, now: dict, args: TrainingArguments) -> None:
+    """Raise a `ValueError` that names what differs from a checkpoint's settings. With `force_resume` only the engine
+    counts, whose state no other one can read unless it is converted to DeepSpeed's universal form."""
+    before, config = read_settings(checkpoint, verify=False), getattr(args, "hf_deepspeed_config", None)
+    converted = config and config.get_value("checkpoint.load_universal", False)
     if before.get("engine") != now.get("engine") and not converted:
         raise ValueError(
             f"{checkpoint}: its optimizer state is that of engine {before.get('engine')}, now {now.get('engine')}. Use "
@@ -206,7 +193,7 @@ def compare_settings(checkpoint: Path, now: dict, force: bool, converted: bool =
             f"a new run from its weights with --model_name_or_path {checkpoint}"
         )
     differing = [name for name in before | now if name != "engine" and before.get(name) != now.get(name)]
-    if differing and not force:
+    if differing and not args.force_resume:
         listed = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in differing)
         raise ValueError(
             f"{checkpoint}: was trained with other settings: {listed}. Use those, or resume with --force_resume true"
@@ -275,7 +262,6 @@ class KeepCheckpoints(TrainerCallback):
         used_up = state.global_step % self.span == 0
         control.should_save, control.should_training_stop = self.waiting and used_up, self.stopping and used_up
         if control.should_save:
-            self._check_space(state)
             self.writing = self.out / f"checkpoint-{state.global_step}"
         return control
 
@@ -323,29 +309,18 @@ class KeepCheckpoints(TrainerCallback):
             best = self.out / f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(best) if best.is_dir() else None
 
-    def _check_space(self, state) -> None:
-        """Raise a `RunEnded` where the disk has no room for a checkpoint of the last one's size."""
-        earlier = [path for path in checkpoints_in(self.out) if (path / RECORD).is_file()]
-        if not earlier:
-            return
-        needed, free = 1.05 * size_of(earlier[-1]), shutil.disk_usage(self.out).free
-        if any(gather_object([needed > free])):
-            raise RunEnded(
-                f"{self.out}/checkpoint-{state.global_step}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
-                f"free. {describe_newest(self.out)}. {FREE_SPACE}",
-                everywhere=True,
-            )
-
     def explain_failed_write(self, error: Exception) -> RunEnded | None:
         """What ends the run where a checkpoint could not be written; its torn files are removed. None for an error of
         another kind."""
         if self.writing is None:
             return None
+        written = sum(path.stat().st_size for path in self.writing.rglob("*") if path.is_file())
         # torch.save raises a RuntimeError that names no cause: the disk tells.
-        if isinstance(error, RuntimeError) and shutil.disk_usage(self.out).free > max(size_of(self.writing), 2**24):
+        if isinstance(error, RuntimeError) and shutil.disk_usage(self.out).free > max(written, 2**24):
             return None
         shutil.rmtree(self.writing, ignore_errors=True)
-        return RunEnded(f"{self.writing}: not written ({error}). {describe_newest(self.out)}. {FREE_SPACE}")
+        remedy = "Free space, or keep less (--save_total_limit, --keep_optimizer, --save_steps)"
+        return RunEnded(f"{self.writing}: not written ({error}). {describe_newest(self.out)}. {remedy}")
 
 
 def forbid_pickles() -> None:

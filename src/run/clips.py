@@ -6,7 +6,6 @@ Before training only headers are read, and a disk can fail in hour five.
 from zlib import crc32
 
 import torch
-from datasets import Dataset
 from transformers import Trainer
 
 from dataset.audio import load_audio
@@ -38,23 +37,15 @@ def replace_broken_clips(trainer: Trainer) -> None:
 
 def _find_usable(row: dict, trainer: Trainer) -> dict:
     """The row if its clip can be used, else one of the data set that follows from the broken clip alone: the same on
-    every process and in a resumed run.
-
-    Raises:
-        DataError: MOST others are no better.
-    """
-    others: Dataset = trainer.train_dataset
+    every process and in a resumed run. Raises a `DataError` if MOST others are no better."""
     for attempt in range(MOST + 1):
         try:
             check_clip_length(len(load_audio(row["audio_path"], trainer.audio_channels)), trainer.processing_class)
             return row
         except (ValueError, OSError) as error:
-            if attempt == MOST:
-                raise DataError(
-                    f"{MOST + 1} clips in a row cannot be used, the last one: {error}. Check the data's disk",
-                    "no usable clip",
-                ) from error
             trainer.accelerator.print(f"{error} (another question replaces it)", flush=True)
             chance = torch.Generator().manual_seed(crc32(f"{row['audio_path']} {attempt}".encode()))
-            row = others[int(torch.randint(len(others), (), generator=chance))]
-    raise AssertionError("the last attempt returns or raises")
+            other = int(torch.randint(len(trainer.train_dataset), (), generator=chance))
+            row, broken = trainer.train_dataset[other], error
+    message = f"{MOST + 1} clips in a row cannot be used, the last one: {broken}. Check the data's disk"
+    raise DataError(message, "no usable clip") from broken

@@ -2,9 +2,7 @@
 
 import sys
 from contextlib import suppress
-from math import inf
 from pathlib import Path
-from time import monotonic
 
 import pandas as pd
 from transformers import TrainerCallback
@@ -25,24 +23,11 @@ PANELS = {
     "time": ("step_time", "s a step"),
 }
 ACCURACY = "accuracy on held-out questions"
-# Dashes differ in greyscale; the palette of Okabe and Ito (2008) suits colour-blind readers.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-RECENT = 30  # s; a drawing takes 1 to 2 s, longer than a small run's save
 SMOOTHED = 0.05  # share of a run's steps over which its line is averaged
 
 
 class PlotCurves(TrainerCallback):
-    """Draws `training.png` in the output folder at saves, at most every `RECENT` s, and at the end."""
-
-    _drawn = -inf  # `monotonic()`, s, at the last drawing; before the first, at the start of training
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._drawn = monotonic()
-
-    def on_save(self, args, state, control, **kwargs):
-        if monotonic() > self._drawn + RECENT:
-            self.on_train_end(args, state, control)
+    """Draws `training.png` in the output folder at the end. `plot_training.py` draws a run that is not finished."""
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -50,8 +35,7 @@ class PlotCurves(TrainerCallback):
             try:
                 plot_curves({folder.name: (folder, state.log_history)}, folder / "training.png")
             except (ValueError, OSError) as error:
-                print(f"training.png: not written ({error}); the run continues", file=sys.stderr, flush=True)
-            self._drawn = monotonic()
+                print(f"training.png: not written ({error})", file=sys.stderr, flush=True)
 
 
 def read_history(run: Path) -> list[dict]:
@@ -74,6 +58,7 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.style.use("tableau-colorblind10")
     logs = {name: pd.DataFrame(history).groupby("step").first() for name, (_, history) in runs.items() if history}
     panels = {title: panel for title, panel in PANELS.items() if any(panel[0] in log for log in logs.values())}
     accuracies = {name: _accuracies(folder, logs.get(name)) for name, (folder, _) in runs.items()}
@@ -87,27 +72,23 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.grid(alpha=0.3)
         for index, name in enumerate(runs):
-            look = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
+            color = f"C{index % 10}"
             if title == ACCURACY and accuracies[name]:
                 steps, values, low, high = zip(*accuracies[name], strict=True)
-                axis.errorbar(steps, values, yerr=[low, high], marker="o", capsize=3, label=name, **look)
+                axis.errorbar(steps, values, yerr=[low, high], marker="o", capsize=3, label=name, color=color)
             elif name in logs and key in logs[name]:
                 values = logs[name][key].dropna()
-                axis.plot(values.index, values, ".", color=look["color"], alpha=0.25, markersize=4)
+                axis.plot(values.index, values, ".", color=color, alpha=0.25, markersize=4)
                 smoothed = values.rolling(max(1, round(SMOOTHED * len(values))), min_periods=1, center=True).mean()
-                axis.plot(values.index, smoothed, label=name, **look)
+                axis.plot(values.index, smoothed, label=name, color=color)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     if len(runs) > 1:
         axes[0, 0].legend(fontsize="small")
     figure.suptitle(", ".join(runs))
-    path = path if path.suffix else path.with_suffix(".png")  # as matplotlib does
-    partial = path.with_stem(f".{path.stem}.partial")
     try:
-        figure.savefig(partial, dpi=110)
-        partial.replace(path)
+        figure.savefig(path, dpi=110)
     finally:
-        partial.unlink(missing_ok=True)
         pyplot.close(figure)
 
 

@@ -47,7 +47,12 @@ class SkipNonFinite(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.is_deepspeed_enabled:
-            self._ask_engine(args, state)
+            skipped = self.trainer.accelerator.optimizer_step_was_skipped
+            norm = self.trainer.model_wrapped.get_global_grad_norm()
+            # Without check_grad_overflow in its settings, DeepSpeed takes such steps: they end the run, too.
+            self.skips = skipped or (norm is not None and not math.isfinite(norm))
+            if skipped and not args.fp16:
+                getattr(self.trainer.lr_scheduler, "scheduler", self.trainer.lr_scheduler).step()
         self.in_a_row = self.in_a_row + 1 if self.skips and not self._scale_can_fall() else 0
         if self.skips:
             state.stateful_callbacks[COUNTER] = {"args": {}, "attributes": {"skipped_steps": self.total + 1}}
@@ -60,18 +65,6 @@ class SkipNonFinite(TrainerCallback):
                 "Lower --learning_rate, or try another --seed or --bf16 false, with --force_resume true",
                 everywhere=True,
             )
-
-    def _ask_engine(self, args, state) -> None:
-        self.skips = self.trainer.accelerator.optimizer_step_was_skipped
-        norm = self.trainer.model_wrapped.get_global_grad_norm()
-        if norm is not None and not self.skips and not math.isfinite(norm):
-            raise RunEnded(
-                f"step {state.global_step}: the gradient was not finite and DeepSpeed took the step, which ruined the "
-                f"weights. {describe_newest(Path(args.output_dir))}. Remove check_grad_overflow and compute_grad_norm "
-                "from its settings (CONFIG)"
-            )
-        if self.skips and not args.fp16:
-            getattr(self.trainer.lr_scheduler, "scheduler", self.trainer.lr_scheduler).step()
 
     def _scale_can_fall(self) -> bool:
         """Whether float16's loss scale explains the step."""

@@ -9,7 +9,6 @@ import runpy
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -20,7 +19,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.hf_argparser import HfArg
-from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from dataset.rows import DataError
 from evaluation.processes import run_on_all
@@ -28,6 +26,7 @@ from utils.rewards import accuracy_reward, format_reward
 
 REWARD_FUNCS: dict[str, Callable[..., list[float]]] = {"accuracy": accuracy_reward, "format": format_reward}
 EXPECTED = "return a list with one number per completion, None where the reward does not apply"
+RUNNER = asyncio.Runner()  # one event loop for all calls, to which a client that a reward keeps open belongs
 LARGEST = torch.finfo(torch.float32).max  # TRL computes with rewards in float32, where more is infinite
 
 
@@ -42,13 +41,9 @@ class RewardArguments:
     max_resample_rounds: int = HfArg(default=4, help="Further rounds of rollouts for that, per generation batch.")
 
 
-class RewardError(DataError):
-    """A reward that cannot be found, called or used; the message names it and what is expected."""
-
-
 def load_rewards(names: Sequence[str], dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Callable]:
     """Checked rewards by their names. The first process calls each once on two made-up completions, before a model is
-    loaded. Raises a `RewardError` as `load_reward`, and for a failed call."""
+    loaded. Raises a `DataError` as `load_reward`, and for a failed call."""
     functions = [load_reward(name) for name in names]
     rows = [dataset[index % len(dataset)] for index in range(2)]
     completions = [rows[0]["solution"], "a made-up completion"]
@@ -61,11 +56,11 @@ def load_rewards(names: Sequence[str], dataset: Dataset, tokenizer: PreTrainedTo
         for name, function in zip(names, functions, strict=True):
             try:
                 call(function, given)
-            except RewardError:
+            except DataError:
                 raise
             except Exception as error:
                 trial = f"a trial call with {', '.join(given)}"
-                raise RewardError(f"--reward_funcs {name}: {trial} {describe_error(error)}") from error
+                raise DataError(f"--reward_funcs {name}: {trial} {describe_error(error)}") from error
 
     run_on_all(try_all, main=True)
     return [checked(function) for function in functions]
@@ -77,19 +72,19 @@ def load_reward(name: str) -> Callable:
     The function gets the arguments that it names, of `completions`, `prompts`, `completion_ids` and every column of the
     data set (`solution`, `style`, `audio_path`, ...), and returns a list with one number per completion (None: not
     applicable). It may be a coroutine function. A trial call must be harmless for stateful or paid rewards. Raises a
-    `RewardError` if there is no such reward, file or function, or if the file cannot be run.
+    `DataError` if there is no such reward, file or function, or if the file cannot be run.
     """
     if name in REWARD_FUNCS:
         return REWARD_FUNCS[name]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
-        raise RewardError(f"--reward_funcs {name}: use one of {', '.join(REWARD_FUNCS)}, or file.py:function")
+        raise DataError(f"--reward_funcs {name}: use one of {', '.join(REWARD_FUNCS)}, or file.py:function")
     try:
         reward = runpy.run_path(path).get(function)
     except Exception as error:
-        raise RewardError(f"--reward_funcs {name}: running the file {describe_error(error)}") from error
+        raise DataError(f"--reward_funcs {name}: running the file {describe_error(error)}") from error
     if not callable(reward):
-        raise RewardError(f"--reward_funcs {name}: {path} has no function {function!r}")
+        raise DataError(f"--reward_funcs {name}: {path} has no function {function!r}")
     return reward
 
 
@@ -102,14 +97,13 @@ def checked(function: Callable) -> Callable[..., list[float | None]]:
     """A reward function in the form that TRL calls, which raises the errors of all processes."""
 
     def reward(**given) -> list[float | None]:
-        values: list[float | None] = []
-        error = None
+        error: Exception | None = None
         try:
             values = call(function, given)
         except Exception as raised:
             error = raised
         # All raise a wrong value; an error of a reward's code is left to its process, which has the traceback.
-        found = gather_object([error if error is None or isinstance(error, RewardError) else SystemExit(1)])
+        found = gather_object([error if error is None or isinstance(error, DataError) else SystemExit(1)])
         for first in filter(None, [error, *found]):
             raise first
         return values
@@ -123,36 +117,28 @@ def name_of(function: Callable) -> str:
 
 
 def call(function: Callable, given: dict) -> list[float | None]:
-    """Call a reward function with those of the arguments `given` that it takes, and check its values. A coroutine is
-    awaited in one event loop for all calls, to which a client that it keeps open belongs."""
+    """Call a reward function with those of the arguments `given` that it takes, and check its values."""
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     values = function(**{key: value for key, value in given.items() if takes_all or key in parameters})
-    if is_async_callable(function):
-        values = asyncio.run_coroutine_threadsafe(values, _event_loop()).result()
+    if inspect.iscoroutine(values):
+        values = RUNNER.run(values)
     check_values(name_of(function), values, given)
     return [None if value is None else float(value) for value in values]
 
 
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    _, loop, ready = start_event_loop_in_daemon("rewards")
-    ready.wait()
-    return loop
-
-
 def check_values(name: str, values, given: dict) -> None:
-    """Raise a `RewardError` unless a reward returned a list with a finite number, or None, for each completion. `given`
+    """Raise a `DataError` unless a reward returned a list with a finite number, or None, for each completion. `given`
     are the arguments of the call, of which `row`, `audio_path` and `prompts` name the question in the message."""
     completions = given["completions"]
     if not isinstance(values, list | tuple) or len(values) != len(completions):
         counts = f"{values!r:.80}, a {type(values).__name__}, for {len(completions)} completions"
-        raise RewardError(f"reward {name}: returned {counts}; {EXPECTED}")
+        raise DataError(f"reward {name}: returned {counts}; {EXPECTED}")
     for index, value in enumerate(values):
         if not (value is None or isinstance(value, Real) and -LARGEST <= value <= LARGEST):  # type: ignore[operator]
             known = [f"{key} {given[key][index]!r:.200}" for key in ("row", "audio_path", "prompts") if key in given]
             where = f"{completions[index]!r:.200} ({', '.join(known)})"
-            raise RewardError(f"reward {name}: is {value!r:.80} for the completion {where}; {EXPECTED}")
+            raise DataError(f"reward {name}: is {value!r:.80} for the completion {where}; {EXPECTED}")
 
 
 def describe_error(error: Exception) -> str:
@@ -162,6 +148,6 @@ def describe_error(error: Exception) -> str:
 
 
 def check_weights(weights: Sequence[float], names: Sequence[str]) -> None:
-    """Raise a `RewardError` unless there is one finite weight for each of the rewards."""
+    """Raise a `DataError` unless there is one finite weight for each of the rewards."""
     if len(weights) != len(names) or not all(map(isfinite, weights)):
-        raise RewardError(f"--reward_weights {weights}: pass one finite number for each of {', '.join(names)}")
+        raise DataError(f"--reward_weights {weights}: pass one finite number for each of {', '.join(names)}")

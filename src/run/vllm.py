@@ -8,7 +8,6 @@ Every process has its own engine for its own questions. Shapes: N questions, G g
 """
 
 import os
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, set_seed
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -90,12 +89,10 @@ def correct(trainer: AudioGRPOTrainer, rollout: Rollout, sampled: torch.Tensor) 
     bounded = ratio if low is None and high is None else ratio.clamp(min=low, max=high)
     rollout.importance = bounded if mode.endswith("truncate") else ratio * (bounded == ratio)
     shown = mask if mask.any() else torch.ones_like(mask)  # all completions may be masked
-    for name, values, kinds in (
-        ("sampling_logp_difference", difference.abs()[shown], ("mean", "max")),
-        ("importance_sampling_ratio", rollout.importance.expand_as(mask)[shown], ("min", "mean", "max")),
-    ):
-        for kind in kinds:  # of this process, then of all
-            found = gather(getattr(values, kind)()[None])
+    weights = rollout.importance.expand_as(mask)
+    for name, values in (("sampling_logp_difference", difference.abs()), ("importance_sampling_ratio", weights)):
+        for kind in ("min", "mean", "max"):  # of this process, then of all
+            found = gather(getattr(values[shown], kind)()[None])
             trainer._metrics["train"][f"sampling/{name}/{kind}"].append(getattr(found, kind)().item())
     return rollout
 
@@ -112,32 +109,21 @@ class Engine:
         self.step: int | None = None  # of the weights that the engine has
         self.sampled: torch.Tensor  # log-probs (N, G, C) of the last completions
         self.sampling = SamplingParams(
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p or 0.0,
-            repetition_penalty=args.repetition_penalty,
-            max_tokens=args.max_completion_length,
+            temperature=args.temperature, repetition_penalty=args.repetition_penalty,
+            top_k=args.top_k, top_p=args.top_p, min_p=args.min_p or 0.0,
+            max_tokens=args.max_completion_length, stop_token_ids=trainer.eos_token_ids, detokenize=False,
             logit_bias={self.placeholder: FORBIDDEN},
             logprobs=0,  # that of the drawn token only
-            stop_token_ids=trainer.eos_token_ids,
-            detokenize=False,
-        )
-        with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):  # vLLM seeds the generators
-            states = random.getstate(), np.random.get_state()
-            self.llm = start(
-                base,
-                trainer.accelerator,
-                on_cpu=args.device.type == "cpu",
-                revision=(args.model_init_kwargs or {}).get("revision"),
-                dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype,  # as autocast's
-                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-                max_model_len=args.vllm_max_model_length,
-                max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
-                logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
-            )
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        )  # fmt: skip
+        self.llm = start(
+            base, trainer.accelerator, on_cpu=args.device.type == "cpu",
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base.dtype,  # as autocast's
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization, max_model_len=args.vllm_max_model_length,
+            max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+            logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
+        )  # fmt: skip
+        set_seed(args.seed, device_specific=True)  # as TRL's trainer does: vLLM has seeded all processes alike
         trainer.accelerator.wait_for_everyone()
 
     def sample(self, questions: Batch) -> tuple[Batch, torch.Tensor, torch.Tensor]:

@@ -7,13 +7,9 @@ from collections.abc import Callable
 def at_least(lowest: int) -> Callable[[str], int]:
     """The `type=` of a flag that takes whole numbers from `lowest` on."""
 
-    def whole(word: str) -> int:
-        try:
-            number = int(word)
-        except ValueError:
-            number = lowest - 1
-        if number < lowest:
+    def number(word: str) -> int:
+        if (value := int(word)) < lowest:
             raise argparse.ArgumentTypeError(f"expected a whole number from {lowest} on, not {word!r}")
-        return number
+        return value
 
-    return whole
+    return number
