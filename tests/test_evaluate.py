@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
@@ -21,8 +22,8 @@ from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_questions
 from evaluation import processes
-from evaluation.answers import EncodedQuestions, answer_batches, complete_with
-from evaluation.checkpoints import fingerprint
+from evaluation.answers import EncodedQuestions, answer_batches
+from evaluation.checkpoints import fingerprint, load_model
 from evaluation.clips import swap_clips
 from evaluation.collect import read_results
 from evaluation.mmau import evaluate
@@ -182,26 +183,10 @@ def test_the_files_are_the_same_for_any_batch_size_and_order_of_answering(swept,
     assert results(tmp_path) == results(swept)
 
 
-def test_an_engine_that_is_passed_in_answers(swept, trained, questions, tmp_path):
-    """And gets whole batches of questions with the model on the CPU."""
-    args = test_mmau.parse_args(
-        ["--model_path", str(trained / "checkpoint-100"), "--data_file", str(questions), "--out_dir", str(tmp_path)]
-        + [*TOKENS, "--batch_size", "7"]
-    )
-    sizes = []
-
-    def engine(model, questions):
-        complete = complete_with(model, questions)
-        return lambda indices, batch: sizes.append((len(indices), len(batch))) or complete(indices, batch)
-
-    args.vllm = engine
-    assert test_mmau.run(args) == 0
-    assert sizes == [(7, 7)] * 5 + [(5, 5)] and results(tmp_path / "test_100") == results(swept / "test_100")
-
-
 def test_a_process_may_have_no_share(trained):
-    questions = EncodedQuestions([], {}, load_processor(trained / "checkpoint-100"), Settings())
-    answer_batches(lambda *_: pytest.fail("nothing to complete"), questions, [], pytest.fail, "")
+    folder = trained / "checkpoint-100"
+    questions = EncodedQuestions([], {}, load_processor(folder), Settings())
+    answer_batches(load_model(folder, torch.float32, torch.device("cpu")), questions, [], pytest.fail, "")
 
 
 def test_an_error_of_one_process_is_raised_by_all(monkeypatch):
@@ -446,23 +431,6 @@ def test_other_settings_live_side_by_side(few, checkpoint):
     (table,) = format_tables(found).split("\n\n")
     assert table.splitlines()[1] == "tokens 12, match MMAU string_match at 110127f"
     assert table.splitlines()[2].split()[:5] == ["step", "prompt", "decoding", "dtype", "channels"]
-
-
-def test_a_run_by_vllm_has_a_name_and_settings_of_its_own():
-    names, described = {}, {}
-    for engine in ("built-in", "vllm"):
-        settings = Settings(style="answer", engine=engine, batch_size=8)
-        names[engine] = settings.name("mmau_mini", "answer", "float32")
-        described[engine] = settings.describe()
-    assert names == {"built-in": "mmau_mini", "vllm": "mmau_mini_vllm"}
-    by_vllm = {"decoding": "greedy by vllm (not byte-exact)", "batch_size": 8}
-    assert described["vllm"] == described["built-in"] | by_vllm
-
-
-def test_a_sample_by_vllm_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        test_mmau.parse_args(["--model_path", "nowhere", "--engine", "vllm", "--sample"])
-    assert "--sample" in capsys.readouterr().err
 
 
 def test_other_weights_under_the_same_name_are_evaluated_again(few, trained, checkpoint, capsys):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from dataset.audio import load_audio
-from dataset.encode import Batch, check_clip_length, check_no_special_token, count_audio_tokens, encode_question, join
+from dataset.encode import check_clip_length, check_no_special_token, count_audio_tokens, encode_question, join
 from dataset.prompt import DEFAULT_STYLE, build_question
 from dataset.questions import Question
 from dataset.rows import DataError
@@ -21,9 +21,6 @@ from .clips import count_threads, swap_clips
 from .decoding import Greedy, Sampler, single_thread
 from .lengths import count_text_tokens
 from .results import Completion, Settings
-
-# (indices of N questions, their batch) -> N lists of token ids
-Complete = Callable[[list[int], Batch], list[list[int]]]
 
 
 class EncodedQuestions:
@@ -89,41 +86,30 @@ class EncodedQuestions:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def complete_with(model: PreTrainedModel, questions: EncodedQuestions) -> Complete:
-    """The built-in engine: greedy, or with `run.sample_seed` sampled as in the original. Raises a `ValueError` if model
-    and processor have different audio tokens."""
-    check_audio_token(model, questions.processor)
-    ends, seed = end_ids(questions.processor), questions.run.sample_seed
-
-    def complete(indices: list[int], batch: Batch) -> list[list[int]]:
-        batch, names = batch.to(model.device), questions.names(indices)
-        choose = Greedy(model, batch) if seed is None else Sampler(model, batch, names, seed)
-        return generate(model, batch, ends, questions.run.max_new_tokens, choose)
-
-    return complete
-
-
 def answer_batches(
-    complete: Complete,
+    model: PreTrainedModel,
     questions: EncodedQuestions,
     batches: list[list[int]],
     write: Callable[[dict[str, Completion]], None],
     title: str,
     quiet: bool = False,
 ) -> None:
-    """Answer this process's share of `batches`, and pass each batch's {id: completion} to `write` at once. The first
-    process shows a progress bar unless `quiet`. Raises a `DataError` if a clip can no longer be decoded."""
+    """Answer this process's share of `batches`, greedily or as `sample_seed` says, and pass each batch's {id:
+    completion} to `write` at once. The first process shows a progress bar unless `quiet`. Raises a `ValueError` if
+    model and processor have different audio tokens, and a `DataError` if a clip can no longer be decoded."""
+    check_audio_token(model, questions.processor)
     state, tokenizer, ends = PartialState(), questions.processor.tokenizer, end_ids(questions.processor)
-    own = batches[state.process_index :: state.num_processes]
+    own, seed = batches[state.process_index :: state.num_processes], questions.run.sample_seed
     hidden = quiet or not state.is_main_process or None  # None hides the bar if stderr is no terminal
     bar = tqdm(total=sum(map(len, own)), desc=title, unit=" questions", disable=hidden)
     with ThreadPoolExecutor(count_threads()) as pool, bar:
         ahead = [pool.map(questions.encode, indices) for indices in own[:1]]
         for indices, following in zip(own, [*own[1:], []], strict=False):  # `own` may be empty
-            batch = join(list(ahead.pop()), tokenizer.pad_token_id)
+            batch, names = join(list(ahead.pop()), tokenizer.pad_token_id), questions.names(indices)
             ahead.append(pool.map(questions.encode, following))
-            ids = complete(indices, batch)
+            batch = batch.to(model.device)
+            choose = Greedy(model, batch) if seed is None else Sampler(model, batch, names, seed)
+            ids = generate(model, batch, ends, questions.run.max_new_tokens, choose)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            completions = map(Completion, texts, [tokens[-1] not in ends for tokens in ids])
-            write(dict(zip(questions.names(indices), completions, strict=True)))
+            write(dict(zip(names, map(Completion, texts, [tokens[-1] not in ends for tokens in ids]), strict=True)))
             bar.update(len(indices))

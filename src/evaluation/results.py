@@ -46,16 +46,12 @@ class Settings:
     sample_seed: int | None = None  # greedy if None
     allow_missing: bool = False  # count questions that cannot be asked as wrong
     batch_size: int = 1  # questions at once
-    engine: str = "built-in"  # or `vllm`, whose rounding depends on what it answers side by side
 
     def describe(self) -> dict:
         """The settings as recorded in the run file. `batch_size` is omitted where it cannot change an answer."""
-        built_in = self.engine == "built-in"
-        omitted = {"engine", "batch_size"} if built_in and self.dtype == "float32" else {"engine"}
         prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], self.style or DEFAULT_STYLE)
         decoding = "greedy" if self.sample_seed is None else "sampled"
-        decoding += "" if built_in else f" by {self.engine} (not byte-exact)"
-        described = {key: value for key, value in vars(self).items() if key not in omitted}
+        described = {key: value for key, value in vars(self).items() if key != "batch_size" or self.dtype != "float32"}
         return described | {"prompt": prompt, "prompt_digest": digest(prompt.encode())[:8], "decoding": decoding,
                             "match": MATCH_RULE}  # fmt: skip
 
@@ -69,7 +65,6 @@ class Settings:
             self.dtype: self.dtype != usual_dtype,
             f"channels-{self.channels}": self.channels != "first",
             "allow_missing": self.allow_missing,
-            self.engine: self.engine != "built-in",
         }
         return "_".join([benchmark, *(part for part, differs in other.items() if differs)])
 

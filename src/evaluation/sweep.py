@@ -2,13 +2,11 @@
 questions; the first one reads and writes the files of results. See also `results.py` (the files), `answers.py`."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from dataset.audio import SAMPLE_RATE
 from dataset.prompt import DEFAULT_STYLE, load_style
@@ -16,7 +14,7 @@ from dataset.questions import Benchmark
 from dataset.rows import DataError, first_problems
 from model.qwen2_audio import load_processor
 
-from .answers import Complete, EncodedQuestions, answer_batches, complete_with
+from .answers import EncodedQuestions, answer_batches
 from .checkpoints import check_whole, fingerprint, label_of, load_model, locate
 from .clips import hash_clips, measure_clips
 from .files import lock_file
@@ -46,8 +44,6 @@ class Sweep:
     suffix: str = ".json"  # of the result files
     device: str = "cpu"  # or cuda
     force: bool = False  # repeat finished evaluations
-    # (model, questions) -> function that completes a batch. Other engines than the built-in one get a model on the CPU.
-    engine: Callable[[PreTrainedModel, EncodedQuestions], Complete] = complete_with
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -168,9 +164,7 @@ def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, files: Resu
     batches = [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]
     if not batches:
         return
-    on_gpu = sweep.device == "cuda" and sweep.engine is complete_with
-    device = torch.device(f"cuda:{processes().local_process_index}" if on_gpu else "cpu")
+    device = torch.device(f"cuda:{processes().local_process_index}" if sweep.device == "cuda" else "cpu")
     model = run_on_all(lambda: load_model(folder, getattr(torch, files.settings.dtype), device))
-    complete = run_on_all(lambda: sweep.engine(model, questions))
     append = partial(files.append, processes().process_index)
-    run_on_all(lambda: answer_batches(complete, questions, batches, append, files.identity.label))
+    run_on_all(lambda: answer_batches(model, questions, batches, append, files.identity.label))

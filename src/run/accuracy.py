@@ -15,7 +15,7 @@ from trl.models import unwrap_model_for_generation
 from dataset.prompt import DEFAULT_STYLE
 from dataset.questions import Benchmark
 from dataset.rows import DataError, first_problems
-from evaluation.answers import EncodedQuestions, answer_batches, complete_with
+from evaluation.answers import EncodedQuestions, answer_batches
 from evaluation.clips import measure_clips
 from evaluation.mmau import Scores, evaluate
 from evaluation.results import MAX_NEW_TOKENS, Completion, Settings, to_records
@@ -85,8 +85,8 @@ class GreedyAccuracy:
         was_training, quiet = trainer.model.training, trainer.args.disable_tqdm
         unwrapped = unwrap_model_for_generation(trainer.model_wrapped, accelerator)
         with unwrapped as model, torch.no_grad(), accelerator.autocast():
-            complete = complete_with(base_model(model.eval()), questions)
             try:
-                answer_batches(complete, questions, questions.batches(), completions.update, "evaluation", quiet)
+                answered, batches = base_model(model.eval()), questions.batches()
+                answer_batches(answered, questions, batches, completions.update, "evaluation", quiet)
             finally:
                 trainer.model.train(was_training)
