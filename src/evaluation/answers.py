@@ -3,6 +3,7 @@ decode and encode a batch while the model answers the previous one. `decoding.py
 
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 from accelerate import PartialState
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from dataset.audio import load_audio
-from dataset.encode import check_clip_length, check_no_special_token, count_audio_tokens, encode_question, join
+from dataset.encode import count_audio_tokens, encode_question, join
 from dataset.prompt import DEFAULT_STYLE, build_question
 from dataset.questions import Question
 from dataset.rows import DataError
@@ -19,7 +20,7 @@ from model.qwen2_audio import check_audio_token, end_ids
 
 from .clips import count_threads, swap_clips
 from .decoding import Greedy, Sampler, single_thread
-from .lengths import count_text_tokens
+from .lengths import check_prompt, count_text_tokens
 from .results import Completion, Settings
 
 
@@ -57,18 +58,23 @@ class EncodedQuestions:
     def names(self, indices: list[int]) -> list[str]:
         return [self.questions[index].id for index in indices]
 
+    @cached_property
+    def text_tokens(self) -> list[int]:
+        """Tokens of each prompt, without those of its clip."""
+        return count_text_tokens(self.processor, [self.text(index) for index in range(len(self.questions))])
+
     def find_unusable(self) -> dict[str, str]:
-        """Id -> why a question cannot be asked (an unusable clip, or a special token in its text)."""
+        """Id -> why a question cannot be asked: an unusable clip or text, or too long a prompt."""
         problems = {}
         for index, question in enumerate(self.questions):
-            samples = self.samples[question.audio_path]
+            samples, longest = self.samples[question.audio_path], self.processor.tokenizer.model_max_length
             try:
                 if isinstance(samples, str):
                     raise DataError(samples)
-                check_clip_length(min(samples, self.window), self.processor)
-                check_no_special_token(self.text(index), self.processor)
+                samples = min(samples, self.window)
+                check_prompt(self.text(index), samples, self.text_tokens[index], self.processor, longest)
             except DataError as error:
-                problems[question.id] = str(error)
+                problems[question.id] = f"{question.id}: {error}"
         return problems
 
     def without(self, ids: Container[str]) -> "EncodedQuestions":
@@ -77,12 +83,13 @@ class EncodedQuestions:
 
     def batches(self) -> list[list[int]]:
         """Indices of all questions, batched by prompt length, longest first, the same for any order of rows."""
-        indices, size = range(len(self.questions)), self.run.batch_size
-        hop = self.processor.feature_extractor.hop_length
-        samples = [min(self.samples[self.clip_path(index)], self.window) for index in indices]
-        lengths = count_text_tokens(self.processor, [self.text(index) for index in indices])
-        lengths = [tokens + count_audio_tokens(length, hop) for tokens, length in zip(lengths, samples, strict=True)]
-        order = sorted(indices, key=lambda index: (-lengths[index], self.questions[index].id))
+        hop, size = self.processor.feature_extractor.hop_length, self.run.batch_size
+
+        def length(index: int) -> int:
+            samples = min(self.samples[self.clip_path(index)], self.window)
+            return self.text_tokens[index] + count_audio_tokens(samples, hop)
+
+        order = sorted(range(len(self.questions)), key=lambda index: (-length(index), self.questions[index].id))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 

@@ -2,7 +2,7 @@
 
     test_300/res_mmau_mini.json     the questions with `model_prediction` (and `model_output`, the same)
     test_300/eval_mmau_mini.txt     the official scores; not written if the answers are blank
-    test_300/run_mmau_mini.json     `Identity` and `Settings` of the run, and the digests of the two other files
+    test_300/run_mmau_mini.json     what was evaluated, the `Settings`, and the digests of the two other files
     test_300/res_mmau_mini.json.partial-*   answers so far, one file per process; a killed run continues from them
 
 Settings other than the defaults are part of the names: `res_mmau_mini_sample-7_tokens-64.json`. See also `answers.py`
@@ -47,14 +47,6 @@ class Settings:
     allow_missing: bool = False  # count questions that cannot be asked as wrong
     batch_size: int = 1  # questions at once
 
-    def describe(self) -> dict:
-        """The settings as recorded in the run file. `batch_size` is omitted where it cannot change an answer."""
-        prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], self.style or DEFAULT_STYLE)
-        decoding = "greedy" if self.sample_seed is None else "sampled"
-        described = {key: value for key, value in vars(self).items() if key != "batch_size" or self.dtype != "float32"}
-        return described | {"prompt": prompt, "prompt_digest": digest(prompt.encode())[:8], "decoding": decoding,
-                            "match": MATCH_RULE}  # fmt: skip
-
     def name(self, benchmark: str, usual_style: str, usual_dtype: str) -> str:
         """The stem of the files' names: the benchmark and all settings that are not the usual ones."""
         other = {
@@ -69,33 +61,35 @@ class Settings:
         return "_".join([benchmark, *(part for part, differs in other.items() if differs)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What is evaluated: the weights, the rows, and the clips."""
+def describe(label: str, weights: str, benchmark: Benchmark, hashes: dict[str, str], settings: Settings) -> dict:
+    """The first part of `run_*.json`: all that decides the result of the model with this label (in the table) and
+    fingerprint. `hashes` are those of the clips by path; a missing clip counts as such."""
+    records = json.dumps([question.record for question in benchmark.questions])
+    clips = " ".join(hashes[question.audio_path] for question in benchmark.questions)
+    prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], settings.style or DEFAULT_STYLE)
+    # In float32 the batch size cannot change an answer.
+    chosen = {key: value for key, value in vars(settings).items() if key != "batch_size" or settings.dtype != "float32"}
+    return {
+        "label": label, "weights": weights, "benchmark": benchmark.name, "release": benchmark.release,
+        "questions": benchmark.digest, "records": digest(records), "clips": digest(clips), **chosen,
+        "prompt": prompt, "prompt_digest": digest(prompt)[:8],
+        "decoding": "greedy" if settings.sample_seed is None else "sampled", "match": MATCH_RULE,
+    }  # fmt: skip
 
-    label: str  # of the model, in the table
-    weights: str  # fingerprint of the checkpoint
-    benchmark: str
-    release: str
-    questions: str  # digest of the questions in any order
-    records: str  # digest of the rows with all their keys, in their order
-    clips: str  # digest of the clips' bytes, in the order of the rows; a missing one counts as such
 
-
-def digest(data: bytes) -> str:
+def digest(content: str | bytes) -> str:
     """The first 16 hex digits of SHA-256."""
-    return hashlib.sha256(data).hexdigest()[:16]
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
 class ResultFiles:
     """The files of one run. `results` is the path of `res_*`: .json, or .jsonl if the questions are in JSONL, as the
-    benchmark's own script expects."""
+    benchmark's own script expects. `described` comes from `describe`."""
 
-    def __init__(self, results: Path, identity: Identity, settings: Settings):
-        self.results, self.identity, self.settings = results, identity, settings
+    def __init__(self, results: Path, described: dict):
+        self.results, self.described = results, described
         name = results.stem.removeprefix("res_")
         self.run, self.scores = results.with_name(f"run_{name}.json"), results.with_name(f"eval_{name}.txt")
-        self.described = vars(identity) | settings.describe()
 
     def _partials(self) -> list[Path]:
         return sorted(self.results.parent.glob(f"{escape(self.results.name)}.partial-*"))

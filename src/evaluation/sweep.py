@@ -1,7 +1,6 @@
 """Evaluate several models on one benchmark, in one process or several. Each process answers its share of a model's
 questions; the first one reads and writes the files of results. See also `results.py` (the files), `answers.py`."""
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from .clips import hash_clips, measure_clips
 from .files import lock_file
 from .mmau import evaluate
 from .processes import processes, run_on_all, say
-from .results import Identity, ResultFiles, Settings, digest
+from .results import ResultFiles, Settings, describe
 
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # default of the weights on each device
 
@@ -105,28 +104,36 @@ def _evaluate(sweep: Sweep, job: Job) -> None:
     """Have one model answer all questions and write its results, unless that is done. Raises as `run_sweep`, and a
     `ValueError` or `OSError` if the model cannot be loaded or the results cannot be written."""
     hashes = sweep.hashes  # all processes compute them together
-    folder, files, differences = run_on_all(partial(_prepare, sweep, job), main=True)
+    folder, settings, files, differences = run_on_all(partial(_prepare, sweep, job), main=True)
     if differences == [] and not sweep.force:
         say(f"{job.label}: finished before, skipped (--force repeats it)")
         return
     if differences:
         say(f"{files.results}: belongs to another run ({', '.join(differences)} differ); evaluated again")
     processor = run_on_all(lambda: load_processor(folder))
-    questions = EncodedQuestions(sweep.benchmark.questions, sweep.samples, processor, files.settings)
+    questions = EncodedQuestions(sweep.benchmark.questions, sweep.samples, processor, settings)
     if missing := questions.find_unusable():
-        listed, allowed = [f"{id_}: {problem}" for id_, problem in missing.items()], sweep.settings.allow_missing
         count = f"{len(missing)} of {len(questions.questions)} questions cannot be asked"
-        if not allowed or len(missing) == len(questions.questions):
-            effect = ", so there is nothing to evaluate" if allowed else " (--allow_missing counts them as wrong)"
-            raise DataError(f"{count}{effect}:\n  {first_problems(listed)}")
-        say(f"{count} and count as wrong:\n  " + "\n  ".join(listed))
+        if len(missing) == len(questions.questions) or not settings.allow_missing:
+            remedy = (
+                "there is nothing to evaluate" if settings.allow_missing else "--allow_missing counts them as wrong"
+            )
+            raise DataError(f"{count}; {remedy}:\n  {first_problems(missing.values())}")
+        say("\n  ".join([f"{count} and count as wrong:", *missing.values()]))
         questions = questions.without(missing)
     if cut := sum(questions.samples[question.audio_path] > questions.window for question in questions.questions):
         say(f"{cut} clips exceed the model's {questions.window / SAMPLE_RATE:g} s and are cut, as in the paper")
     path, remedy = files.results.with_name(f"{files.results.name}.lock"), "wait, or pass another --out_dir"
     lock = run_on_all(lambda: lock_file(path, remedy) if processes().is_main_process else None)
     try:
-        _answer(sweep, questions, folder, files)
+        if done := run_on_all(lambda: files.resume(sweep.force), main=True):
+            say(f"{job.label}: {len(done)} questions are answered already")
+        # A batch is repeated as a whole, so that its shape is the same.
+        if batches := [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]:
+            device = torch.device(f"cuda:{processes().local_process_index}" if sweep.device == "cuda" else "cpu")
+            model = run_on_all(lambda: load_model(folder, getattr(torch, settings.dtype), device))
+            append = partial(files.append, processes().process_index)
+            run_on_all(lambda: answer_batches(model, questions, batches, append, job.label))
         now = hash_clips(sweep.benchmark.questions)
         if changed := next((path for path in now if now[path] != hashes[path]), None):
             raise DataError(f"{changed}: the clip was replaced during the run; start it again")
@@ -137,34 +144,16 @@ def _evaluate(sweep: Sweep, job: Job) -> None:
             lock.release()
 
 
-def _prepare(sweep: Sweep, job: Job) -> tuple[Path, ResultFiles, list[str] | None]:
-    """A model's folder, its files of results, and their differences from what is on disk."""
-    folder, benchmark = locate(job.model), sweep.benchmark
+def _prepare(sweep: Sweep, job: Job) -> tuple[Path, Settings, ResultFiles, list[str] | None]:
+    """A model's folder, settings and files of results, and their differences from what is on disk."""
+    folder, benchmark, asked = locate(job.model), sweep.benchmark, sweep.settings.style
     check_whole(folder)
-    recorded, asked = load_style(folder), sweep.settings.style
+    recorded = load_style(folder)
     if asked and recorded and asked != recorded:
         say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {asked} overrides it")
     usual = recorded or DEFAULT_STYLE
     settings = replace(sweep.settings, style=asked or usual)
     name = f"res_{settings.name(benchmark.name, usual, DTYPES[sweep.device])}{sweep.suffix}"
-    records = json.dumps([question.record for question in benchmark.questions])
-    clips = " ".join(sweep.hashes[question.audio_path] for question in benchmark.questions)
-    identity = Identity(label=job.label, weights=fingerprint(folder), benchmark=benchmark.name,
-                        release=benchmark.release, questions=benchmark.digest, records=digest(records.encode()),
-                        clips=digest(clips.encode()))  # fmt: skip
-    files = ResultFiles(job.file or job.folder / name, identity, settings)
-    return folder, files, files.find_differences()
-
-
-def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, files: ResultFiles) -> None:
-    """Have the model answer the questions that have no answer, and append the answers to the partial files."""
-    if done := run_on_all(lambda: files.resume(sweep.force), main=True):
-        say(f"{files.identity.label}: {len(done)} questions are answered already")
-    # A batch is repeated as a whole, so that its shape is the same.
-    batches = [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]
-    if not batches:
-        return
-    device = torch.device(f"cuda:{processes().local_process_index}" if sweep.device == "cuda" else "cpu")
-    model = run_on_all(lambda: load_model(folder, getattr(torch, files.settings.dtype), device))
-    append = partial(files.append, processes().process_index)
-    run_on_all(lambda: answer_batches(model, questions, batches, append, files.identity.label))
+    described = describe(job.label, fingerprint(folder), benchmark, sweep.hashes, settings)
+    files = ResultFiles(job.file or job.folder / name, described)
+    return folder, settings, files, files.find_differences()

@@ -73,8 +73,8 @@ class GreedyAccuracy:
             self.left_out += len(problems)
             questions = questions.without(problems)
             self.benchmark = replace(self.benchmark, questions=questions.questions)
-            listed = first_problems(f"{id_}: {problem}" for id_, problem in problems.items())
-            trainer.accelerator.print(f"--eval_file: {len(problems)} questions are omitted from now on:\n  {listed}")
+            count = f"--eval_file: {len(problems)} questions are omitted from now on"
+            trainer.accelerator.print(f"{count}:\n  {first_problems(problems.values())}")
         return questions
 
     def _answer(self, questions: EncodedQuestions, completions: dict[str, Completion]) -> None:
