@@ -26,14 +26,15 @@ from dataset.dataset import check_choices
 from dataset.encode import check_clip_length, check_no_special_token, encode
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer, load_style
 from dataset.rows import DataError
-from evaluation.checkpoints import check_whole, load_model, locate
-from evaluation.collect import printable
+from evaluation.checkpoints import check_whole, load_model
 from evaluation.decoding import Greedy, score
+from evaluation.identity import locate
 from evaluation.mmau import string_match
 from evaluation.results import MAX_NEW_TOKENS
 from model.generation import generate
 from model.qwen2_audio import check_audio_token, end_ids, load_processor
 from utils.flags import at_least
+from utils.text import printable
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

@@ -23,9 +23,10 @@ from dataset.prompt import save_style
 from dataset.questions import load_questions
 from evaluation import processes
 from evaluation.answers import EncodedQuestions, answer_batches
-from evaluation.checkpoints import fingerprint, load_model
+from evaluation.checkpoints import load_model
 from evaluation.clips import swap_clips
 from evaluation.collect import read_results
+from evaluation.identity import fingerprint
 from evaluation.mmau import evaluate
 from evaluation.results import Settings
 from model.qwen2_audio import load_processor

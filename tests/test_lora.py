@@ -16,15 +16,8 @@ from trl import GRPOConfig
 import row_by_row
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
-from evaluation.checkpoints import (
-    IncompleteCheckpoint,
-    check_whole,
-    find_base,
-    fingerprint,
-    full_model,
-    load_merged,
-    load_model,
-)
+from evaluation.checkpoints import check_whole, full_model, load_merged, load_model
+from evaluation.identity import IncompleteCheckpoint, find_base, fingerprint
 from merge_lora import main as merge_main
 from merge_lora import merge
 from model.checkpoints import complete_checkpoint

@@ -4,14 +4,15 @@ Scores are computed again from the predictions in `test_*/res_*.json`. Files tha
 they were written, are reported and omitted.
 """
 
-import re
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.questions import Benchmark, to_benchmark
 from dataset.rows import read_json, read_records
 
+from .identity import IncompleteCheckpoint, fingerprint
 from .mmau import Scores, evaluate
 from .results import digest
 from .statistics import confidence_interval
@@ -23,8 +24,6 @@ RUN_FILE = {"label": str, "weights": str, "records": str, "clips": str, "audio":
 SETTINGS = {"prompt": ("style", "prompt_digest"), "decoding": ("decoding",), "dtype": ("dtype",),
             "tokens": ("max_new_tokens",), "channels": ("channels",), "match": ("match",)}  # fmt: skip
 ASKED = ("records", "clips")  # keys of the run file that are equal for all results of a table, as the questions are
-# Characters that control a terminal, or reorder or hide the text around them, or that UTF-8 cannot encode.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass
@@ -92,15 +91,16 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                     skipped.append(f"the unfinished new run of {file}; the table shows the result of the earlier run")
                 try:
                     result = _read_result(file, f"{parent}/" if len(parents) > 1 else "")
-                    inputs = (*result.model, *result.asked, result.run.get("allow_missing"))
-                    first = found.setdefault((inputs, result.audio), result)
-                    if first is not result and first.seeds.isdisjoint(result.seeds):
-                        first.seeds |= result.seeds
-                        first.runs += result.runs
-                    elif first is not result:  # for example a copy
-                        skipped.append(f"{file}: the same run as another one of {first.label}")
                 except (ValueError, OSError) as error:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+                    continue
+                inputs = (*result.model, *result.asked, result.run.get("allow_missing"))
+                first = found.setdefault((inputs, result.audio), result)
+                if first is not result and first.seeds.isdisjoint(result.seeds):
+                    first.seeds |= result.seeds
+                    first.runs += result.runs
+                elif first is not result:  # for example a copy
+                    skipped.append(f"{file}: the same run as another one of {first.label}")
     for (inputs, audio), result in found.items():
         if audio != "real" and (real := found.get((inputs, "real"))):
             real.drops[audio] = result.accuracy
@@ -111,16 +111,19 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
 
 
 def _read_result(file: Path, prefix: str) -> Result:
-    records = read_records(file)
-    benchmark = to_benchmark(records, file, file.parent)
+    benchmark = to_benchmark(read_records(file), file, file.parent)
     if not benchmark.has_answers:
         raise ValueError(f"{file.name} has blank answers, so there is no score; it is the file to submit")
-    scores, run, content = evaluate(records), _read_run(file), digest(file.read_bytes())
-    if (run.get("files") or {}).get(file.name, content) != content:
+    run = _read_run(file)
+    if (run.get("files") or {}).get(file.name, content := digest(file.read_bytes())) != content:
         raise ValueError(f"{file.name} has changed since test_mmau.py wrote it; evaluate it again")
-    label = run.get("label") or file.parent.name.removeprefix("test_")
+    label, folder = run.get("label") or file.parent.name.removeprefix("test_"), file.parent.parent
+    for checkpoint in (folder / f"checkpoint-{label}", folder / label):
+        with suppress(IncompleteCheckpoint, OSError):  # not at hand
+            if run.get("label") and run.get("weights") not in (None, fingerprint(checkpoint, download=False)):
+                raise ValueError(f"{checkpoint} has changed since {file} was written; evaluate it again")
     by_id = {question.id: question.record for question in benchmark.questions}
-    return Result(label, str(file.parent.parent), prefix, benchmark, run, [scores], by_id)
+    return Result(label, str(folder), prefix, benchmark, run, [evaluate(list(by_id.values()))], by_id)
 
 
 def _read_run(file: Path) -> dict:
@@ -134,10 +137,9 @@ def _read_run(file: Path) -> dict:
         audio = next((audio for audio in ("silent", "shuffled") if audio in name), "real")
         return {"audio": audio, "weights": name.replace(f"_{audio}", "")}
     if not isinstance(run, dict):
-        raise ValueError(f"{file}: {path.name} is a JSON {type(run).__name__}, not a run file; evaluate again")
-    for key, kind in RUN_FILE.items():
-        if not isinstance(value := run.get(key), kind | None):
-            raise ValueError(f"{file}: `{key}` in {path.name} is {value!r:.80}, not a {kind.__name__}; evaluate again")
+        raise ValueError(f"{file}: {path.name} is no run file; evaluate again")
+    if odd := [key for key, kind in RUN_FILE.items() if not isinstance(run.get(key), kind | None)]:
+        raise ValueError(f"{file}: `{odd[0]}` in {path.name} is {run[odd[0]]!r:.80}; evaluate again")
     return run
 
 
@@ -165,8 +167,3 @@ def differing(results: list[Result]) -> list[str]:
 def list_tasks(results: list[Result]) -> list[str]:
     """Tasks of these results, in the order of MMAU's script."""
     return list(dict.fromkeys(task for result in results for task in result.counts if task != "total"))
-
-
-def printable(text: str) -> str:
-    """A text of a model or of data with control characters other than tabs and newlines replaced by their names."""
-    return CONTROLS.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)

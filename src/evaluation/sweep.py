@@ -14,9 +14,10 @@ from dataset.rows import DataError, first_problems
 from model.qwen2_audio import load_processor
 
 from .answers import EncodedQuestions, answer_batches
-from .checkpoints import check_whole, fingerprint, label_of, load_model, locate
+from .checkpoints import check_whole, label_of, load_model
 from .clips import hash_clips, measure_clips
 from .files import lock_file
+from .identity import fingerprint, locate
 from .mmau import evaluate
 from .processes import processes, run_on_all, say
 from .results import ResultFiles, Settings, describe

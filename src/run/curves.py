@@ -55,15 +55,13 @@ class PlotCurves(TrainerCallback):
 
 
 def read_history(run: Path) -> list[dict]:
-    """The log of a run, an entry per logged step, from its newest complete state. Raises a `FileNotFoundError`."""
+    """The log of a run, an entry per logged step, from its newest complete state; empty if there is none."""
     found: dict[int, list[dict]] = {}
     for path in (*run.glob("checkpoint-*/trainer_state.json"), run / "trainer_state.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):  # cut off; an older one is complete
             state = read_json(path, "an older one is read")
             found.setdefault(state["global_step"], state["log_history"])
-    if not found:
-        raise FileNotFoundError(f"{run}: holds no trainer_state.json of a run that has saved")
-    return found[max(found)]
+    return found[max(found)] if found else []
 
 
 def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
@@ -80,7 +78,7 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
     if any(accuracies.values()):
         panels[ACCURACY] = ("", "%, with its 95% interval")
     if not panels:
-        raise ValueError("nothing was logged yet")
+        raise ValueError(f"{', '.join(runs)}: nothing was logged or evaluated yet")
     rows = -(-len(panels) // 3)
     figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.2 * rows), squeeze=False, layout="constrained")
     for axis, (title, (key, unit)) in zip(axes.flat, panels.items(), strict=False):

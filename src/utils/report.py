@@ -28,12 +28,13 @@ from markupsafe import Markup
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import WINDOW_SECONDS
 from dataset.questions import to_question
-from evaluation.collect import SETTINGS, Result, build_tables, printable, read_results
+from evaluation.collect import SETTINGS, Result, build_tables, read_results
 from evaluation.mmau import CUT_OFF, get_prediction
 from evaluation.statistics import compare
 from run.curves import plot_curves, read_history
 
-from .show_acc import PAPER, PAPER_ROW, plot, to_table
+from .show_acc import PAPER, PAPER_ROW, to_table
+from .text import printable
 
 HERE = Path(__file__).parent
 SHOWN = 4000  # characters of a text
@@ -71,7 +72,6 @@ def build_report(run: Path, audio_dir: Path, clips: int, place: Path, allow_outs
     data = Markup(json.dumps({"sets": sets}, allow_nan=False).replace("<", "\\u003c"))
     return page.get_template("report.html").render(
         name=name, notes=notes, versions=dict(versions), settings=settings, curves=curves, samples=samples,
-        accuracies=_draw(lambda path: plot(results, path), notes) if results else "",
         tables=[_to_page(*table) | {"number": number} for number, table in enumerate(tables)],
         data=data, style=style, script=script, hashes={"style": _csp_hash(style), "script": _csp_hash(script)},
     )  # fmt: skip
