@@ -99,7 +99,7 @@ def run_ours(model, processor, benchmark: Benchmark, style: str, max_new_tokens:
     samples = measure_clips(benchmark.questions, run.channels)
     questions = EncodedQuestions(benchmark.questions, samples, processor, run)
     completions = {}
-    answer_batches(model, questions, questions.batches(), completions.update, "ours", quiet=True)
+    answer_batches(model, questions, questions.batches(), completions.update, title=None)
     return {id_: completion.text for id_, completion in completions.items()}
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from conftest import ROOT, content_digest
 from dataset.questions import RELEASES
-from utils.show_acc import PAPER, PAPER_ROW, fill_paper, main
+from utils.paper import PAPER, PAPER_ROW, fill_paper
+from utils.show_acc import main
 
 
 def rows(text: str) -> dict[str, str]:

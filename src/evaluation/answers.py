@@ -23,13 +23,12 @@ from .decoding import Greedy, Sampler, single_thread
 from .lengths import check_prompt, count_text_tokens
 from .results import Completion, Settings
 
+Write = Callable[[dict[str, Completion]], None]  # of {question's id: its completion}
+
 
 class EncodedQuestions:
-    """Questions as the model's inputs. Each is encoded alone, since rounding must not depend on the batch.
-
-    Args:
-        samples: path of every clip -> its length in samples at 16 kHz, or why it does not decode (`measure_clips`).
-    """
+    """Questions as the model's inputs. Each is encoded alone, since rounding must not depend on the batch. `samples` is
+    the length of the clip at every path, at 16 kHz, or why it does not decode (`measure_clips`)."""
 
     def __init__(
         self, questions: list[Question], samples: dict[str, int | str], processor: ProcessorMixin, run: Settings
@@ -94,20 +93,15 @@ class EncodedQuestions:
 
 
 def answer_batches(
-    model: PreTrainedModel,
-    questions: EncodedQuestions,
-    batches: list[list[int]],
-    write: Callable[[dict[str, Completion]], None],
-    title: str,
-    quiet: bool = False,
+    model: PreTrainedModel, questions: EncodedQuestions, batches: list[list[int]], write: Write, title: str | None
 ) -> None:
     """Answer this process's share of `batches`, greedily or as `sample_seed` says, and pass each batch's {id:
-    completion} to `write` at once. The first process shows a progress bar unless `quiet`. Raises a `ValueError` if
-    model and processor have different audio tokens, and a `DataError` if a clip can no longer be decoded."""
+    completion} to `write` at once. The first process shows a progress bar with the title, if any. Raises a `ValueError`
+    if model and processor have different audio tokens, and a `DataError` if a clip can no longer be decoded."""
     check_audio_token(model, questions.processor)
     state, tokenizer, ends = PartialState(), questions.processor.tokenizer, end_ids(questions.processor)
     own, seed = batches[state.process_index :: state.num_processes], questions.run.sample_seed
-    hidden = quiet or not state.is_main_process or None  # None hides the bar if stderr is no terminal
+    hidden = title is None or not state.is_main_process or None  # None hides the bar if stderr is no terminal
     bar = tqdm(total=sum(map(len, own)), desc=title, unit=" questions", disable=hidden)
     with ThreadPoolExecutor(count_threads()) as pool, bar:
         ahead = [pool.map(questions.encode, indices) for indices in own[:1]]

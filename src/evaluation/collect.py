@@ -6,7 +6,7 @@ they were written, are reported and omitted.
 
 import statistics
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.questions import Benchmark, to_benchmark
@@ -21,7 +21,7 @@ from .statistics import confidence_interval
 RUN_FILE = {"label": str, "weights": str, "records": str, "clips": str, "audio": str, "sample_seed": int,
             "allow_missing": bool, "missing": list, "files": dict}  # fmt: skip
 # Settings of a result: column of the table -> keys of the run file.
-SETTINGS = {"prompt": ("style", "prompt_digest"), "decoding": ("decoding",), "dtype": ("dtype",),
+SETTINGS = {"audio": ("audio",), "prompt": ("style", "prompt_digest"), "decoding": ("decoding",), "dtype": ("dtype",),
             "tokens": ("max_new_tokens",), "channels": ("channels",), "match": ("match",)}  # fmt: skip
 ASKED = ("records", "clips")  # keys of the run file that are equal for all results of a table, as the questions are
 
@@ -38,16 +38,16 @@ class Result:
     runs: list[Scores]
     records: dict[str, dict]  # question's id -> its row with the answer (of the first run)
     variant: str = ""  # those of the settings in which the rows of its table differ
-    drops: dict[str, float] = field(default_factory=dict)  # `silent`, `shuffled` -> total accuracy in %
 
     def __post_init__(self):
         run, self.row, self.scores = self.run, self.prefix + self.label, self.runs[0]
         self.step = int(self.label) if self.label.isdecimal() else None
-        self.audio, self.seeds = run.get("audio") or "real", {run.get("sample_seed")}
+        self.seeds = {run.get("sample_seed")}
         self.not_asked = len(run.get("missing") or [])  # questions that could not be asked and count as wrong
         self.right = dict(zip(self.records, self.scores.matches, strict=True))  # question's id -> whether it is right
         texts = {column: [str(run.get(key, "")) for key in keys] for column, keys in SETTINGS.items()}
         self.settings = {column: " ".join(values).strip() for column, values in texts.items()}
+        self.is_real = self.settings["audio"] == "real"
         self.asked = (self.benchmark.digest, *(run.get(key) for key in ASKED))
         self.model = (self.folder, self.label, str(run.get("weights")), *self.settings.values())
 
@@ -75,7 +75,7 @@ class Result:
 def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
     """All results below some folders, and a line with the reason for each skipped file or folder. Raises a
     `FileNotFoundError` if a folder does not exist."""
-    found: dict[tuple[tuple, str], Result] = {}  # (all that must be equal, audio) -> runs
+    found: dict[tuple, Result] = {}  # all that must be equal -> runs
     skipped: list[str] = []
     parents = {Path(folder).resolve(): Path(folder) for folder in folders}.values()
     for parent in parents:
@@ -94,20 +94,13 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                 except (ValueError, OSError) as error:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
                     continue
-                inputs = (*result.model, *result.asked, result.run.get("allow_missing"))
-                first = found.setdefault((inputs, result.audio), result)
+                first = found.setdefault((*result.model, *result.asked, result.run.get("allow_missing")), result)
                 if first is not result and first.seeds.isdisjoint(result.seeds):
                     first.seeds |= result.seeds
                     first.runs += result.runs
                 elif first is not result:  # for example a copy
                     skipped.append(f"{file}: the same run as another one of {first.label}")
-    for (inputs, audio), result in found.items():
-        if audio != "real" and (real := found.get((inputs, "real"))):
-            real.drops[audio] = result.accuracy
-        elif audio != "real":
-            what = f"{audio} audio, but no real audio with the same weights and settings"
-            skipped.append(f"{result.folder}/test_{result.label}: {what}")
-    return [result for result in found.values() if result.audio == "real"], skipped
+    return list(found.values()), skipped
 
 
 def _read_result(file: Path, prefix: str) -> Result:
@@ -140,7 +133,7 @@ def _read_run(file: Path) -> dict:
         raise ValueError(f"{file}: {path.name} is no run file; evaluate again")
     if odd := [key for key, kind in RUN_FILE.items() if not isinstance(run.get(key), kind | None)]:
         raise ValueError(f"{file}: `{odd[0]}` in {path.name} is {run[odd[0]]!r:.80}; evaluate again")
-    return run
+    return run | {"audio": run.get("audio") or "real"}
 
 
 def build_tables(results: list[Result], sort: str = "total") -> list[tuple[str, list[Result]]]:
@@ -162,8 +155,3 @@ def build_tables(results: list[Result], sort: str = "total") -> list[tuple[str, 
 def differing(results: list[Result]) -> list[str]:
     """Settings in which these results differ."""
     return [column for column in SETTINGS if len({result.settings[column] for result in results}) > 1]
-
-
-def list_tasks(results: list[Result]) -> list[str]:
-    """Tasks of these results, in the order of MMAU's script."""
-    return list(dict.fromkeys(task for result in results for task in result.counts if task != "total"))

@@ -49,16 +49,12 @@ class Settings:
 
     def name(self, benchmark: str, usual_style: str, usual_dtype: str) -> str:
         """The stem of the files' names: the benchmark and all settings that are not the usual ones."""
-        other = {
-            self.audio: self.audio != "real",
-            f"sample-{self.sample_seed}": self.sample_seed is not None,
-            str(self.style): self.style != usual_style,
-            f"tokens-{self.max_new_tokens}": self.max_new_tokens != MAX_NEW_TOKENS,
-            self.dtype: self.dtype != usual_dtype,
-            f"channels-{self.channels}": self.channels != "first",
-            "allow_missing": self.allow_missing,
-        }
-        return "_".join([benchmark, *(part for part, differs in other.items() if differs)])
+        parts = {
+            self.audio: "real", f"sample-{self.sample_seed}": "sample-None", str(self.style): usual_style,
+            f"tokens-{self.max_new_tokens}": f"tokens-{MAX_NEW_TOKENS}", self.dtype: usual_dtype,
+            f"channels-{self.channels}": "channels-first", "allow_missing" * self.allow_missing: "",
+        }  # fmt: skip
+        return "_".join([benchmark, *(part for part, usual in parts.items() if part != usual)])
 
 
 def describe(label: str, weights: str, benchmark: Benchmark, hashes: dict[str, str], settings: Settings) -> dict:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from math import sqrt
 
 Z = 1.959964  # of the normal distribution, for 95% on two sides
-LEAST = 1e-99  # p-values below it are printed as such
 
 
 def confidence_interval(right: float, questions: int) -> tuple[float, float]:
@@ -36,17 +35,12 @@ class Difference:
         return 100 * max(-1.0, share - half), 100 * min(1.0, share + half)
 
     @property
-    def p_value(self) -> float:
-        """McNemar's exact test (McNemar 1947): gains and losses as fair coin tosses, two-sided."""
+    def p(self) -> str:
+        """The p-value of McNemar's exact test (McNemar 1947): gains and losses as fair coin tosses, two-sided."""
         from scipy.stats import binomtest  # takes half a second, also at the start of a training
 
-        changed = self.gained + self.lost
-        return float(binomtest(self.gained, changed).pvalue) if changed else 1.0
-
-    @property
-    def p(self) -> str:
-        """`p_value` as text, never 0."""
-        return f"{value:.2g}" if (value := self.p_value) > LEAST else f"<{LEAST:.0g}"
+        p = binomtest(self.gained, self.gained + self.lost).pvalue if self.gained + self.lost else 1.0
+        return f"{p:.2g}" if p > 1e-99 else "<1e-99"
 
 
 def compare(first: dict[str, bool], second: dict[str, bool]) -> Difference:

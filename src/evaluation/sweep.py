@@ -55,22 +55,17 @@ class Sweep:
 
 
 def make_jobs(models: list[str], out_dir: str | None = None, out_file: str | None = None) -> list[Job]:
-    """One job for each model, checkpoints in the order of their steps. Raises a `ValueError` if two models would write
-    the same files, or if a label cannot be part of a file's name.
-
-    Args:
-        models: folders or hub names, each as MODEL or LABEL=MODEL.
-        out_dir: parent of test_LABEL, the folder of the results; by default the folder that holds the checkpoint.
-        out_file: the results of a single model instead.
-    """
+    """One job for each folder or hub name, given as MODEL or LABEL=MODEL; checkpoints in the order of their steps.
+    Results go to `out_dir`/test_LABEL, by default beside the model, or those of a single model to `out_file`. Raises a
+    `ValueError` if two models would write the same files, or if a label cannot be part of a file's name."""
     jobs = []
     for given in dict.fromkeys(models):
-        label, model = label_of(given), given
-        if "=" in given and not Path(given).exists():
-            label, _, model = given.partition("=")
-            if "/" in label:
-                raise ValueError(f"{given}: no such folder, and {label!r} cannot be a label")
-            label = label or label_of(model)
+        label, separator, model = given.partition("=")
+        if not separator or Path(given).exists():
+            label, model = "", given
+        if "/" in label:
+            raise ValueError(f"{given}: no such folder, and {label!r} cannot be a label")
+        label = label or label_of(model)
         folder = Path(out_dir) if out_dir else Path(model).parent if Path(model).exists() else Path("exp") / label
         jobs.append(Job(model, label, folder / f"test_{label}", Path(out_file) if out_file else None))
     if len({job.file or job.folder for job in jobs}) < len(jobs):

@@ -82,11 +82,11 @@ class GreedyAccuracy:
         trainer, accelerator = self.trainer, self.trainer.accelerator
         if not questions.questions:
             return
-        was_training, quiet = trainer.model.training, trainer.args.disable_tqdm
+        was_training, title = trainer.model.training, None if trainer.args.disable_tqdm else "evaluation"
         unwrapped = unwrap_model_for_generation(trainer.model_wrapped, accelerator)
         with unwrapped as model, torch.no_grad(), accelerator.autocast():
             try:
-                answered, batches = base_model(model.eval()), questions.batches()
-                answer_batches(answered, questions, batches, completions.update, "evaluation", quiet)
+                batches = questions.batches()
+                answer_batches(base_model(model.eval()), questions, batches, completions.update, title)
             finally:
                 trainer.model.train(was_training)

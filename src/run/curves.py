@@ -112,7 +112,7 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
 def _accuracies(folder: Path, log: pd.DataFrame | None) -> list[tuple[int, float, float, float]]:
     """(step, accuracy in %, distances to the lower and upper end of its interval) of evaluated checkpoints, else of the
     accuracies measured in training, which have no interval."""
-    found = [(step, result) for result in read_results(folder)[0] if (step := result.step) is not None]
+    found = [(result.step, result) for result in read_results(folder)[0] if result.step is not None and result.is_real]
     if points := {step: result for step, result in found if result.asked == found[0][1].asked}:
         bounds = ((step, result.accuracy, *result.interval) for step, result in sorted(points.items()))
         return [(step, value, value - low, high - value) for step, value, low, high in bounds]

@@ -33,7 +33,8 @@ from evaluation.mmau import CUT_OFF, get_prediction
 from evaluation.statistics import compare
 from run.curves import plot_curves, read_history
 
-from .show_acc import PAPER, PAPER_ROW, to_table
+from .paper import PAPER, PAPER_ROW
+from .show_acc import to_table
 from .text import printable
 
 HERE = Path(__file__).parent

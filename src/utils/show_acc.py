@@ -2,14 +2,12 @@
 
     python src/utils/show_acc.py -i exp/model                      best first
     python src/utils/show_acc.py -i exp/model --compare 100 300    the paired difference, and the questions that changed
-    python src/utils/show_acc.py -i exp/model --format csv         numbers for programs
     python src/utils/show_acc.py --paper exp/*                     the table of docs/PAPER.md, filled from these runs
 
 Results on different questions, rows or clips get separate tables. Settings that the rows of a table share are printed
 above it; the others are columns. A terminal gets the columns that fit, a file all. See `evaluation/collect.py`.
 """
 
-import re
 import shutil
 import statistics
 import sys
@@ -23,16 +21,12 @@ import pandas as pd
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.collect import ASKED, SETTINGS, Result, build_tables, differing, list_tasks, read_results
+from evaluation.collect import ASKED, SETTINGS, Result, build_tables, differing, read_results
 from evaluation.mmau import get_prediction
 from evaluation.statistics import compare
+from utils.paper import PAPER, fill_paper
 from utils.text import printable
 
-PAPER = Path(__file__).resolve().parents[2] / "docs" / "PAPER.md"
-# A row of its table: all cells but the last; among them the name, the average in %, the folder that its command writes.
-PAPER_ROW = re.compile(
-    r"(?m)^(?P<cells>\| *(?P<name>.+?) *\|.*\| *(?P<average>[\d.]+) *\|[^|]*OUT_DIR=(?P<folder>\S+).*\|).*\|$"
-)
 # Answers (of the first seed) that name none of the choices or several, or were cut off at the token limit.
 COUNTS = {"no choice": "no_choice", "several": "several", "cut off": "cut_off"}
 
@@ -41,45 +35,29 @@ def to_table(results: list[Result]) -> pd.DataFrame:
     """One table as text: accuracies in %, each with its number of questions."""
     rows, best = [], max(results, key=lambda result: result.accuracy)
     for result in results:
-        total = result.accuracy
         row = {"step": result.row} | {column: result.settings[column] for column in differing(results)}
         row |= {name: f"{100 * right / asked:.2f} ({asked})" for name, (right, asked) in result.counts.items()}
         if len(result.runs) > 1:
             deviation = statistics.stdev(run.accuracy for run in result.runs)
-            row["total"] = f"{total:.2f} +- {deviation:.2f} ({len(result.runs)} seeds)"
+            row["total"] = f"{result.accuracy:.2f} +- {deviation:.2f} ({len(result.runs)} seeds)"
         row["95% interval"] = "{:.2f} - {:.2f}".format(*result.interval)
         if result is not best and len(result.runs) == len(best.runs) == 1:
             difference = compare(best.right, result.right)
             row["to the best"] = f"{difference.points:+.2f} (p {difference.p})"
-        row |= {audio: f"{drop:.2f} ({drop - total:+.2f})" for audio, drop in result.drops.items()}
         row |= {"not asked": str(result.not_asked)} if result.not_asked else {}
         rows.append(row | {name: str(getattr(result.scores, key)) for name, key in COUNTS.items()})
-    columns = ["step", *differing(results), *list_tasks(results), "total", "95% interval", "to the best"]
-    columns += ["silent", "shuffled", "not asked", *COUNTS]
+    tasks = dict.fromkeys(task for result in results for task in result.counts if task != "total")
+    columns = ["step", *differing(results), *tasks, "total", "95% interval", "to the best", "not asked", *COUNTS]
     return pd.DataFrame(rows, columns=columns).dropna(axis=1, how="all").fillna("-")
-
-
-def format_csv(results: list[Result]) -> str:
-    """All results for programs: a number per cell, accuracies in %."""
-    rows = []
-    for result in (result for _, ranked in build_tables(results) for result in ranked):
-        row: dict[str, object] = {"benchmark": result.benchmark.name, "release": result.benchmark.release}
-        row |= {"questions": result.benchmark.digest, "step": result.row} | result.settings
-        for name in [*list_tasks(results), "total"]:
-            right, asked = result.counts.get(name, (0, 0))
-            row |= {name: 100 * right / asked if asked else None, f"{name}_questions": asked}
-        row["low"], row["high"] = result.interval
-        row |= {"seeds": len(result.runs), "not_asked": result.not_asked} | result.drops
-        rows.append(row | {key: getattr(result.scores, key) for key in COUNTS.values()})
-    return pd.DataFrame(rows).to_csv(index=False, float_format="%.2f")
 
 
 def format_tables(results: list[Result], sort: str = "total", width: float = inf) -> str:
     """All tables, each below its title and settings. Columns over a `width` in characters are omitted."""
     blocks = []
     for title, ranked in build_tables(results, sort):
-        shared = {column: ranked[0].settings[column] for column in SETTINGS if column not in differing(ranked)}
-        how = ", ".join(f"{column} {value}" for column, value in shared.items() if value) or "settings: not recorded"
+        shared = [column for column in SETTINGS if column not in differing(ranked)]
+        values = [f"{column} {ranked[0].settings[column]}" for column in shared if ranked[0].settings[column]]
+        how = ", ".join(value for value in values if value != "audio real") or "settings: not recorded"
         table, omitted = to_table(ranked), list[str]()
         while (text := _to_text(table)).index("\n") > width and list(table) != ["step", "total"]:
             last = [column for column in table if column not in ("step", "total")][-1]
@@ -98,7 +76,7 @@ def format_comparison(results: list[Result], first: str, second: str) -> str:
     Raises a `ValueError` if a name is not that of exactly one row, or if the rows do not compare."""
     results, pair = [result for _, rows in build_tables(results, "step") for result in rows], []
     for name in (first, second):
-        rows = [result for result in results if name in (result.name, result.row)]
+        rows = [result for result in results if name == result.name or name == result.row and result.is_real]
         if len(rows) != 1:
             names = ", ".join(result.name for result in results)
             raise ValueError(f"{len(rows)} results are called {name!r}; choose among: {names}")
@@ -121,33 +99,12 @@ def format_comparison(results: list[Result], first: str, second: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
-    """The text of docs/PAPER.md with the last cell of a row filled by the best result in the one of `folders` that its
-    command writes to; and a line for each skipped file or result, such as one on other questions than the paper's."""
-    best: dict[str, Result] = {}  # name of a folder -> its best result
-    results, skipped = read_results(*folders)
-    for result in sorted(results, key=lambda result: -result.accuracy):
-        if result.benchmark.is_original:
-            best.setdefault(Path(result.folder).name, result)
-        else:
-            skipped.append(f"{result.folder}, {result.label}: not MMAU's test-mini in the paper's release")
-
-    def fill(row: re.Match) -> str:
-        if not (found := best.get(Path(row["folder"]).name)):
-            return f"{row['cells']} |"
-        accuracies = " / ".join(f"{100 * right / asked:.2f}" for right, asked in found.counts.values())
-        return f"{row['cells']} {found.label}: {accuracies} ({found.interval[0]:.2f} - {found.interval[1]:.2f}) |"
-
-    return PAPER_ROW.sub(fill, text), skipped
-
-
 def main() -> None:
     parser = ArgumentParser(description="Print the accuracies of evaluated checkpoints.", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-i", "--input_dir", nargs="+", help="folder(s) that hold test_*/")
     what.add_argument("--paper", nargs="*", metavar="DIR", help="only the paper's table, filled from these runs: exp/*")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two rows of the table: how B differs from A")
-    parser.add_argument("--format", choices=("text", "csv"), default="text")
     parser.add_argument("--sort", choices=("total", "step"), default="total", help="best first, or by step")
     args = parser.parse_args()
     text, results = "", list[Result]()
@@ -169,8 +126,6 @@ def main() -> None:
 def _format(results: list[Result], args: Namespace) -> str:
     if args.compare:
         return format_comparison(results, *args.compare)
-    if args.format == "csv":
-        return format_csv(results)
     return format_tables(results, args.sort, shutil.get_terminal_size().columns if sys.stdout.isatty() else inf)
 
 
