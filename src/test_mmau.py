@@ -49,6 +49,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 without")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--allow_missing", action="store_true", help="count questions without a usable clip as wrong, do not stop")
+    add("--allow_outside", action="store_true", help="use clips outside --audio_dir as well")
     add("--force", action="store_true", help="evaluate again what is finished")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +63,7 @@ def run(args: Namespace) -> int:
     if args.out_file and len(args.data_file) > 1:
         raise ValueError("--out_file holds the results on one file of questions; pass a single --data_file")
     jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
-    benchmarks = {file: load_questions(file, args.audio_dir) for file in args.data_file}
+    benchmarks = {path: load_questions(path, args.audio_dir, (), args.allow_outside) for path in args.data_file}
     if len({benchmark.name for benchmark in benchmarks.values()}) < len(args.data_file):
         raise ValueError(f"--data_file {' '.join(args.data_file)}: results would have one name; pass one at a time")
     settings = Settings(dtype=args.dtype, style=args.prompt_style, audio=args.hear, channels=args.audio_channels,

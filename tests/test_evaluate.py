@@ -374,6 +374,49 @@ def test_a_finished_sweep_decodes_nothing_and_loads_nothing(few, checkpoint, mon
     assert sweep(*flags) == 0
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_clip_outside_the_audio_folder_is_refused(tmp_path, checkpoint, absolute):
+    rows = make_rows(2)
+    path = write_questions(tmp_path / "MMAU", rows)
+    (tmp_path / "MMAU" / rows[1]["audio_id"]).rename(tmp_path / "private.wav")
+    rows[1]["audio_id"] = str(tmp_path / "private.wav") if absolute else "../private.wav"
+    path.write_text(json.dumps(rows))
+    flags = ["--model_path", checkpoint, "--data_file", path]
+    with pytest.raises(ValueError, match="private.wav.*--allow_outside"):
+        sweep(*flags)
+    assert sweep(*flags, "--allow_outside") == 0
+
+
+def test_a_pipe_in_the_place_of_a_clip_does_not_hang(tmp_path, checkpoint):
+    rows = make_rows(2)
+    path = write_questions(tmp_path, rows)
+    (tmp_path / rows[1]["audio_id"]).unlink()
+    os.mkfifo(tmp_path / rows[1]["audio_id"])
+    signal.alarm(60)  # ends the tests if it does
+    try:
+        with pytest.raises(ValueError, match="1 of 2"):
+            sweep("--model_path", checkpoint, "--data_file", path)
+    finally:
+        signal.alarm(0)
+
+
+def test_a_question_over_the_models_context_is_refused(tmp_path, checkpoint):
+    """The tokenizer says how much it is."""
+    rows = make_rows(3)
+    rows[1]["question"] += " What?" * 3000
+    path = write_questions(tmp_path, rows)
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 2000}))
+    with pytest.raises(ValueError, match=f"(?s)1 of 3.*{rows[1]['id']}.*2000"):
+        sweep("--model_path", checkpoint, "--data_file", path)
+
+
+def test_a_linked_checkpoint_keeps_its_step(few, trained, tmp_path):
+    (tmp_path / "checkpoint-7").symlink_to(trained / "checkpoint-100")
+    assert sweep("--model_path", tmp_path / "checkpoint-7", "--data_file", few) == 0
+    assert [result.step for result in read_results(tmp_path)[0]] == [7]
+
+
 def test_without_any_clip_there_is_nothing_to_evaluate(tmp_path, checkpoint):
     rows = make_rows(2)
     path = write_questions(tmp_path, rows)

@@ -4,11 +4,12 @@ decode and encode a batch while the model answers the previous one. `decoding.py
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel
 
 from dataset.audio import load_audio
 from dataset.encode import count_audio_tokens, encode_question, join
@@ -30,21 +31,17 @@ class EncodedQuestions:
     """Questions as the model's inputs. Each is encoded alone, since rounding must not depend on the batch. `samples` is
     the length of the clip at every path, at 16 kHz, or why it does not decode (`measure_clips`)."""
 
-    def __init__(
-        self, questions: list[Question], samples: dict[str, int | str], processor: ProcessorMixin, run: Settings
-    ):
+    def __init__(self, questions: list[Question], samples: dict[str, int | str], processor: Any, run: Settings):
         self.questions, self.samples, self.processor, self.run = questions, samples, processor, run
         self.window = processor.feature_extractor.n_samples
         self.swapped = swap_clips([question.audio_path for question in questions]) if run.audio == "shuffled" else {}
 
     def encode(self, index: int) -> BatchFeature:
+        """The model's inputs for one question, its clip cut to the model's window as in the original."""
         with single_thread():
-            return encode_question(self.processor, self.text(index), self.clip(index))
-
-    def clip(self, index: int) -> np.ndarray:
-        """The clip to encode, float32 (samples,) at 16 kHz, cut to the model's window as in the original."""
-        clip = load_audio(self.clip_path(index), self.run.channels)[: self.window]
-        return np.zeros_like(clip) if self.run.audio == "silent" else clip
+            clip = load_audio(self.clip_path(index), self.run.channels)[: self.window]
+            heard = np.zeros_like(clip) if self.run.audio == "silent" else clip
+            return encode_question(self.processor, self.text(index), heard)
 
     def clip_path(self, index: int) -> str:
         path = self.questions[index].audio_path
@@ -83,12 +80,9 @@ class EncodedQuestions:
     def batches(self) -> list[list[int]]:
         """Indices of all questions, batched by prompt length, longest first, the same for any order of rows."""
         hop, size = self.processor.feature_extractor.hop_length, self.run.batch_size
-
-        def length(index: int) -> int:
-            samples = min(self.samples[self.clip_path(index)], self.window)
-            return self.text_tokens[index] + count_audio_tokens(samples, hop)
-
-        order = sorted(range(len(self.questions)), key=lambda index: (-length(index), self.questions[index].id))
+        samples = [min(self.samples[self.clip_path(index)], self.window) for index in range(len(self.questions))]
+        lengths = [text + count_audio_tokens(clip, hop) for text, clip in zip(self.text_tokens, samples, strict=True)]
+        order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], self.questions[index].id))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 

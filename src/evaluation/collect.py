@@ -32,15 +32,15 @@ class Result:
 
     label: str  # step, or a name
     folder: str  # that holds test_LABEL
-    prefix: str  # of the row's name; the folder if there are several
+    row: str  # the label, after its folder if there are several
     benchmark: Benchmark
     run: dict  # content of the run file
     runs: list[Scores]
     records: dict[str, dict]  # question's id -> its row with the answer (of the first run)
-    variant: str = ""  # those of the settings in which the rows of its table differ
+    name: str = ""  # `row`, with the settings in which the rows of its table differ
 
     def __post_init__(self):
-        run, self.row, self.scores = self.run, self.prefix + self.label, self.runs[0]
+        run, self.scores = self.run, self.runs[0]
         self.step = int(self.label) if self.label.isdecimal() else None
         self.seeds = {run.get("sample_seed")}
         self.not_asked = len(run.get("missing") or [])  # questions that could not be asked and count as wrong
@@ -50,10 +50,6 @@ class Result:
         self.is_real = self.settings["audio"] == "real"
         self.asked = (self.benchmark.digest, *(run.get(key) for key in ASKED))
         self.model = (self.folder, self.label, str(run.get("weights")), *self.settings.values())
-
-    @property
-    def name(self) -> str:
-        return f"{self.row} ({self.variant})" if self.variant else self.row
 
     @property
     def accuracy(self) -> float:
@@ -95,11 +91,10 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
                     continue
                 first = found.setdefault((*result.model, *result.asked, result.run.get("allow_missing")), result)
-                if first is not result and first.seeds.isdisjoint(result.seeds):
-                    first.seeds |= result.seeds
-                    first.runs += result.runs
-                elif first is not result:  # for example a copy
+                if first is not result and first.seeds & result.seeds:  # for example a copy
                     skipped.append(f"{file}: the same run as another one of {first.label}")
+                elif first is not result:
+                    first.seeds, first.runs = first.seeds | result.seeds, first.runs + result.runs
     return list(found.values()), skipped
 
 
@@ -116,7 +111,7 @@ def _read_result(file: Path, prefix: str) -> Result:
             if run.get("label") and run.get("weights") not in (None, fingerprint(checkpoint, download=False)):
                 raise ValueError(f"{checkpoint} has changed since {file} was written; evaluate it again")
     by_id = {question.id: question.record for question in benchmark.questions}
-    return Result(label, str(folder), prefix, benchmark, run, [evaluate(list(by_id.values()))], by_id)
+    return Result(label, str(folder), prefix + label, benchmark, run, [evaluate(list(by_id.values()))], by_id)
 
 
 def _read_run(file: Path) -> dict:
@@ -145,7 +140,8 @@ def build_tables(results: list[Result], sort: str = "total") -> list[tuple[str, 
     titled = []
     for asked, rows in tables.items():
         for result in rows:
-            result.variant = ", ".join(result.settings[column] for column in differing(rows))
+            variant = ", ".join(result.settings[column] for column in differing(rows))
+            result.name = f"{result.row} ({variant})" if variant else result.row
         notes = [f", {key} {asked[i] or 'not recorded'}" for i, key in enumerate(ASKED, start=1)
                  if len({other[i] for other in tables if other[0] == asked[0]}) > 1]  # fmt: skip
         titled.append((rows[0].benchmark.title + "".join(notes), rows))

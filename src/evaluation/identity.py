@@ -14,6 +14,7 @@ from model.files import PROCESSOR_FILES, WEIGHTS
 
 from .files import hash_file, write_whole
 
+UNUSED = ["*.md", "*.png", "*.mp3", "*.wav"]  # files of a hub model
 FINGERPRINTS = ".fingerprint.json"  # hashes of a checkpoint's files, in its folder (`_hash_files`)
 
 
@@ -29,8 +30,7 @@ def locate(model: str, revision: str | None = None, download: bool = True) -> Pa
     if model.startswith(("/", ".")) or model.count("/") != 1:
         raise IncompleteCheckpoint(f"{model}: no such folder")
     try:
-        how = {"local_files_only": not download, "ignore_patterns": ["*.md", "*.png", "*.mp3", "*.wav"]}
-        return Path(snapshot_download(model, revision=revision, **how))
+        return Path(snapshot_download(model, revision=revision, local_files_only=not download, ignore_patterns=UNUSED))
     except Exception as error:  # the hub's client raises many types
         raise IncompleteCheckpoint(f"{model}: no folder, and not found on the hub ({type(error).__name__})") from error
 

@@ -5,8 +5,7 @@
     test_300/run_mmau_mini.json     what was evaluated, the `Settings`, and the digests of the two other files
     test_300/res_mmau_mini.json.partial-*   answers so far, one file per process; a killed run continues from them
 
-Settings other than the defaults are part of the names: `res_mmau_mini_sample-7_tokens-64.json`. See also `answers.py`
-(the answers) and `mmau.py` (the scores).
+Settings other than the defaults are part of the names: `res_mmau_mini_sample-7_tokens-64.json`.
 """
 
 import hashlib
@@ -105,7 +104,6 @@ class ResultFiles:
     def resume(self, force: bool = False) -> dict[str, Completion]:
         """{id: completion} of an unfinished run, then all in one partial file; nothing with `force`. The other partial
         files are removed."""
-        self.results.parent.mkdir(parents=True, exist_ok=True)
         done = {} if force else self._read_partials()
         first = self.results.with_name(f"{self.results.name}.partial-0")
         write_whole(first, self._to_lines(done, header=True))

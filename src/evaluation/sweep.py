@@ -46,10 +46,6 @@ class Sweep:
     force: bool = False  # repeat finished evaluations
 
     @cached_property
-    def hashes(self) -> dict[str, str]:
-        return hash_clips(self.benchmark.questions)
-
-    @cached_property
     def samples(self) -> dict[str, int | str]:
         return measure_clips(self.benchmark.questions, self.settings.channels)
 
@@ -84,9 +80,10 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
         say(f"{count}; they are asked and counted nevertheless:\n  {first_problems(benchmark.faults)}")
     if benchmark.has_answers:  # rows that cannot be scored fail now instead of after hours
         evaluate([question.record | {"model_output": ""} for question in benchmark.questions])
+    hashes = hash_clips(benchmark.questions)  # by all processes together
     for job in jobs:
         try:
-            _evaluate(sweep, job)
+            _evaluate(sweep, job, hashes)
             evaluated += 1
         except DataError:
             raise
@@ -96,11 +93,10 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
     return evaluated
 
 
-def _evaluate(sweep: Sweep, job: Job) -> None:
+def _evaluate(sweep: Sweep, job: Job, hashes: dict[str, str]) -> None:
     """Have one model answer all questions and write its results, unless that is done. Raises as `run_sweep`, and a
     `ValueError` or `OSError` if the model cannot be loaded or the results cannot be written."""
-    hashes = sweep.hashes  # all processes compute them together
-    folder, settings, files, differences = run_on_all(partial(_prepare, sweep, job), main=True)
+    folder, settings, files, differences = run_on_all(partial(_prepare, sweep, job, hashes), main=True)
     if differences == [] and not sweep.force:
         say(f"{job.label}: finished before, skipped (--force repeats it)")
         return
@@ -140,7 +136,7 @@ def _evaluate(sweep: Sweep, job: Job) -> None:
             lock.release()
 
 
-def _prepare(sweep: Sweep, job: Job) -> tuple[Path, Settings, ResultFiles, list[str] | None]:
+def _prepare(sweep: Sweep, job: Job, hashes: dict[str, str]) -> tuple[Path, Settings, ResultFiles, list[str] | None]:
     """A model's folder, settings and files of results, and their differences from what is on disk."""
     folder, benchmark, asked = locate(job.model), sweep.benchmark, sweep.settings.style
     check_whole(folder)
@@ -150,6 +146,6 @@ def _prepare(sweep: Sweep, job: Job) -> tuple[Path, Settings, ResultFiles, list[
     usual = recorded or DEFAULT_STYLE
     settings = replace(sweep.settings, style=asked or usual)
     name = f"res_{settings.name(benchmark.name, usual, DTYPES[sweep.device])}{sweep.suffix}"
-    described = describe(job.label, fingerprint(folder), benchmark, sweep.hashes, settings)
+    described = describe(job.label, fingerprint(folder), benchmark, hashes, settings)
     files = ResultFiles(job.file or job.folder / name, described)
     return folder, settings, files, files.find_differences()

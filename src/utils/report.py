@@ -27,7 +27,7 @@ from markupsafe import Markup
 
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import WINDOW_SECONDS
-from dataset.questions import to_question
+from dataset.questions import check_inside, to_question
 from evaluation.collect import SETTINGS, Result, build_tables, read_results
 from evaluation.mmau import CUT_OFF, get_prediction
 from evaluation.statistics import compare
@@ -214,8 +214,8 @@ def add_clips(questions: list[dict], count: int, place: Path, inside: Path | Non
     for question in sorted(questions, key=interest):
         path, question["clip"] = question["clip"], ""
         try:
-            if inside is not None and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(inside)):
-                raise ValueError(f"{path}: outside {inside}; --allow_outside includes it")
+            if inside is not None:
+                check_inside(path, inside)
             if not os.path.isfile(path):
                 raise ValueError(f"{path}: no such clip; --audio_dir is the folder of the paths")
             question["clip"] = "./" + quote(os.path.relpath(path, place))  # quotes also the `:` of a scheme

@@ -11,7 +11,7 @@ above it; the others are columns. A terminal gets the columns that fit, a file a
 import shutil
 import statistics
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from math import inf
 from pathlib import Path
 from textwrap import dedent
@@ -55,15 +55,15 @@ def format_tables(results: list[Result], sort: str = "total", width: float = inf
     """All tables, each below its title and settings. Columns over a `width` in characters are omitted."""
     blocks = []
     for title, ranked in build_tables(results, sort):
-        shared = [column for column in SETTINGS if column not in differing(ranked)]
-        values = [f"{column} {ranked[0].settings[column]}" for column in shared if ranked[0].settings[column]]
-        how = ", ".join(value for value in values if value != "audio real") or "settings: not recorded"
+        kept = ["step", *differing(ranked), "total"]
+        shared = {column: ranked[0].settings[column] for column in SETTINGS if column not in kept}
+        how = ", ".join(f"{column} {value}" for column, value in shared.items() if value not in ("", "real"))
         table, omitted = to_table(ranked), list[str]()
-        while (text := _to_text(table)).index("\n") > width and list(table) != ["step", "total"]:
-            last = [column for column in table if column not in ("step", "total")][-1]
+        while (text := _to_text(table)).index("\n") > width and len(table.columns) > len(kept):
+            last = [column for column in table if column not in kept][-1]
             table, omitted = table.drop(columns=last), [last, *omitted]
         note = f"too wide for the terminal: {', '.join(omitted)}\n" if omitted else ""
-        blocks.append(f"{title}\n{how}\n{text}\n{note}")
+        blocks.append(f"{title}\n{how or 'settings: not recorded'}\n{text}\n{note}")
     return "\n".join(blocks)
 
 
@@ -93,9 +93,8 @@ def format_comparison(results: list[Result], first: str, second: str) -> str:
              f"{difference.lost} wrong"]  # fmt: skip
     for id_, record in a.records.items():
         if a.right[id_] != b.right[id_]:
-            answers = f"{get_prediction(record)!r} -> {get_prediction(b.records[id_])!r}"
-            sign = "+" if b.right[id_] else "-"
-            lines.append(f"{sign} {id_}: {record['question']} {answers}, right is {record['answer']!r}")
+            answers = f"{get_prediction(record)!r} -> {get_prediction(b.records[id_])!r}, right is {record['answer']!r}"
+            lines.append(f"{'+' if b.right[id_] else '-'} {id_}: {record['question']} {answers}")
     return "\n".join(lines) + "\n"
 
 
@@ -116,17 +115,16 @@ def main() -> None:
             results, skipped = read_results(*args.input_dir)
             skipped += [] if results else [f"all: no results in {', '.join(args.input_dir)}"]
         print(*(printable(f"skipped {line}\n") for line in skipped), sep="", end="", file=sys.stderr)
-        print(printable(_format(results, args) if results else text), end="")
+        if results and args.compare:
+            text = format_comparison(results, *args.compare)
+        elif results:
+            columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else inf
+            text = format_tables(results, args.sort, columns)
+        print(printable(text), end="")
     except (ValueError, OSError) as error:
         sys.exit(printable(f"show_acc: {error}"))
     if len({result.asked for result in results}) > 1:
         print("results on different questions, rows or clips do not compare: see separate tables", file=sys.stderr)
-
-
-def _format(results: list[Result], args: Namespace) -> str:
-    if args.compare:
-        return format_comparison(results, *args.compare)
-    return format_tables(results, args.sort, shutil.get_terminal_size().columns if sys.stdout.isatty() else inf)
 
 
 if __name__ == "__main__":
