@@ -24,8 +24,6 @@ from .decoding import Greedy, Sampler, single_thread
 from .lengths import check_prompt, count_text_tokens
 from .results import Completion, Settings
 
-Write = Callable[[dict[str, Completion]], None]  # of {question's id: its completion}
-
 
 class EncodedQuestions:
     """Questions as the model's inputs. Each is encoded alone, since rounding must not depend on the batch. `samples` is
@@ -87,7 +85,7 @@ class EncodedQuestions:
 
 
 def answer_batches(
-    model: PreTrainedModel, questions: EncodedQuestions, batches: list[list[int]], write: Write, title: str | None
+    model: PreTrainedModel, questions: EncodedQuestions, batches: list[list[int]], write: Callable, title: str | None
 ) -> None:
     """Answer this process's share of `batches`, greedily or as `sample_seed` says, and pass each batch's {id:
     completion} to `write` at once. The first process shows a progress bar with the title, if any. Raises a `ValueError`

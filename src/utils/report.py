@@ -11,11 +11,10 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,9 +27,11 @@ from markupsafe import Markup
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import WINDOW_SECONDS
 from dataset.questions import check_inside, to_question
+from dataset.rows import read_json
 from evaluation.collect import SETTINGS, Result, build_tables, read_results
 from evaluation.mmau import CUT_OFF, get_prediction
 from evaluation.statistics import compare
+from run.checkpoints import RECORD
 from run.curves import plot_curves, read_history
 
 from .paper import PAPER, PAPER_ROW
@@ -104,38 +105,16 @@ def _draw(draw: Callable[[Path], None], notes: list[str]) -> str:
             return ""
 
 
-class _Named:
-    """Replaces an object of any class in a pickle, and keeps its arguments and state."""
-
-    def __init__(self, *args):
-        self.args, self.state = args, {}
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _Names(pickle.Unpickler):
-    """Reads a pickle without importing or calling anything."""
-
-    def find_class(self, module, name):
-        return _Named
-
-
 def read_settings(run: Path) -> dict[str, object]:
-    """The training's settings from the newest readable `training_args.bin`, without access tokens and dictionaries,
+    """The training's settings from the newest checkpoint that records them, without access tokens and dictionaries,
     which may hold some."""
-    paths = sorted(run.glob("checkpoint-*/training_args.bin"), key=os.path.getmtime, reverse=True)
-    for path in [run / "training_args.bin", *paths]:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                state = _Names(io.BytesIO(archive.read(name))).load().state
-            plain = {key: getattr(value, "args", (value,)) for key, value in sorted(state.items())}
-            return {key: value[0] for key, value in plain.items()
-                    if value and isinstance(value[0], (str, int, float, list)) and key[0] != "_"
-                    and not key.endswith("token")}  # fmt: skip
-        except Exception:  # damaged pickles raise many types
-            continue
+    for path in sorted(run.glob(f"checkpoint-*/{RECORD}"), key=os.path.getmtime, reverse=True):
+        with suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError
+        ):  # damaged; an older one may be whole
+            settings = sorted(read_json(path, "an older one is read")["settings"].items())
+            return {key: value for key, value in settings
+                    if isinstance(value, (str, int, float, list)) and not key.endswith("token")}  # fmt: skip
     return {}
 
 
