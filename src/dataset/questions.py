@@ -64,7 +64,7 @@ def load_questions(
     folder = Path(audio_dir or path.parent)
     benchmark = to_benchmark(list(records.values()), path, folder, list(records))
     for question in benchmark.questions if not allow_outside else ():
-        check_inside(question.audio_path, folder)
+        check_inside(folder / (question.record.get("audio_id") or question.record["audio_path"]), folder)
     return benchmark
 
 
