@@ -107,9 +107,7 @@ def _evaluate(sweep: Sweep, job: Job, hashes: dict[str, str]) -> None:
     if missing := questions.find_unusable():
         count = f"{len(missing)} of {len(questions.questions)} questions cannot be asked"
         if len(missing) == len(questions.questions) or not settings.allow_missing:
-            remedy = (
-                "there is nothing to evaluate" if settings.allow_missing else "--allow_missing counts them as wrong"
-            )
+            remedy = "nothing is left to ask" if settings.allow_missing else "--allow_missing counts them as wrong"
             raise DataError(f"{count}; {remedy}:\n  {first_problems(missing.values())}")
         say("\n  ".join([f"{count} and count as wrong:", *missing.values()]))
         questions = questions.without(missing)
