@@ -31,7 +31,6 @@ OUT_DIR=${OUT_DIR:-exp/model}                      # holds checkpoint-*; results
 MMAU_DIR=${MMAU_DIR:-data/MMAU}                    # holds the questions and the folders of clips
 MODEL_NP=${MODEL_NP:-Qwen/Qwen2-Audio-7B-Instruct} # the base model
 BATCH_SIZE=${BATCH_SIZE:-32}
-ENGINE=${ENGINE:-}                                 # "vllm" for long answers, in the environment of setup_vllm.sh
 STEPS=${STEPS:-all}                                # "300 500", say; "all" checkpoints; "base", the base model; folders of OUT_DIR
 
 DATA_FILE=${DATA_FILE:-$MMAU_DIR/mmau-test-mini.json}
@@ -46,7 +45,7 @@ PROMPT_STYLE=${PROMPT_STYLE:-}
 . ./setup_env.sh
 
 set -- --data_file "$DATA_FILE" ${SHIFTED:+"$SHIFTED"} --audio_dir "$MMAU_DIR" --out_dir "$OUT_DIR" --batch_size "$BATCH_SIZE" \
-    ${PROMPT_STYLE:+--prompt_style "$PROMPT_STYLE"} ${ENGINE:+--engine "$ENGINE"} "$@"
+    ${PROMPT_STYLE:+--prompt_style "$PROMPT_STYLE"} "$@"
 MODELS=0
 for STEP in $STEPS; do
     case $STEP in

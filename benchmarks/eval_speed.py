@@ -37,7 +37,7 @@ from dataset.encode import build_chat
 from dataset.prompt import build_question
 from dataset.questions import Benchmark, load_questions
 from evaluation import results
-from evaluation.answers import EncodedQuestions, answer_batches, complete_with
+from evaluation.answers import EncodedQuestions, answer_batches
 from evaluation.checkpoints import load_model
 from evaluation.clips import measure_clips
 from model.qwen2_audio import end_ids
@@ -99,8 +99,7 @@ def run_ours(model, processor, benchmark: Benchmark, style: str, max_new_tokens:
     samples = measure_clips(benchmark.questions, run.channels)
     questions = EncodedQuestions(benchmark.questions, samples, processor, run)
     completions = {}
-    complete = complete_with(model, questions)
-    answer_batches(complete, questions, questions.batches(), completions.update, "ours", quiet=True)
+    answer_batches(model, questions, questions.batches(), completions.update, title=None)
     return {id_: completion.text for id_, completion in completions.items()}
 
 

@@ -23,17 +23,19 @@ import torch
 
 from dataset.audio import CHANNELS, SAMPLE_RATE, load_audio
 from dataset.dataset import check_choices
-from dataset.encode import check_clip_length, check_no_special_token, encode
+from dataset.encode import encode
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer, load_style
 from dataset.rows import DataError
-from evaluation.checkpoints import check_whole, load_model, locate
-from evaluation.collect import printable
+from evaluation.checkpoints import check_whole, load_model
 from evaluation.decoding import Greedy, score
+from evaluation.identity import locate
+from evaluation.lengths import check_prompt, count_text_tokens
 from evaluation.mmau import string_match
 from evaluation.results import MAX_NEW_TOKENS
 from model.generation import generate
 from model.qwen2_audio import check_audio_token, end_ids, load_processor
 from utils.flags import at_least
+from utils.text import printable
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -83,11 +85,11 @@ def run(args: Namespace) -> dict:
     processor = load_processor(folder)
     style = args.prompt_style or load_style(folder) or DEFAULT_STYLE
     prompt = build_question(question, choices, style)
-    check_no_special_token(prompt, processor)
     clip = load_audio(args.audio, args.audio_channels)
     if args.start is not None:
         clip = cut_clip(clip, args.start, processor.feature_extractor.n_samples)
-    check_clip_length(len(clip), processor)
+    text_tokens, longest = count_text_tokens(processor, [prompt])[0], processor.tokenizer.model_max_length
+    check_prompt(prompt, len(clip), text_tokens, processor, longest)
     dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
     model = load_model(folder, dtype, torch.device(device))
     completion, probabilities = ask(model, processor, clip, question, choices, style, args.max_new_tokens)

@@ -22,7 +22,6 @@ import torch
 from dataset.audio import CHANNELS
 from dataset.prompt import DEFAULT_STYLE, STYLES
 from dataset.questions import load_questions
-from evaluation.answers import complete_with
 from evaluation.clips import AUDIO
 from evaluation.processes import leave, processes, say
 from evaluation.results import MAX_NEW_TOKENS, Settings
@@ -49,20 +48,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--max_new_tokens", type=at_least(1), default=MAX_NEW_TOKENS, help="longest completion")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 without")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    add("--engine", choices=("built-in", "vllm"), default="built-in", help="vllm: for long answers; not byte-exact")
     add("--allow_missing", action="store_true", help="count questions without a usable clip as wrong, do not stop")
+    add("--allow_outside", action="store_true", help="use clips outside --audio_dir as well")
     add("--force", action="store_true", help="evaluate again what is finished")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype, args.vllm = args.dtype or DTYPES[args.device], None
-    if args.engine == "vllm":
-        if args.sample:
-            parser.error("--sample requires --engine built-in, since vLLM draws other numbers from a seed")
-        try:
-            from run.vllm import GreedyEngine
-        except ImportError as error:
-            parser.error(f"--engine vllm requires the environment that setup_vllm.sh makes ({error})")
-        args.vllm = GreedyEngine(on_cpu=args.device == "cpu")
+    args.dtype = args.dtype or DTYPES[args.device]
     return args
 
 
@@ -72,16 +63,16 @@ def run(args: Namespace) -> int:
     if args.out_file and len(args.data_file) > 1:
         raise ValueError("--out_file holds the results on one file of questions; pass a single --data_file")
     jobs = make_jobs(args.model_path, args.out_dir, args.out_file)
-    benchmarks = {file: load_questions(file, args.audio_dir) for file in args.data_file}
+    benchmarks = {path: load_questions(path, args.audio_dir, (), args.allow_outside) for path in args.data_file}
     if len({benchmark.name for benchmark in benchmarks.values()}) < len(args.data_file):
         raise ValueError(f"--data_file {' '.join(args.data_file)}: results would have one name; pass one at a time")
     settings = Settings(dtype=args.dtype, style=args.prompt_style, audio=args.hear, channels=args.audio_channels,
                    max_new_tokens=args.max_new_tokens, sample_seed=args.seed if args.sample else None,
-                   allow_missing=args.allow_missing, batch_size=args.batch_size, engine=args.engine)  # fmt: skip
+                   allow_missing=args.allow_missing, batch_size=args.batch_size)  # fmt: skip
     evaluated, total = 0, len(jobs) * len(benchmarks)
     for file, benchmark in benchmarks.items():
         suffix = ".jsonl" if Path(file).suffix == ".jsonl" else ".json"  # that of the benchmark's own script
-        sweep = Sweep(benchmark, settings, suffix, args.device, args.force, args.vllm or complete_with)
+        sweep = Sweep(benchmark, settings, suffix, args.device, args.force)
         evaluated += run_sweep(sweep, jobs)
     if evaluated < total:
         say(f"{total - evaluated} of {total} evaluations were skipped")
@@ -95,7 +86,7 @@ def main() -> int:
         status = run(args)
     except (ValueError, OSError) as error:
         say(f"test_mmau: {error}")
-    leave(args.vllm and args.vllm.close)
+    leave()
     return status
 
 

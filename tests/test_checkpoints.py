@@ -13,16 +13,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from evaluation import checkpoints
-from evaluation.checkpoints import (
-    FINGERPRINTS,
-    IncompleteCheckpoint,
-    check_whole,
-    find_base,
-    fingerprint,
-    full_model,
-    load_merged,
-)
+from evaluation import checkpoints, identity
+from evaluation.checkpoints import check_whole, full_model, load_merged
+from evaluation.identity import FINGERPRINTS, IncompleteCheckpoint, find_base, fingerprint
 from model.checkpoints import complete_checkpoint
 from model.qwen2_audio import load_processor
 
@@ -199,7 +192,7 @@ def test_pickled_weights_are_refused(small_model, tmp_path):
 
 def test_nothing_is_written_into_the_hubs_cache(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path)
-    monkeypatch.setattr(checkpoints.constants, "HF_HUB_CACHE", str(tmp_path / "link"))
+    monkeypatch.setattr(identity.constants, "HF_HUB_CACHE", str(tmp_path / "link"))
     before = sorted(checkpoint.iterdir())
     found = fingerprint(checkpoint)
     assert sorted(checkpoint.iterdir()) == before

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
@@ -21,10 +22,11 @@ from conftest import ROOT, SHARED, write_tone
 from dataset.prompt import save_style
 from dataset.questions import load_questions
 from evaluation import processes
-from evaluation.answers import EncodedQuestions, answer_batches, complete_with
-from evaluation.checkpoints import fingerprint
+from evaluation.answers import EncodedQuestions, answer_batches
+from evaluation.checkpoints import load_model
 from evaluation.clips import swap_clips
 from evaluation.collect import read_results
+from evaluation.identity import fingerprint
 from evaluation.mmau import evaluate
 from evaluation.results import Settings
 from model.qwen2_audio import load_processor
@@ -182,26 +184,10 @@ def test_the_files_are_the_same_for_any_batch_size_and_order_of_answering(swept,
     assert results(tmp_path) == results(swept)
 
 
-def test_an_engine_that_is_passed_in_answers(swept, trained, questions, tmp_path):
-    """And gets whole batches of questions with the model on the CPU."""
-    args = test_mmau.parse_args(
-        ["--model_path", str(trained / "checkpoint-100"), "--data_file", str(questions), "--out_dir", str(tmp_path)]
-        + [*TOKENS, "--batch_size", "7"]
-    )
-    sizes = []
-
-    def engine(model, questions):
-        complete = complete_with(model, questions)
-        return lambda indices, batch: sizes.append((len(indices), len(batch))) or complete(indices, batch)
-
-    args.vllm = engine
-    assert test_mmau.run(args) == 0
-    assert sizes == [(7, 7)] * 5 + [(5, 5)] and results(tmp_path / "test_100") == results(swept / "test_100")
-
-
 def test_a_process_may_have_no_share(trained):
-    questions = EncodedQuestions([], {}, load_processor(trained / "checkpoint-100"), Settings())
-    answer_batches(lambda *_: pytest.fail("nothing to complete"), questions, [], pytest.fail, "")
+    folder = trained / "checkpoint-100"
+    questions = EncodedQuestions([], {}, load_processor(folder), Settings())
+    answer_batches(load_model(folder, torch.float32, torch.device("cpu")), questions, [], pytest.fail, "")
 
 
 def test_an_error_of_one_process_is_raised_by_all(monkeypatch):
@@ -388,6 +374,49 @@ def test_a_finished_sweep_decodes_nothing_and_loads_nothing(few, checkpoint, mon
     assert sweep(*flags) == 0
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_clip_outside_the_audio_folder_is_refused(tmp_path, checkpoint, absolute):
+    rows = make_rows(2)
+    path = write_questions(tmp_path / "MMAU", rows)
+    (tmp_path / "MMAU" / rows[1]["audio_id"]).rename(tmp_path / "private.wav")
+    rows[1]["audio_id"] = str(tmp_path / "private.wav") if absolute else "../private.wav"
+    path.write_text(json.dumps(rows))
+    flags = ["--model_path", checkpoint, "--data_file", path]
+    with pytest.raises(ValueError, match="private.wav.*--allow_outside"):
+        sweep(*flags)
+    assert sweep(*flags, "--allow_outside") == 0
+
+
+def test_a_pipe_in_the_place_of_a_clip_does_not_hang(tmp_path, checkpoint):
+    rows = make_rows(2)
+    path = write_questions(tmp_path, rows)
+    (tmp_path / rows[1]["audio_id"]).unlink()
+    os.mkfifo(tmp_path / rows[1]["audio_id"])
+    signal.alarm(60)  # ends the tests if it does
+    try:
+        with pytest.raises(ValueError, match="1 of 2"):
+            sweep("--model_path", checkpoint, "--data_file", path)
+    finally:
+        signal.alarm(0)
+
+
+def test_a_question_over_the_models_context_is_refused(tmp_path, checkpoint):
+    """The tokenizer says how much it is."""
+    rows = make_rows(3)
+    rows[1]["question"] += " What?" * 3000
+    path = write_questions(tmp_path, rows)
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 2000}))
+    with pytest.raises(ValueError, match=f"(?s)1 of 3.*{rows[1]['id']}.*2000"):
+        sweep("--model_path", checkpoint, "--data_file", path)
+
+
+def test_a_linked_checkpoint_keeps_its_step(few, trained, tmp_path):
+    (tmp_path / "checkpoint-7").symlink_to(trained / "checkpoint-100")
+    assert sweep("--model_path", tmp_path / "checkpoint-7", "--data_file", few) == 0
+    assert [result.step for result in read_results(tmp_path)[0]] == [7]
+
+
 def test_without_any_clip_there_is_nothing_to_evaluate(tmp_path, checkpoint):
     rows = make_rows(2)
     path = write_questions(tmp_path, rows)
@@ -440,29 +469,12 @@ def test_other_settings_live_side_by_side(few, checkpoint):
         assert sweep(*flags, *other) == 0
     found, skipped = read_results(checkpoint.parent)
     assert not skipped
-    # The two seeds are one row, silence is another's drop.
-    assert len(found) == len(variants) - 2 and sorted(len(result.runs) for result in found) == [1, 1, 1, 1, 1, 2]
+    # The two seeds are one row.
+    assert len(found) == len(variants) - 1 and sorted(len(result.runs) for result in found) == [1] * 6 + [2]
     assert len(list((checkpoint.parent / "test_100").glob("res_*"))) == len(variants)
     (table,) = format_tables(found).split("\n\n")
     assert table.splitlines()[1] == "tokens 12, match MMAU string_match at 110127f"
-    assert table.splitlines()[2].split()[:5] == ["step", "prompt", "decoding", "dtype", "channels"]
-
-
-def test_a_run_by_vllm_has_a_name_and_settings_of_its_own():
-    names, described = {}, {}
-    for engine in ("built-in", "vllm"):
-        settings = Settings(style="answer", engine=engine, batch_size=8)
-        names[engine] = settings.name("mmau_mini", "answer", "float32")
-        described[engine] = settings.describe()
-    assert names == {"built-in": "mmau_mini", "vllm": "mmau_mini_vllm"}
-    by_vllm = {"decoding": "greedy by vllm (not byte-exact)", "batch_size": 8}
-    assert described["vllm"] == described["built-in"] | by_vllm
-
-
-def test_a_sample_by_vllm_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        test_mmau.parse_args(["--model_path", "nowhere", "--engine", "vllm", "--sample"])
-    assert "--sample" in capsys.readouterr().err
+    assert table.splitlines()[2].split()[:5] == ["step", "audio", "prompt", "decoding", "dtype"]
 
 
 def test_other_weights_under_the_same_name_are_evaluated_again(few, trained, checkpoint, capsys):

@@ -15,15 +15,8 @@ from transformers import Qwen2AudioForConditionalGeneration
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
 from dataset.questions import load_questions
-from evaluation.checkpoints import (
-    FINGERPRINTS,
-    IncompleteCheckpoint,
-    check_whole,
-    find_base,
-    fingerprint,
-    load_merged,
-    load_model,
-)
+from evaluation.checkpoints import check_whole, load_merged, load_model
+from evaluation.identity import FINGERPRINTS, IncompleteCheckpoint, find_base, fingerprint
 from model.qwen2_audio import load_processor
 from run.checkpoints import RECORD, STATE, finish, forbid_pickles, read_settings
 from run.curves import read_history

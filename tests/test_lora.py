@@ -16,16 +16,8 @@ from trl import GRPOConfig
 import row_by_row
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
-from evaluation.checkpoints import (
-    IncompleteCheckpoint,
-    check_whole,
-    find_base,
-    fingerprint,
-    full_model,
-    load_merged,
-    load_model,
-    write_merged,
-)
+from evaluation.checkpoints import check_whole, full_model, load_merged, load_model, write_merged
+from evaluation.identity import IncompleteCheckpoint, find_base, fingerprint
 from merge_lora import main as merge_main
 from model.checkpoints import complete_checkpoint
 from model.qwen2_audio import load_processor

@@ -9,8 +9,8 @@ import pytest
 
 from conftest import ROOT, content_digest
 from dataset.questions import RELEASES
-from evaluation.collect import read_results
-from utils.show_acc import PAPER, PAPER_ROW, fill_paper, main, plot
+from utils.paper import PAPER, PAPER_ROW, fill_paper
+from utils.show_acc import main
 
 
 def rows(text: str) -> dict[str, str]:
@@ -61,14 +61,6 @@ def test_a_row_shows_its_best_checkpoint(grpo_answer, monkeypatch, capsys):
     main()
     printed = capsys.readouterr().out
     assert cell in printed and printed.count("\n") == 7
-
-
-def test_the_plot_shows_the_papers_averages(grpo_answer, monkeypatch):
-    figures = []
-    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
-    plot(read_results(grpo_answer)[0], grpo_answer / "accuracy.png")
-    _, labels = figures[0].axes[0].get_legend_handles_labels()
-    assert {"sound", "total", "paper: GRPO + Prompt <2> (64.5)", "paper: SFT full + Prompt <1> (51.8)"} <= set(labels)
 
 
 @pytest.mark.parametrize("other", ["v05.15.25-draft of 2025-05-15", "v05.15.25 of 2025-08-09", "half", "one changed"])

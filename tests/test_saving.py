@@ -18,7 +18,8 @@ from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForCondition
 from conftest import ROOT
 from dataset.dataset import load_train_dataset
 from dataset.prompt import load_style
-from evaluation.checkpoints import IncompleteCheckpoint, check_whole, write_merged
+from evaluation.checkpoints import check_whole, write_merged
+from evaluation.identity import IncompleteCheckpoint
 from model.checkpoints import PROCESSOR_FILES, complete_checkpoint
 from model.tiny import build_processor
 from run.arguments import LINEAR_LAYERS

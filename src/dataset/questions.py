@@ -54,11 +54,25 @@ class Benchmark:
         return self.release.startswith(ORIGINAL)
 
 
-def load_questions(path: str | Path, audio_dir: str | Path | None = None, skip: Container[int] = ()) -> Benchmark:
+def load_questions(
+    path: str | Path, audio_dir: str | Path | None = None, skip: Container[int] = (), allow_outside: bool = True
+) -> Benchmark:
     """Read a question file, without the row numbers in `skip`. Relative paths start at `audio_dir`, by default the
-    file's folder. Raises as `to_benchmark`, and a `FileNotFoundError`."""
+    file's folder. Raises as `to_benchmark`, a `FileNotFoundError`, and a `DataError` if a clip is outside this folder
+    unless `allow_outside`."""
     records = read_numbered(path := check_is_there(path), skip)
-    return to_benchmark(list(records.values()), path, Path(audio_dir or path.parent), list(records))
+    folder = Path(audio_dir or path.parent)
+    benchmark = to_benchmark(list(records.values()), path, folder, list(records))
+    for question in benchmark.questions if not allow_outside else ():
+        check_inside(folder / (question.record.get("audio_id") or question.record["audio_path"]), folder)
+    return benchmark
+
+
+def check_inside(clip: str | Path, folder: str | Path) -> None:
+    """Raise a `DataError` if the path of a clip leads out of a folder, be it absolute or by `..`."""
+    if not Path(os.path.abspath(clip)).is_relative_to(os.path.abspath(folder)):
+        remedy = "move it, or pass --allow_outside where there is this flag"
+        raise DataError(f"the clip {str(clip)!r:.200} is outside {folder}; {remedy}", "clip outside the data folder")
 
 
 def to_benchmark(records: list[dict], source: Path, audio_dir: Path, numbers: Sequence[int] | None = None) -> Benchmark:

@@ -32,7 +32,11 @@ def measure_clips(questions: list[Question], channels: str) -> dict[str, int | s
 
 def hash_clips(questions: list[Question]) -> dict[str, str]:
     """Path of every clip -> SHA-256 of its file, or `missing`. Takes a tenth of the time of decoding."""
-    return _map_clips(hash_file, lambda error: "missing", questions)
+
+    def hash_clip(path: str) -> str:
+        return hash_file(path) if os.path.isfile(path) else "missing"  # reading a device or pipe might never end
+
+    return _map_clips(hash_clip, lambda error: "missing", questions)
 
 
 def _map_clips(compute: Callable[[str], T], on_error: Callable[[Exception], str], questions: list[Question]) -> dict:

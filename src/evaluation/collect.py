@@ -4,14 +4,15 @@ Scores are computed again from the predictions in `test_*/res_*.json`. Files tha
 they were written, are reported and omitted.
 """
 
-import re
 import statistics
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.questions import Benchmark, to_benchmark
 from dataset.rows import read_json, read_records
 
+from .identity import IncompleteCheckpoint, fingerprint
 from .mmau import Scores, evaluate
 from .results import digest
 from .statistics import confidence_interval
@@ -20,11 +21,9 @@ from .statistics import confidence_interval
 RUN_FILE = {"label": str, "weights": str, "records": str, "clips": str, "audio": str, "sample_seed": int,
             "allow_missing": bool, "missing": list, "files": dict}  # fmt: skip
 # Settings of a result: column of the table -> keys of the run file.
-SETTINGS = {"prompt": ("style", "prompt_digest"), "decoding": ("decoding",), "dtype": ("dtype",),
+SETTINGS = {"audio": ("audio",), "prompt": ("style", "prompt_digest"), "decoding": ("decoding",), "dtype": ("dtype",),
             "tokens": ("max_new_tokens",), "channels": ("channels",), "match": ("match",)}  # fmt: skip
 ASKED = ("records", "clips")  # keys of the run file that are equal for all results of a table, as the questions are
-# Characters that control a terminal, or reorder or hide the text around them, or that UTF-8 cannot encode.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass
@@ -33,28 +32,24 @@ class Result:
 
     label: str  # step, or a name
     folder: str  # that holds test_LABEL
-    prefix: str  # of the row's name; the folder if there are several
+    row: str  # the label, after its folder if there are several
     benchmark: Benchmark
     run: dict  # content of the run file
     runs: list[Scores]
     records: dict[str, dict]  # question's id -> its row with the answer (of the first run)
-    variant: str = ""  # those of the settings in which the rows of its table differ
-    drops: dict[str, float] = field(default_factory=dict)  # `silent`, `shuffled` -> total accuracy in %
+    name: str = ""  # `row`, with the settings in which the rows of its table differ
 
     def __post_init__(self):
-        run, self.row, self.scores = self.run, self.prefix + self.label, self.runs[0]
+        run, self.scores = self.run, self.runs[0]
         self.step = int(self.label) if self.label.isdecimal() else None
-        self.audio, self.seeds = run.get("audio") or "real", {run.get("sample_seed")}
+        self.seeds = {run.get("sample_seed")}
         self.not_asked = len(run.get("missing") or [])  # questions that could not be asked and count as wrong
         self.right = dict(zip(self.records, self.scores.matches, strict=True))  # question's id -> whether it is right
         texts = {column: [str(run.get(key, "")) for key in keys] for column, keys in SETTINGS.items()}
         self.settings = {column: " ".join(values).strip() for column, values in texts.items()}
+        self.is_real = self.settings["audio"] == "real"
         self.asked = (self.benchmark.digest, *(run.get(key) for key in ASKED))
         self.model = (self.folder, self.label, str(run.get("weights")), *self.settings.values())
-
-    @property
-    def name(self) -> str:
-        return f"{self.row} ({self.variant})" if self.variant else self.row
 
     @property
     def accuracy(self) -> float:
@@ -76,7 +71,7 @@ class Result:
 def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
     """All results below some folders, and a line with the reason for each skipped file or folder. Raises a
     `FileNotFoundError` if a folder does not exist."""
-    found: dict[tuple[tuple, str], Result] = {}  # (all that must be equal, audio) -> runs
+    found: dict[tuple, Result] = {}  # all that must be equal -> runs
     skipped: list[str] = []
     parents = {Path(folder).resolve(): Path(folder) for folder in folders}.values()
     for parent in parents:
@@ -92,35 +87,31 @@ def read_results(*folders: str | Path) -> tuple[list[Result], list[str]]:
                     skipped.append(f"the unfinished new run of {file}; the table shows the result of the earlier run")
                 try:
                     result = _read_result(file, f"{parent}/" if len(parents) > 1 else "")
-                    inputs = (*result.model, *result.asked, result.run.get("allow_missing"))
-                    first = found.setdefault((inputs, result.audio), result)
-                    if first is not result and first.seeds.isdisjoint(result.seeds):
-                        first.seeds |= result.seeds
-                        first.runs += result.runs
-                    elif first is not result:  # for example a copy
-                        skipped.append(f"{file}: the same run as another one of {first.label}")
                 except (ValueError, OSError) as error:
                     skipped.append(str(error) if str(file) in str(error) else f"{file}: {error}")
-    for (inputs, audio), result in found.items():
-        if audio != "real" and (real := found.get((inputs, "real"))):
-            real.drops[audio] = result.accuracy
-        elif audio != "real":
-            what = f"{audio} audio, but no real audio with the same weights and settings"
-            skipped.append(f"{result.folder}/test_{result.label}: {what}")
-    return [result for result in found.values() if result.audio == "real"], skipped
+                    continue
+                first = found.setdefault((*result.model, *result.asked, result.run.get("allow_missing")), result)
+                if first is not result and first.seeds & result.seeds:  # for example a copy
+                    skipped.append(f"{file}: the same run as another one of {first.label}")
+                elif first is not result:
+                    first.seeds, first.runs = first.seeds | result.seeds, first.runs + result.runs
+    return list(found.values()), skipped
 
 
 def _read_result(file: Path, prefix: str) -> Result:
-    records = read_records(file)
-    benchmark = to_benchmark(records, file, file.parent)
+    benchmark = to_benchmark(read_records(file), file, file.parent)
     if not benchmark.has_answers:
         raise ValueError(f"{file.name} has blank answers, so there is no score; it is the file to submit")
-    scores, run, content = evaluate(records), _read_run(file), digest(file.read_bytes())
-    if (run.get("files") or {}).get(file.name, content) != content:
+    run = _read_run(file)
+    if (run.get("files") or {}).get(file.name, content := digest(file.read_bytes())) != content:
         raise ValueError(f"{file.name} has changed since test_mmau.py wrote it; evaluate it again")
-    label = run.get("label") or file.parent.name.removeprefix("test_")
+    label, folder = run.get("label") or file.parent.name.removeprefix("test_"), file.parent.parent
+    for checkpoint in (folder / f"checkpoint-{label}", folder / label):
+        with suppress(IncompleteCheckpoint, OSError):  # not at hand
+            if run.get("label") and run.get("weights") not in (None, fingerprint(checkpoint, download=False)):
+                raise ValueError(f"{checkpoint} has changed since {file} was written; evaluate it again")
     by_id = {question.id: question.record for question in benchmark.questions}
-    return Result(label, str(file.parent.parent), prefix, benchmark, run, [scores], by_id)
+    return Result(label, str(folder), prefix + label, benchmark, run, [evaluate(list(by_id.values()))], by_id)
 
 
 def _read_run(file: Path) -> dict:
@@ -134,11 +125,10 @@ def _read_run(file: Path) -> dict:
         audio = next((audio for audio in ("silent", "shuffled") if audio in name), "real")
         return {"audio": audio, "weights": name.replace(f"_{audio}", "")}
     if not isinstance(run, dict):
-        raise ValueError(f"{file}: {path.name} is a JSON {type(run).__name__}, not a run file; evaluate again")
-    for key, kind in RUN_FILE.items():
-        if not isinstance(value := run.get(key), kind | None):
-            raise ValueError(f"{file}: `{key}` in {path.name} is {value!r:.80}, not a {kind.__name__}; evaluate again")
-    return run
+        raise ValueError(f"{file}: {path.name} is no run file; evaluate again")
+    if odd := [key for key, kind in RUN_FILE.items() if not isinstance(run.get(key), kind | None)]:
+        raise ValueError(f"{file}: `{odd[0]}` in {path.name} is {run[odd[0]]!r:.80}; evaluate again")
+    return run | {"audio": run.get("audio") or "real"}
 
 
 def build_tables(results: list[Result], sort: str = "total") -> list[tuple[str, list[Result]]]:
@@ -150,7 +140,8 @@ def build_tables(results: list[Result], sort: str = "total") -> list[tuple[str, 
     titled = []
     for asked, rows in tables.items():
         for result in rows:
-            result.variant = ", ".join(result.settings[column] for column in differing(rows))
+            variant = ", ".join(result.settings[column] for column in differing(rows))
+            result.name = f"{result.row} ({variant})" if variant else result.row
         notes = [f", {key} {asked[i] or 'not recorded'}" for i, key in enumerate(ASKED, start=1)
                  if len({other[i] for other in tables if other[0] == asked[0]}) > 1]  # fmt: skip
         titled.append((rows[0].benchmark.title + "".join(notes), rows))
@@ -160,13 +151,3 @@ def build_tables(results: list[Result], sort: str = "total") -> list[tuple[str, 
 def differing(results: list[Result]) -> list[str]:
     """Settings in which these results differ."""
     return [column for column in SETTINGS if len({result.settings[column] for result in results}) > 1]
-
-
-def list_tasks(results: list[Result]) -> list[str]:
-    """Tasks of these results, in the order of MMAU's script."""
-    return list(dict.fromkeys(task for result in results for task in result.counts if task != "total"))
-
-
-def printable(text: str) -> str:
-    """A text of a model or of data with control characters other than tabs and newlines replaced by their names."""
-    return CONTROLS.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)

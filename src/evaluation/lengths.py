@@ -28,6 +28,6 @@ def check_prompt(text: str, samples: int, text_tokens: int, processor: Any, max_
     check_no_special_token(text, processor)
     length = text_tokens + count_audio_tokens(samples, processor.feature_extractor.hop_length)
     if max_prompt_length is not None and length > max_prompt_length:
-        message = f"the prompt has {length} tokens, over max_prompt_length {max_prompt_length}; "
-        raise DataError(message + "raise --max_prompt_length or remove the row", "prompt too long")
+        limit = f"over the limit of {max_prompt_length} (in training --max_prompt_length)"
+        raise DataError(f"the prompt has {length} tokens, {limit}; shorten it or remove its row", "prompt too long")
     return length

@@ -2,11 +2,10 @@
 
     test_300/res_mmau_mini.json     the questions with `model_prediction` (and `model_output`, the same)
     test_300/eval_mmau_mini.txt     the official scores; not written if the answers are blank
-    test_300/run_mmau_mini.json     `Identity` and `Settings` of the run, and the digests of the two other files
+    test_300/run_mmau_mini.json     what was evaluated, the `Settings`, and the digests of the two other files
     test_300/res_mmau_mini.json.partial-*   answers so far, one file per process; a killed run continues from them
 
-Settings other than the defaults are part of the names: `res_mmau_mini_sample-7_tokens-64.json`. See also `answers.py`
-(the answers) and `mmau.py` (the scores).
+Settings other than the defaults are part of the names: `res_mmau_mini_sample-7_tokens-64.json`.
 """
 
 import hashlib
@@ -46,61 +45,46 @@ class Settings:
     sample_seed: int | None = None  # greedy if None
     allow_missing: bool = False  # count questions that cannot be asked as wrong
     batch_size: int = 1  # questions at once
-    engine: str = "built-in"  # or `vllm`, whose rounding depends on what it answers side by side
-
-    def describe(self) -> dict:
-        """The settings as recorded in the run file. `batch_size` is omitted where it cannot change an answer."""
-        built_in = self.engine == "built-in"
-        omitted = {"engine", "batch_size"} if built_in and self.dtype == "float32" else {"engine"}
-        prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], self.style or DEFAULT_STYLE)
-        decoding = "greedy" if self.sample_seed is None else "sampled"
-        decoding += "" if built_in else f" by {self.engine} (not byte-exact)"
-        described = {key: value for key, value in vars(self).items() if key not in omitted}
-        return described | {"prompt": prompt, "prompt_digest": digest(prompt.encode())[:8], "decoding": decoding,
-                            "match": MATCH_RULE}  # fmt: skip
 
     def name(self, benchmark: str, usual_style: str, usual_dtype: str) -> str:
         """The stem of the files' names: the benchmark and all settings that are not the usual ones."""
-        other = {
-            self.audio: self.audio != "real",
-            f"sample-{self.sample_seed}": self.sample_seed is not None,
-            str(self.style): self.style != usual_style,
-            f"tokens-{self.max_new_tokens}": self.max_new_tokens != MAX_NEW_TOKENS,
-            self.dtype: self.dtype != usual_dtype,
-            f"channels-{self.channels}": self.channels != "first",
-            "allow_missing": self.allow_missing,
-            self.engine: self.engine != "built-in",
-        }
-        return "_".join([benchmark, *(part for part, differs in other.items() if differs)])
+        parts = {
+            self.audio: "real", f"sample-{self.sample_seed}": "sample-None", str(self.style): usual_style,
+            f"tokens-{self.max_new_tokens}": f"tokens-{MAX_NEW_TOKENS}", self.dtype: usual_dtype,
+            f"channels-{self.channels}": "channels-first", "allow_missing" * self.allow_missing: "",
+        }  # fmt: skip
+        return "_".join([benchmark, *(part for part, usual in parts.items() if part != usual)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What is evaluated: the weights, the rows, and the clips."""
+def describe(label: str, weights: str, benchmark: Benchmark, hashes: dict[str, str], settings: Settings) -> dict:
+    """The first part of `run_*.json`: all that decides the result of the model with this label (in the table) and
+    fingerprint. `hashes` are those of the clips by path; a missing clip counts as such."""
+    records = json.dumps([question.record for question in benchmark.questions])
+    clips = " ".join(hashes[question.audio_path] for question in benchmark.questions)
+    prompt = build_question("QUESTION", ["CHOICE", "CHOICE"], settings.style or DEFAULT_STYLE)
+    # In float32 the batch size cannot change an answer.
+    chosen = {key: value for key, value in vars(settings).items() if key != "batch_size" or settings.dtype != "float32"}
+    return {
+        "label": label, "weights": weights, "benchmark": benchmark.name, "release": benchmark.release,
+        "questions": benchmark.digest, "records": digest(records), "clips": digest(clips), **chosen,
+        "prompt": prompt, "prompt_digest": digest(prompt)[:8],
+        "decoding": "greedy" if settings.sample_seed is None else "sampled", "match": MATCH_RULE,
+    }  # fmt: skip
 
-    label: str  # of the model, in the table
-    weights: str  # fingerprint of the checkpoint
-    benchmark: str
-    release: str
-    questions: str  # digest of the questions in any order
-    records: str  # digest of the rows with all their keys, in their order
-    clips: str  # digest of the clips' bytes, in the order of the rows; a missing one counts as such
 
-
-def digest(data: bytes) -> str:
+def digest(content: str | bytes) -> str:
     """The first 16 hex digits of SHA-256."""
-    return hashlib.sha256(data).hexdigest()[:16]
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
 class ResultFiles:
     """The files of one run. `results` is the path of `res_*`: .json, or .jsonl if the questions are in JSONL, as the
-    benchmark's own script expects."""
+    benchmark's own script expects. `described` comes from `describe`."""
 
-    def __init__(self, results: Path, identity: Identity, settings: Settings):
-        self.results, self.identity, self.settings = results, identity, settings
+    def __init__(self, results: Path, described: dict):
+        self.results, self.described = results, described
         name = results.stem.removeprefix("res_")
         self.run, self.scores = results.with_name(f"run_{name}.json"), results.with_name(f"eval_{name}.txt")
-        self.described = vars(identity) | settings.describe()
 
     def _partials(self) -> list[Path]:
         return sorted(self.results.parent.glob(f"{escape(self.results.name)}.partial-*"))
@@ -120,7 +104,6 @@ class ResultFiles:
     def resume(self, force: bool = False) -> dict[str, Completion]:
         """{id: completion} of an unfinished run, then all in one partial file; nothing with `force`. The other partial
         files are removed."""
-        self.results.parent.mkdir(parents=True, exist_ok=True)
         done = {} if force else self._read_partials()
         first = self.results.with_name(f"{self.results.name}.partial-0")
         write_whole(first, self._to_lines(done, header=True))

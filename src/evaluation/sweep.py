@@ -1,14 +1,11 @@
 """Evaluate several models on one benchmark, in one process or several. Each process answers its share of a model's
 questions; the first one reads and writes the files of results. See also `results.py` (the files), `answers.py`."""
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from dataset.audio import SAMPLE_RATE
 from dataset.prompt import DEFAULT_STYLE, load_style
@@ -16,13 +13,14 @@ from dataset.questions import Benchmark
 from dataset.rows import DataError, first_problems
 from model.qwen2_audio import load_processor
 
-from .answers import Complete, EncodedQuestions, answer_batches, complete_with
-from .checkpoints import check_whole, fingerprint, label_of, load_model, locate
+from .answers import EncodedQuestions, answer_batches
+from .checkpoints import check_whole, label_of, load_model
 from .clips import hash_clips, measure_clips
 from .files import lock_file
+from .identity import fingerprint, locate
 from .mmau import evaluate
 from .processes import processes, run_on_all, say
-from .results import Identity, ResultFiles, Settings, digest
+from .results import ResultFiles, Settings, describe
 
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # default of the weights on each device
 
@@ -46,12 +44,6 @@ class Sweep:
     suffix: str = ".json"  # of the result files
     device: str = "cpu"  # or cuda
     force: bool = False  # repeat finished evaluations
-    # (model, questions) -> function that completes a batch. Other engines than the built-in one get a model on the CPU.
-    engine: Callable[[PreTrainedModel, EncodedQuestions], Complete] = complete_with
-
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        return hash_clips(self.benchmark.questions)
 
     @cached_property
     def samples(self) -> dict[str, int | str]:
@@ -59,22 +51,17 @@ class Sweep:
 
 
 def make_jobs(models: list[str], out_dir: str | None = None, out_file: str | None = None) -> list[Job]:
-    """One job for each model, checkpoints in the order of their steps. Raises a `ValueError` if two models would write
-    the same files, or if a label cannot be part of a file's name.
-
-    Args:
-        models: folders or hub names, each as MODEL or LABEL=MODEL.
-        out_dir: parent of test_LABEL, the folder of the results; by default the folder that holds the checkpoint.
-        out_file: the results of a single model instead.
-    """
+    """One job for each folder or hub name, given as MODEL or LABEL=MODEL; checkpoints in the order of their steps.
+    Results go to `out_dir`/test_LABEL, by default beside the model, or those of a single model to `out_file`. Raises a
+    `ValueError` if two models would write the same files, or if a label cannot be part of a file's name."""
     jobs = []
     for given in dict.fromkeys(models):
-        label, model = label_of(given), given
-        if "=" in given and not Path(given).exists():
-            label, _, model = given.partition("=")
-            if "/" in label:
-                raise ValueError(f"{given}: no such folder, and {label!r} cannot be a label")
-            label = label or label_of(model)
+        label, separator, model = given.partition("=")
+        if not separator or Path(given).exists():
+            label, model = "", given
+        if "/" in label:
+            raise ValueError(f"{given}: no such folder, and {label!r} cannot be a label")
+        label = label or label_of(model)
         folder = Path(out_dir) if out_dir else Path(model).parent if Path(model).exists() else Path("exp") / label
         jobs.append(Job(model, label, folder / f"test_{label}", Path(out_file) if out_file else None))
     if len({job.file or job.folder for job in jobs}) < len(jobs):
@@ -93,9 +80,10 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
         say(f"{count}; they are asked and counted nevertheless:\n  {first_problems(benchmark.faults)}")
     if benchmark.has_answers:  # rows that cannot be scored fail now instead of after hours
         evaluate([question.record | {"model_output": ""} for question in benchmark.questions])
+    hashes = hash_clips(benchmark.questions)  # by all processes together
     for job in jobs:
         try:
-            _evaluate(sweep, job)
+            _evaluate(sweep, job, hashes)
             evaluated += 1
         except DataError:
             raise
@@ -105,32 +93,37 @@ def run_sweep(sweep: Sweep, jobs: list[Job]) -> int:
     return evaluated
 
 
-def _evaluate(sweep: Sweep, job: Job) -> None:
+def _evaluate(sweep: Sweep, job: Job, hashes: dict[str, str]) -> None:
     """Have one model answer all questions and write its results, unless that is done. Raises as `run_sweep`, and a
     `ValueError` or `OSError` if the model cannot be loaded or the results cannot be written."""
-    hashes = sweep.hashes  # all processes compute them together
-    folder, files, differences = run_on_all(partial(_prepare, sweep, job), main=True)
+    folder, settings, files, differences = run_on_all(partial(_prepare, sweep, job, hashes), main=True)
     if differences == [] and not sweep.force:
         say(f"{job.label}: finished before, skipped (--force repeats it)")
         return
     if differences:
         say(f"{files.results}: belongs to another run ({', '.join(differences)} differ); evaluated again")
     processor = run_on_all(lambda: load_processor(folder))
-    questions = EncodedQuestions(sweep.benchmark.questions, sweep.samples, processor, files.settings)
+    questions = EncodedQuestions(sweep.benchmark.questions, sweep.samples, processor, settings)
     if missing := questions.find_unusable():
-        listed, allowed = [f"{id_}: {problem}" for id_, problem in missing.items()], sweep.settings.allow_missing
         count = f"{len(missing)} of {len(questions.questions)} questions cannot be asked"
-        if not allowed or len(missing) == len(questions.questions):
-            effect = ", so there is nothing to evaluate" if allowed else " (--allow_missing counts them as wrong)"
-            raise DataError(f"{count}{effect}:\n  {first_problems(listed)}")
-        say(f"{count} and count as wrong:\n  " + "\n  ".join(listed))
+        if len(missing) == len(questions.questions) or not settings.allow_missing:
+            remedy = "nothing is left to ask" if settings.allow_missing else "--allow_missing counts them as wrong"
+            raise DataError(f"{count}; {remedy}:\n  {first_problems(missing.values())}")
+        say("\n  ".join([f"{count} and count as wrong:", *missing.values()]))
         questions = questions.without(missing)
     if cut := sum(questions.samples[question.audio_path] > questions.window for question in questions.questions):
         say(f"{cut} clips exceed the model's {questions.window / SAMPLE_RATE:g} s and are cut, as in the paper")
     path, remedy = files.results.with_name(f"{files.results.name}.lock"), "wait, or pass another --out_dir"
     lock = run_on_all(lambda: lock_file(path, remedy) if processes().is_main_process else None)
     try:
-        _answer(sweep, questions, folder, files)
+        if done := run_on_all(lambda: files.resume(sweep.force), main=True):
+            say(f"{job.label}: {len(done)} questions are answered already")
+        # A batch is repeated as a whole, so that its shape is the same.
+        if batches := [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]:
+            device = torch.device(f"cuda:{processes().local_process_index}" if sweep.device == "cuda" else "cpu")
+            model = run_on_all(lambda: load_model(folder, getattr(torch, settings.dtype), device))
+            append = partial(files.append, processes().process_index)
+            run_on_all(lambda: answer_batches(model, questions, batches, append, job.label))
         now = hash_clips(sweep.benchmark.questions)
         if changed := next((path for path in now if now[path] != hashes[path]), None):
             raise DataError(f"{changed}: the clip was replaced during the run; start it again")
@@ -141,36 +134,16 @@ def _evaluate(sweep: Sweep, job: Job) -> None:
             lock.release()
 
 
-def _prepare(sweep: Sweep, job: Job) -> tuple[Path, ResultFiles, list[str] | None]:
-    """A model's folder, its files of results, and their differences from what is on disk."""
-    folder, benchmark = locate(job.model), sweep.benchmark
+def _prepare(sweep: Sweep, job: Job, hashes: dict[str, str]) -> tuple[Path, Settings, ResultFiles, list[str] | None]:
+    """A model's folder, settings and files of results, and their differences from what is on disk."""
+    folder, benchmark, asked = locate(job.model), sweep.benchmark, sweep.settings.style
     check_whole(folder)
-    recorded, asked = load_style(folder), sweep.settings.style
+    recorded = load_style(folder)
     if asked and recorded and asked != recorded:
         say(f"warning: {folder} was trained with prompt style {recorded!r}; --prompt_style {asked} overrides it")
     usual = recorded or DEFAULT_STYLE
     settings = replace(sweep.settings, style=asked or usual)
     name = f"res_{settings.name(benchmark.name, usual, DTYPES[sweep.device])}{sweep.suffix}"
-    records = json.dumps([question.record for question in benchmark.questions])
-    clips = " ".join(sweep.hashes[question.audio_path] for question in benchmark.questions)
-    identity = Identity(label=job.label, weights=fingerprint(folder), benchmark=benchmark.name,
-                        release=benchmark.release, questions=benchmark.digest, records=digest(records.encode()),
-                        clips=digest(clips.encode()))  # fmt: skip
-    files = ResultFiles(job.file or job.folder / name, identity, settings)
-    return folder, files, files.find_differences()
-
-
-def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, files: ResultFiles) -> None:
-    """Have the model answer the questions that have no answer, and append the answers to the partial files."""
-    if done := run_on_all(lambda: files.resume(sweep.force), main=True):
-        say(f"{files.identity.label}: {len(done)} questions are answered already")
-    # A batch is repeated as a whole, so that its shape is the same.
-    batches = [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]
-    if not batches:
-        return
-    on_gpu = sweep.device == "cuda" and sweep.engine is complete_with
-    device = torch.device(f"cuda:{processes().local_process_index}" if on_gpu else "cpu")
-    model = run_on_all(lambda: load_model(folder, getattr(torch, files.settings.dtype), device))
-    complete = run_on_all(lambda: sweep.engine(model, questions))
-    append = partial(files.append, processes().process_index)
-    run_on_all(lambda: answer_batches(complete, questions, batches, append, files.identity.label))
+    described = describe(job.label, fingerprint(folder), benchmark, hashes, settings)
+    files = ResultFiles(job.file or job.folder / name, described)
+    return folder, settings, files, files.find_differences()

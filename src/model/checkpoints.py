@@ -9,11 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.hub import cached_files
 
-# All files that a processor may have. They are copied in this order: without the last, a folder is incomplete.
-PROCESSOR_FILES = (
-    "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja", "merges.txt",
-    "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "vocab.json", "tokenizer.json",
-)  # fmt: skip
+from .files import PROCESSOR_FILES
 
 
 def keep_base_names(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from trl.models import unwrap_model_for_generation
 from dataset.prompt import DEFAULT_STYLE
 from dataset.questions import Benchmark
 from dataset.rows import first_problems
-from evaluation.answers import EncodedQuestions, answer_batches, complete_with
+from evaluation.answers import EncodedQuestions, answer_batches
 from evaluation.clips import measure_clips
 from evaluation.mmau import evaluate
 from evaluation.results import MAX_NEW_TOKENS, Completion, Settings, to_records
@@ -58,8 +58,8 @@ class GreedyAccuracy:
             self.left_out += len(problems)
             questions = questions.without(problems)
             self.benchmark = replace(self.benchmark, questions=questions.questions)
-            listed = first_problems(f"{id_}: {problem}" for id_, problem in problems.items())
-            trainer.accelerator.print(f"--eval_file: {len(problems)} questions are omitted from now on:\n  {listed}")
+            count = f"--eval_file: {len(problems)} questions are omitted from now on"
+            trainer.accelerator.print(f"{count}:\n  {first_problems(problems.values())}")
         return questions
 
     def _answer(self, questions: EncodedQuestions) -> dict[str, Completion]:
@@ -68,12 +68,12 @@ class GreedyAccuracy:
         completions: dict[str, Completion] = {}
         if not questions.questions:
             return completions
-        was_training, quiet = trainer.model.training, trainer.args.disable_tqdm
+        was_training, title = trainer.model.training, None if trainer.args.disable_tqdm else "evaluation"
         unwrapped = unwrap_model_for_generation(trainer.model_wrapped, accelerator)
         with unwrapped as model, torch.no_grad(), accelerator.autocast():
-            complete = complete_with(base_model(model.eval()), questions)
             try:
-                answer_batches(complete, questions, questions.batches(), completions.update, "evaluation", quiet)
+                batches = questions.batches()
+                answer_batches(base_model(model.eval()), questions, batches, completions.update, title)
             finally:
                 trainer.model.train(was_training)
         return completions

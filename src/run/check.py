@@ -29,7 +29,7 @@ from dataset.audio import CHANNELS, SAMPLE_RATE, count_samples, decode
 from dataset.dataset import NO_ROWS, check_choices, check_is_there, to_row
 from dataset.encode import MAX_PROMPT_LENGTH, window_samples
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question
-from dataset.questions import check_question, to_question
+from dataset.questions import check_inside, check_question, to_question
 from dataset.rows import DataError, Row, read_lines, read_rows, starts_a_list
 from evaluation.files import open_whole
 from evaluation.lengths import check_prompt, count_text_tokens
@@ -126,13 +126,14 @@ def examine_training_file(data_file: str | Path, rules: Rules = Rules()) -> Exam
 
 def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Examination:
     """As `examine_training_file`, but as in evaluation prompts may have any length, and long clips are cut."""
-    audio_dir = Path(os.path.abspath(rules.audio_dir or Path(data_file).parent))
+    audio_dir = Path(rules.audio_dir or Path(data_file).parent)
     ids: dict[str, int] = {}
 
     def rule(record: dict, number: int) -> tuple[str, str, list[str]]:
         question = to_question(record, number, audio_dir, ids)
         try:
             notes = check_question(question)
+            check_inside(audio_dir / (question.record.get("audio_id") or question.record["audio_path"]), audio_dir)
         except DataError as error:
             if not rules.lenient:
                 raise

@@ -22,8 +22,9 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
 from dataset.rows import read_json
-from evaluation.checkpoints import IncompleteCheckpoint, check_whole, label_of
+from evaluation.checkpoints import check_whole, label_of
 from evaluation.files import hash_file, write_whole
+from evaluation.identity import IncompleteCheckpoint
 
 from .signals import RunEnded
 

@@ -39,15 +39,13 @@ class PlotCurves(TrainerCallback):
 
 
 def read_history(run: Path) -> list[dict]:
-    """The log of a run, an entry per logged step, from its newest complete state. Raises a `FileNotFoundError`."""
+    """The log of a run, an entry per logged step, from its newest complete state; empty if there is none."""
     found: dict[int, list[dict]] = {}
     for path in (*run.glob("checkpoint-*/trainer_state.json"), run / "trainer_state.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):  # cut off; an older one is complete
             state = read_json(path, "an older one is read")
             found.setdefault(state["global_step"], state["log_history"])
-    if not found:
-        raise FileNotFoundError(f"{run}: holds no trainer_state.json of a run that has saved")
-    return found[max(found)]
+    return found[max(found)] if found else []
 
 
 def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
@@ -65,7 +63,7 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
     if any(accuracies.values()):
         panels[ACCURACY] = ("", "%, with its 95% interval")
     if not panels:
-        raise ValueError("nothing was logged yet")
+        raise ValueError(f"{', '.join(runs)}: nothing was logged or evaluated yet")
     rows = -(-len(panels) // 3)
     figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.2 * rows), squeeze=False, layout="constrained")
     for axis, (title, (key, unit)) in zip(axes.flat, panels.items(), strict=False):
@@ -95,7 +93,7 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
 def _accuracies(folder: Path, log: pd.DataFrame | None) -> list[tuple[int, float, float, float]]:
     """(step, accuracy in %, distances to the lower and upper end of its interval) of evaluated checkpoints, else of the
     accuracies measured in training, which have no interval."""
-    found = [(step, result) for result in read_results(folder)[0] if (step := result.step) is not None]
+    found = [(result.step, result) for result in read_results(folder)[0] if result.step is not None and result.is_real]
     if points := {step: result for step, result in found if result.asked == found[0][1].asked}:
         bounds = ((step, result.accuracy, *result.interval) for step, result in sorted(points.items()))
         return [(step, value, value - low, high - value) for step, value, low, high in bounds]

@@ -18,8 +18,9 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.questions import Benchmark, load_questions
 from dataset.rows import DataError
-from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
+from evaluation.checkpoints import check_whole, full_model
 from evaluation.files import hash_file, lock_file
+from evaluation.identity import fingerprint, locate
 from evaluation.mmau import evaluate
 from evaluation.processes import leave, run_on_all
 from evaluation.results import Completion, to_records

@@ -1,4 +1,4 @@
-"""Rollouts, and answers of an evaluation, by vLLM in this process (`--use_vllm true`, `--engine vllm`).
+"""Rollouts by vLLM in the training process (`--use_vllm true`).
 
 TRL's own use of vLLM knows images only, pushes weights under names that vLLM's Qwen2-Audio does not have, and repeats
 the prompt for each completion. Here a prompt is sent once, with n = G. Tokens are drawn from the distribution that the
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather, set_seed
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.utils.rnn import pad_sequence
@@ -25,8 +24,7 @@ from trl import GRPOConfig
 
 from dataset.audio import SAMPLE_RATE
 from dataset.encode import Batch
-from evaluation.answers import Complete, EncodedQuestions
-from model.qwen2_audio import HEAD, audio_token_id, base_model, end_ids
+from model.qwen2_audio import HEAD, audio_token_id, base_model
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.rollout import Rollout, pad_completions
 
@@ -145,40 +143,6 @@ class Engine:
     def close(self) -> None:
         """Shut the engine down, and with it the process group: call it when no process needs the others."""
         self.llm.llm_engine.engine_core.shutdown()
-
-
-class GreedyEngine:
-    """Answers of an evaluation, re-used across checkpoints; equal to the built-in ones up to rounding."""
-
-    llm = None  # vLLM's `LLM`, started for the first model
-
-    def __init__(self, on_cpu: bool):
-        self.on_cpu = on_cpu
-
-    def __call__(self, model: PreTrainedModel, questions: EncodedQuestions) -> Complete:
-        """A function for `answer_batches`; a `ValueError` if the model is not of the first one's size."""
-        from vllm import SamplingParams
-
-        run, placeholder, ends = questions.run, audio_token_id(model), end_ids(questions.processor)
-        if self.llm is None:
-            self.size = model.num_parameters()
-            self.llm = start(model, PartialState(), self.on_cpu, dtype=model.dtype, max_num_seqs=run.batch_size)
-        if model.num_parameters() != self.size:
-            raise ValueError(f"{model.name_or_path}: vLLM was started for a model of another size; evaluate it alone")
-        push(self.llm, ((checkpoint_name(name), tensor.data) for name, tensor in model.named_parameters()))
-        bias = {placeholder: FORBIDDEN}
-        sampling = SamplingParams(temperature=0, max_tokens=run.max_new_tokens, logit_bias=bias, stop_token_ids=ends)
-
-        def complete(indices: list[int], batch: Batch) -> list[list[int]]:
-            outputs = ask(self.llm, batch, list(map(questions.clip, indices)), placeholder, sampling)
-            return [list(output.outputs[0].token_ids) for output in outputs]
-
-        return complete
-
-    def close(self) -> None:
-        """Shut the engine down, if it was started."""
-        if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
 
 
 def start(model: PreTrainedModel, state: Any, on_cpu: bool, **settings) -> Any:

@@ -11,11 +11,10 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,13 +26,17 @@ from markupsafe import Markup
 
 from dataset.audio import SAMPLE_RATE, load_audio
 from dataset.encode import WINDOW_SECONDS
-from dataset.questions import to_question
-from evaluation.collect import SETTINGS, Result, build_tables, printable, read_results
+from dataset.questions import check_inside, to_question
+from dataset.rows import read_json
+from evaluation.collect import SETTINGS, Result, build_tables, read_results
 from evaluation.mmau import CUT_OFF, get_prediction
 from evaluation.statistics import compare
+from run.checkpoints import RECORD
 from run.curves import plot_curves, read_history
 
-from .show_acc import PAPER, PAPER_ROW, plot, to_table
+from .paper import PAPER, PAPER_ROW
+from .show_acc import to_table
+from .text import printable
 
 HERE = Path(__file__).parent
 SHOWN = 4000  # characters of a text
@@ -71,7 +74,6 @@ def build_report(run: Path, audio_dir: Path, clips: int, place: Path, allow_outs
     data = Markup(json.dumps({"sets": sets}, allow_nan=False).replace("<", "\\u003c"))
     return page.get_template("report.html").render(
         name=name, notes=notes, versions=dict(versions), settings=settings, curves=curves, samples=samples,
-        accuracies=_draw(lambda path: plot(results, path), notes) if results else "",
         tables=[_to_page(*table) | {"number": number} for number, table in enumerate(tables)],
         data=data, style=style, script=script, hashes={"style": _csp_hash(style), "script": _csp_hash(script)},
     )  # fmt: skip
@@ -103,38 +105,16 @@ def _draw(draw: Callable[[Path], None], notes: list[str]) -> str:
             return ""
 
 
-class _Named:
-    """Replaces an object of any class in a pickle, and keeps its arguments and state."""
-
-    def __init__(self, *args):
-        self.args, self.state = args, {}
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _Names(pickle.Unpickler):
-    """Reads a pickle without importing or calling anything."""
-
-    def find_class(self, module, name):
-        return _Named
-
-
 def read_settings(run: Path) -> dict[str, object]:
-    """The training's settings from the newest readable `training_args.bin`, without access tokens and dictionaries,
+    """The training's settings from the newest checkpoint that records them, without access tokens and dictionaries,
     which may hold some."""
-    paths = sorted(run.glob("checkpoint-*/training_args.bin"), key=os.path.getmtime, reverse=True)
-    for path in [run / "training_args.bin", *paths]:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                state = _Names(io.BytesIO(archive.read(name))).load().state
-            plain = {key: getattr(value, "args", (value,)) for key, value in sorted(state.items())}
-            return {key: value[0] for key, value in plain.items()
-                    if value and isinstance(value[0], (str, int, float, list)) and key[0] != "_"
-                    and not key.endswith("token")}  # fmt: skip
-        except Exception:  # damaged pickles raise many types
-            continue
+    for path in sorted(run.glob(f"checkpoint-*/{RECORD}"), key=os.path.getmtime, reverse=True):
+        with suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError
+        ):  # damaged; an older one may be whole
+            settings = sorted(read_json(path, "an older one is read")["settings"].items())
+            return {key: value for key, value in settings
+                    if isinstance(value, (str, int, float, list)) and not key.endswith("token")}  # fmt: skip
     return {}
 
 
@@ -213,8 +193,8 @@ def add_clips(questions: list[dict], count: int, place: Path, inside: Path | Non
     for question in sorted(questions, key=interest):
         path, question["clip"] = question["clip"], ""
         try:
-            if inside is not None and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(inside)):
-                raise ValueError(f"{path}: outside {inside}; --allow_outside includes it")
+            if inside is not None:
+                check_inside(path, inside)
             if not os.path.isfile(path):
                 raise ValueError(f"{path}: no such clip; --audio_dir is the folder of the paths")
             question["clip"] = "./" + quote(os.path.relpath(path, place))  # quotes also the `:` of a scheme
