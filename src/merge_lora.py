@@ -7,13 +7,17 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from evaluation.checkpoints import write_merged
+from evaluation.checkpoints import check_model, write_merged
 
 
 def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
-    """As `write_merged`; raises a `ValueError` if `out` exists."""
+    """As `write_merged`; raises a `ValueError` if `out` exists, or one of the two models is damaged."""
     if Path(out).exists():
         raise ValueError(f"{out}: exists already; choose another --out")
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter}: holds no adapter; pass a checkpoint of a run with --use_peft true")
+    check_model(Path(adapter), base)
+    Path(out).mkdir(parents=True)  # fails now if it cannot be written
     write_merged(adapter, Path(out), base, dtype)
 
 

@@ -1,12 +1,14 @@
 """run/startup.py: what ends a run before its model is loaded, and what a run without a step writes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from conftest import ROOT
@@ -78,6 +80,20 @@ def test_fewer_questions_than_a_step_takes_are_refused(start, flags, needed):
 def test_a_path_that_does_not_exist_is_named(start, tmp_path, flag):
     status, said = start(flag, tmp_path / "gone")
     assert status == 2 and str(tmp_path / "gone") in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "processor_config.json"])
+def test_a_damaged_model_is_refused(start, small_model, tmp_path, file):
+    """The kinds of damage are those of `test_checkpoints.py` and `test_evaluate.py`."""
+    model = shutil.copytree(small_model, tmp_path / "model")
+    if file == "model.safetensors":
+        tensors = load_file(model / file)
+        del tensors[min(tensors)]
+        save_file(tensors, model / file, metadata={"format": "pt"})
+    else:
+        (model / file).unlink()
+    status, said = start("--model_name_or_path", model)
+    assert status == 2 and str(model) in said and said.count("\n") == 1
 
 
 def test_a_reward_that_cannot_be_used_is_named(start, tmp_path):

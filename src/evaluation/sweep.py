@@ -17,7 +17,7 @@ from dataset.rows import DataError, first_problems
 from model.qwen2_audio import load_processor
 
 from .answers import Complete, EncodedQuestions, answer_batches, complete_with
-from .checkpoints import check_whole, fingerprint, label_of, load_model, locate
+from .checkpoints import check_model, check_whole, fingerprint, label_of, load_model, locate
 from .clips import hash_clips, measure_clips
 from .files import lock_file
 from .mmau import evaluate
@@ -170,6 +170,7 @@ def _answer(sweep: Sweep, questions: EncodedQuestions, folder: Path, files: Resu
         return
     on_gpu = sweep.device == "cuda" and sweep.engine is complete_with
     device = torch.device(f"cuda:{processes().local_process_index}" if on_gpu else "cpu")
+    run_on_all(lambda: check_model(folder), main=True)
     model = run_on_all(lambda: load_model(folder, getattr(torch, files.settings.dtype), device))
     complete = run_on_all(lambda: sweep.engine(model, questions))
     append = partial(files.append, processes().process_index)

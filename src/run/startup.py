@@ -18,7 +18,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.questions import Benchmark, load_questions
 from dataset.rows import DataError
-from evaluation.checkpoints import check_whole, fingerprint, full_model, locate
+from evaluation.checkpoints import check_model, fingerprint, full_model, locate
 from evaluation.files import hash_file, lock_file
 from evaluation.mmau import evaluate
 from evaluation.processes import leave, run_on_all
@@ -91,7 +91,6 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
         raise ValueError("PyTorch finds no GPU; --use_cpu true trains without one, for small models")
     for file in (data.data_file, *([args.eval_file] if args.eval_file else [])):
         check_is_there(file)
-    check_whole(folder)
     model.quantisation(args)
     run_on_all(lambda: hold(out, held), main=True)
     settings = describe_run(parsed, reward_files, folder)
@@ -120,7 +119,7 @@ def hold(out: Path, held: ExitStack) -> None:
 
 def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> dict:
     """All that decides a run's result: flags, the content of data, model and rewards, and how its state is split.
-    Raises a `ValueError` if nodes do not share the output folder, or differ in what decides the result."""
+    Raises a `ValueError` if the model is damaged, or nodes do not share the output folder or the settings."""
     data, *_, args, _ = parsed
     engine = "none"
     if args.deepspeed:
@@ -132,6 +131,7 @@ def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> 
     def describe() -> dict:
         out.mkdir(parents=True, exist_ok=True)  # a node without a shared disk does not have it yet
         marker.touch()
+        check_model(model)
         contents = {"data_file (content)": hash_file(data.data_file)[:16], "model (weights)": fingerprint(model)}
         return result_settings(parsed, reward_files) | contents | {"engine": engine}
 
