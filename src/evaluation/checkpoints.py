@@ -193,7 +193,11 @@ def load_merged(folder: str | Path, base: str | None = None, **kwargs) -> PreTra
     if is_adapter and not bad:
         start, model = Path(folder), PeftModel(model, PeftConfig.from_pretrained(folder))
         options = {"torch_device": "cpu", "ignore_mismatched_sizes": True, "low_cpu_mem_usage": on_meta}
-        bad = model.load_adapter(folder, "default", **options).missing_keys
+        missing = model.load_adapter(folder, "default", **options).missing_keys
+        with safe_open(weight_files(start)[0], "pt") as file:
+            kept = {name.partition(".lora_")[0] for name in file.keys()}
+        # A layer without any of them had a frozen adapter, which is 0 and which ZeRO-3 does not save.
+        bad = {name for name in missing if ".lora_" not in name or name.partition(".lora_")[0] in kept}
     if bad:
         found = f"lacks {len(bad)} tensors or has them in another shape"
         raise IncompleteCheckpoint(f"{start}: {found}, e.g. {min(bad)}; use another checkpoint")
