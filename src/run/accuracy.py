@@ -24,6 +24,13 @@ from model.qwen2_audio import base_model
 ATTEMPTS = 3  # at an evaluation during which clips break; then the disk is to blame
 
 
+def to_metrics(scores: Scores) -> dict[str, float]:
+    """Accuracies in percent: `accuracy`, `accuracy_TASK`."""
+    tasks = next(iter(scores.groups.values())).items()
+    by_task = {"accuracy_" + re.sub(r"\W+", "_", task): 100 * right / asked for task, (right, asked) in tasks if asked}
+    return {"accuracy": scores.accuracy} | by_task
+
+
 class GreedyAccuracy:
     """Takes the place of `Trainer.evaluate`: answers these questions at every evaluation."""
 
@@ -31,11 +38,8 @@ class GreedyAccuracy:
         self.trainer, self.benchmark, self.left_out = trainer, questions, 0
 
     def __call__(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        trainer, scores = self.trainer, self._score()
-        metrics = {f"{metric_key_prefix}_accuracy": scores.accuracy}
-        for task, (right, asked) in next(iter(scores.groups.values())).items():
-            if asked:
-                metrics[f"{metric_key_prefix}_accuracy_" + re.sub(r"\W+", "_", task)] = 100 * right / asked
+        trainer = self.trainer
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in to_metrics(self._score()).items()}
         if self.left_out:
             metrics[f"{metric_key_prefix}_left_out"] = self.left_out
         trainer.log(metrics)

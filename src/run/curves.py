@@ -72,6 +72,7 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold `$`
     from matplotlib import pyplot
 
     logs = {name: pd.DataFrame(history).groupby("step").first() for name, (_, history) in runs.items() if history}

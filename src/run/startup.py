@@ -25,7 +25,8 @@ from evaluation.processes import leave, run_on_all
 from evaluation.results import Completion, to_records
 from model.qwen2_audio import load_processor
 
-from .arguments import DataArguments
+from .accuracy import to_metrics
+from .arguments import DataArguments, check_optimizer
 from .check import Rules, examine_evaluation_file, examine_training_file
 from .checkpoints import (
     KeepCheckpoints,
@@ -92,6 +93,7 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
     for file in (data.data_file, *([args.eval_file] if args.eval_file else [])):
         check_is_there(file)
     model.quantisation(args)
+    check_optimizer(args)
     run_on_all(lambda: hold(out, held), main=True)
     settings = describe_run(parsed, reward_files, folder)
     restarted = int(os.environ.get("RUN_RESTART", 0)) > 0
@@ -111,6 +113,8 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
 
 def hold(out: Path, held: ExitStack) -> None:
     """Make and lock the output folder. A `ValueError` where another run holds it or it cannot be written."""
+    if os.fsencode(out.resolve()).decode(errors="ignore") != str(out.resolve()):
+        raise ValueError(f"{str(out)!r}: its path is not UTF-8, as model cards require; choose another OUT_DIR")
     try:
         held.callback(lock_file(out / LOCK, "wait for its end, or choose another OUT_DIR").release)
     except OSError as error:
@@ -173,7 +177,9 @@ def load_eval_questions(data: DataArguments, args: TrainingArguments, processor:
     benchmark = load_questions(args.eval_file, skip=dropped)
     if not benchmark.has_answers:
         raise ValueError(f"{args.eval_file}: holds no answers, so there is no accuracy; add them")
-    evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
+    scores = evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
+    if args.metric_for_best_model.removeprefix("eval_") not in (measured := to_metrics(scores)):
+        raise ValueError(f"--metric_for_best_model {args.metric_for_best_model}: use one of {', '.join(measured)}")
     return benchmark
 
 
@@ -211,7 +217,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
         if error.everywhere:  # so that the launcher stops none before it has come here
             trainer.accelerator.wait_for_everyone()
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except DataError as error:  # no usable clip, or a reward's value
+    except (DataError, FloatingPointError) as error:  # no usable clip, a reward's value; NaN in sampling
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except (RuntimeError, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

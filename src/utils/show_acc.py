@@ -164,6 +164,7 @@ def plot(results: list[Result], path: str | Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold `$`
     from matplotlib import pyplot
 
     tables = build_tables(results, sort="step")
