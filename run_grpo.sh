@@ -46,7 +46,7 @@ demo() {
     echo
     echo "The training's curves, and a report with answers and clips for any browser:"
     echo "$OUT_DIR/training.png"
-    "$PYTHON" src/report.py "$OUT_DIR" --audio_dir "$DATA"
+    "$PYTHON" src/report.py "$OUT_DIR"
 }
 
 if [ "${1:-}" = demo ]; then
