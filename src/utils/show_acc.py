@@ -109,10 +109,13 @@ def _write_table(table: pd.DataFrame, style: str) -> str:
 
 
 def format_comparison(results: list[Result], first: str, second: str) -> str:
-    """The paired difference of two rows, given by their names, and the questions whose answer became right or wrong.
-    Raises a `ValueError` if a name is not that of exactly one row, or if the rows do not compare."""
-    build_tables(results)
-    pair = []
+    """The paired difference of two rows, given by their names, and the questions whose answer became right or wrong,
+    for each table that has both. Raises a `ValueError` if a name is not that of one row, or the rows do not compare."""
+    both = [(title, rows) for title, rows in build_tables(results)
+            if all(any(name in (row.name, row.row) for row in rows) for name in (first, second))]  # fmt: skip
+    if len(both) > 1:
+        return "\n".join(f"{title}\n{format_comparison(rows, first, second)}" for title, rows in both)
+    results, pair = both[0][1] if both else results, []
     for name in (first, second):
         rows = [result for result in results if name in (result.name, result.row)]
         if len(rows) != 1:
