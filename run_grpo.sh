@@ -11,7 +11,8 @@ set -eu
 . "$(dirname "$0")/paths.sh"
 
 # Make data and a small model, train it with GRPO on a CPU, and compare with supervised fine-tuning from the same warm
-# start on as many questions (3200). The seed decides everything.
+# start on as many questions (3200). The seed decides everything on one
+# kind of CPU; on another, sums are rounded in another order, and the accuracies differ by some points.
 demo() {
     DATA=data/demo
     OUT_DIR=${OUT_DIR:-exp/demo}

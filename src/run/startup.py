@@ -220,7 +220,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
     except (DataError, FloatingPointError) as error:  # no usable clip, a reward's value; NaN in sampling
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except (RuntimeError, OSError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError):
             sys.exit(explain_out_of_memory(trainer, error))
         if ended := keep.explain_failed_write(error):
             sys.exit(f"{Path(sys.argv[0]).name}: {ended}")
