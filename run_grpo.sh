@@ -11,8 +11,7 @@ set -eu
 . "$(dirname "$0")/paths.sh"
 
 # Make data and a small model, train it with GRPO on a CPU, and compare with supervised fine-tuning from the same warm
-# start on as many questions (3200). The seed decides everything on one
-# kind of CPU; on another, sums are rounded in another order, and the accuracies differ by some points.
+# start on as many questions (3200). On one machine the seed decides everything; another CPU rounds differently.
 demo() {
     DATA=data/demo
     OUT_DIR=${OUT_DIR:-exp/demo}

@@ -10,7 +10,7 @@ from pathlib import Path
 from evaluation.checkpoints import check_model, write_merged
 
 
-def merge(adapter: str | Path, out: str | Path, base: str | None = None, dtype: str = "auto") -> None:
+def merge(adapter: str | Path, out: str | Path, base: str = "", dtype: str = "auto") -> None:
     """As `write_merged`; raises a `ValueError` if `out` exists, or one of the two models is damaged."""
     if Path(out).exists():
         raise ValueError(f"{out}: exists already; choose another --out")
@@ -25,7 +25,7 @@ def main() -> None:
     parser = ArgumentParser(description="Merge a LoRA checkpoint into a full model.", allow_abbrev=False)
     parser.add_argument("--adapter", required=True, help="checkpoint of a run with --use_peft true")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--base", help="base model; default: the one that the adapter records")
+    parser.add_argument("--base", default="", help="base model; default: the one that the adapter records")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
                         help="of the written weights; default: the base's own")  # fmt: skip
     args = parser.parse_args()

@@ -66,7 +66,7 @@ def check_whole(folder: Path) -> None:
             raise IncompleteCheckpoint(f"{folder}: incomplete, the processor's {' or '.join(names)} is missing")
 
 
-def check_model(folder: Path, base: str | None = None) -> None:
+def check_model(folder: Path, base: str = "") -> None:
     """As `check_whole`, and for tensors that are missing, of another shape, NaN or infinite. Reads all weights, with
     those of an adapter's base (see `load_merged`): once in a run, before they are loaded."""
     check_whole(folder)
@@ -151,16 +151,14 @@ def _hash_files(paths: list[Path], record: Path) -> list[str]:
     return list(hashed.values())
 
 
-def _start(folder: str | Path, base: str | None = None) -> Path:
+def _start(folder: str | Path, base: str = "") -> Path:
     """The folder of the full model: an adapter's base, or the folder itself."""
     if not (Path(folder) / "adapter_config.json").is_file():
         return Path(folder)
-    return find_base(folder) if base is None else locate(base)
+    return locate(base) if base else find_base(folder)
 
 
-def load_model(
-    folder: str | Path, dtype: torch.dtype, device: torch.device, base: str | None = None
-) -> PreTrainedModel:
+def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device, base: str = "") -> PreTrainedModel:
     """A checkpoint in evaluation mode; an adapter is merged into its base model. On the device `meta`, tensors have no
     content. Raises an `IncompleteCheckpoint` if it lacks tensors, or cannot be loaded."""
     if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that do not depend on the batch
@@ -175,7 +173,7 @@ def load_model(
         raise IncompleteCheckpoint(f"{folder}: cannot be loaded ({message})") from error
 
 
-def load_merged(folder: str | Path, base: str | None = None, **kwargs) -> PreTrainedModel:
+def load_merged(folder: str | Path, base: str = "", **kwargs) -> PreTrainedModel:
     """A model; that of an adapter checkpoint is merged into its base, by default the recorded one. `kwargs` are those
     of `from_pretrained`. Raises a `ValueError` or `OSError` if one of the two cannot be loaded or lacks tensors."""
     start, on_meta = _start(folder, base), kwargs.get("device_map") == "meta"
@@ -199,12 +197,11 @@ def load_merged(folder: str | Path, base: str | None = None, **kwargs) -> PreTra
         # A layer without any of them had a frozen adapter, which is 0 and which ZeRO-3 does not save.
         bad = {name for name in missing if ".lora_" not in name or name.partition(".lora_")[0] in kept}
     if bad:
-        found = f"lacks {len(bad)} tensors or has them in another shape"
-        raise IncompleteCheckpoint(f"{start}: {found}, e.g. {min(bad)}; use another checkpoint")
+        raise IncompleteCheckpoint(f"{start}: {min(bad)} is missing or has another shape ({len(bad)} tensors in all)")
     return model.merge_and_unload() if is_adapter and not on_meta else model
 
 
-def write_merged(adapter: str | Path, out: Path, base: str | None = None, dtype: str = "auto") -> None:
+def write_merged(adapter: str | Path, out: Path, base: str = "", dtype: str = "auto") -> None:
     """Write an adapter's full model, processor and prompt style to a folder; arguments and errors as `load_merged`."""
     model = load_merged(adapter, base, dtype=dtype)
     keep_base_names(model)

@@ -229,10 +229,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
 
 def explain_out_of_memory(trainer: Trainer, error: Exception) -> str:
     """The step, the size of its passes, and the flags that need less memory."""
-    args, size = trainer.args, f"{trainer.args.per_device_train_batch_size} per pass"
-    if hasattr(args, "num_generations"):
-        questions = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
-        size += f"; rollouts of {questions} questions x {args.num_generations} completions"
+    size = f"{trainer.args.per_device_train_batch_size} per pass"
     return (
         f"out of memory in step {trainer.state.global_step + 1} ({size}): {str(error).strip().splitlines()[0]}\n"
         "These need less: --activation_checkpointing true, --steps_per_generation 1, --use_peft true, "
