@@ -213,11 +213,9 @@ def train(trainer: Trainer, start: Path | None) -> None:
         else:
             keep.writing = Path(out)
             trainer.save_model()
-    except RunEnded as error:
-        if error.everywhere:  # so that the launcher stops none before it has come here
+    except (RunEnded, DataError, FloatingPointError) as error:  # also no usable clip, a reward's value, NaN in sampling
+        if getattr(error, "everywhere", False):  # so that the launcher stops none before it has come here
             trainer.accelerator.wait_for_everyone()
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except (DataError, FloatingPointError) as error:  # no usable clip, a reward's value; NaN in sampling
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except (RuntimeError, OSError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):

@@ -8,10 +8,7 @@ def at_least(lowest: int) -> Callable[[str], int]:
     """The `type=` of a flag that takes whole numbers from `lowest` on."""
 
     def whole(word: str) -> int:
-        try:
-            number = int(word)
-        except ValueError:
-            number = lowest - 1
+        number = int(word) if word.isdecimal() else lowest - 1
         if number < lowest:
             raise argparse.ArgumentTypeError(f"expected a whole number from {lowest} on, not {word!r}")
         return number
