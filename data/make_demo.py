@@ -413,7 +413,7 @@ def main() -> None:
     print(f"{args.out}: synthesising {clips} clips ...", flush=True)
     try:
         make_demo(**vars(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"make_demo: {error}")
     print(
         f"{args.out}: {args.warm_start} questions for the warm start, {args.train} for GRPO, {args.test} held out, "

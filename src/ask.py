@@ -26,7 +26,7 @@ from dataset.dataset import check_choices
 from dataset.encode import encode
 from dataset.prompt import DEFAULT_STYLE, STYLES, build_question, extract_answer, load_style
 from dataset.rows import DataError
-from evaluation.checkpoints import check_whole, load_model
+from evaluation.checkpoints import check_model, load_model
 from evaluation.decoding import Greedy, score
 from evaluation.identity import locate
 from evaluation.lengths import check_prompt, count_text_tokens
@@ -81,7 +81,7 @@ def run(args: Namespace) -> dict:
     if check_choices(question, choices, "--choices") or not all(map(str.strip, choices)):
         raise DataError(f"--choices {choices} holds an empty or repeated choice; pass different words")
     folder = locate(args.model_path)
-    check_whole(folder)
+    check_model(folder)
     processor = load_processor(folder)
     style = args.prompt_style or load_style(folder) or DEFAULT_STYLE
     prompt = build_question(question, choices, style)

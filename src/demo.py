@@ -79,7 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         prepare(**vars(args))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"demo: {error}")
 
 

@@ -13,9 +13,11 @@ from run.curves import plot_curves, read_history
 def main() -> None:
     parser = ArgumentParser(description="Draw the curves of training runs.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold checkpoint-*")
-    parser.add_argument("--out", type=Path, help="picture to write; default: training.png in the (first) folder")
+    parser.add_argument(
+        "--out", type=Path, help="picture; default: training.png in a single run's folder, else curves.png"
+    )
     args = parser.parse_args()
-    path = args.out or args.runs[0] / "training.png"
+    path = args.out or (args.runs[0] / "training.png" if len(args.runs) == 1 else Path("curves.png"))
     try:
         plot_curves({str(run): (run, read_history(run)) for run in args.runs}, path)
     except (ValueError, OSError) as error:

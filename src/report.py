@@ -18,7 +18,7 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="folder that holds checkpoint-* or test_*")
     parser.add_argument("--out", type=Path, help="file to write; default: report.html in the run's folder")
-    parser.add_argument("--audio_dir", type=Path, default=Path("data/MMAU"), help="folder of the clips' paths")
+    parser.add_argument("--audio_dir", type=Path, help="folder of the clips' paths; default: as recorded")
     parser.add_argument("--clips", type=at_least(0), default=50, help="number of embedded clips (60 kB for 10 s), "
         "first of questions on which checkpoints differ; the others are linked")  # fmt: skip
     parser.add_argument("--allow_outside", action="store_true", help="use clips outside --audio_dir as well")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from evaluation import checkpoints, identity
-from evaluation.checkpoints import check_whole, full_model, load_merged
+from evaluation.checkpoints import check_model, check_whole, full_model, load_merged
 from evaluation.identity import FINGERPRINTS, IncompleteCheckpoint, find_base, fingerprint
 from model.checkpoints import complete_checkpoint
 from model.qwen2_audio import load_processor
@@ -256,3 +256,33 @@ def test_a_checkpoint_with_the_record_is_whole_and_loads(small_model, tmp_path):
     assert {path.name for path in folder.iterdir()} == before | {FINGERPRINTS}
     check_whole(folder)
     AutoProcessor.from_pretrained(folder)
+
+
+def damage(folder: Path, how: str) -> Path:
+    """The folder, after one of its files was damaged."""
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    name = min(tensors)
+    if how == "missing":
+        del tensors[name]
+    elif how == "shape":
+        tensors[name] = tensors[name][..., :1].contiguous()
+    else:
+        tensors[name].view(-1)[0] = float(how)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "nan", "-inf"])
+@pytest.mark.parametrize("part", ["model", "adapter", "its base"])
+def test_weights_that_are_not_all_there_are_refused_in_one_line(adapter, small_model, tmp_path, part, how):
+    whole = shutil.copytree(small_model if part == "model" else adapter, tmp_path / "whole")
+    base = shutil.copytree(small_model, tmp_path / "base")
+    if part != "model":
+        config = json.loads((whole / "adapter_config.json").read_text())
+        (whole / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    check_model(whole)
+    damage(base if part == "its base" else whole, how)
+    with pytest.raises(IncompleteCheckpoint) as error:
+        check_model(whole)
+    assert str(base if part == "its base" else whole) in str(error.value) and "\n" not in str(error.value)

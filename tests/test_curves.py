@@ -34,10 +34,16 @@ def test_the_newest_whole_state_counts(tmp_path):
 def test_runs_are_drawn_over_one_another(tmp_path, monkeypatch, capsys):
     write_state(tmp_path / "a", 3)
     write_state(tmp_path / "b", 5, eval_accuracy=60.0)
+    plot_curves({"$a_b^{c$": (tmp_path / "a", read_history(tmp_path / "a"))}, tmp_path / "no formula.png")
     command = ["plot_training.py", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.svg")]
     monkeypatch.setattr("sys.argv", command)
     plot_training.main()
     assert str(tmp_path / "x.svg") in capsys.readouterr().out and "<svg" in (tmp_path / "x.svg").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "training.png").write_text("of the run")
+    monkeypatch.setattr("sys.argv", ["plot_training.py", "a", "b"])
+    plot_training.main()
+    assert (tmp_path / "curves.png").is_file() and (tmp_path / "a" / "training.png").read_text() == "of the run"
     monkeypatch.setattr("sys.argv", ["plot_training.py", str(tmp_path / "gone")])
     with pytest.raises(SystemExit, match="plot_training.py: .*gone"):
         plot_training.main()

@@ -161,6 +161,7 @@ def test_the_files_in_full(swept, trained, questions, few, checkpoint):
         "audio": "real", "channels": "first", "max_new_tokens": 12, "sample_seed": None, "allow_missing": False,
         "prompt": f"{prompt} Output the final answer in <answer> </answer>.", "decoding": "greedy",
         "match": "MMAU string_match at 110127f", "missing": [], "cut": 0,
+        "audio_dir": os.path.relpath(questions.parent, swept),
         "no_choice": scores.no_choice, "several": scores.several, "cut_off": scores.cut_off,
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
                   for path in (folder / f"res_{MINI}.json", folder / f"eval_{MINI}.txt")},

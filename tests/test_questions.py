@@ -1,6 +1,7 @@
 """questions.py: question files, and which release they are of."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +34,9 @@ def test_every_content_of_mmaus_repository_is_known(versions):
 def test_a_draft_is_not_the_original(versions):
     releases = {version["date"]: RELEASES[version["digest"]] for version in versions}
     original = {
-        date for date, release in releases.items() if Benchmark("mmau_mini", release, "", True, [], []).is_original
+        date
+        for date, release in releases.items()
+        if Benchmark("mmau_mini", release, "", True, [], Path(), []).is_original
     }
     assert original == {date for date in releases if date < "2025-05-15"}
     drafts = {date for date, release in releases.items() if release == f"v05.15.25-draft of {date}"}

@@ -304,6 +304,22 @@ def test_the_script_writes_the_file_or_one_sentence(folder, tmp_path, monkeypatc
             start(bad)
 
 
+def test_clips_are_found_where_the_results_record_them(tmp_path, monkeypatch):
+    for name in ("clips", "other"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        soundfile.write(tmp_path / "data" / name / f"{name}.wav", np.sin(np.arange(16_000)), 16_000)
+        questions = [row | {"audio_id": f"{name}.wav", "question": name} for row in rows(1)]
+        write_result(tmp_path / "exp", name, 1, questions, audio_dir=f"../data/{name}")
+    monkeypatch.chdir(tmp_path)
+    page = Page(build_report(Path("exp"), None, 2, Path("exp")))
+    clips = [question["clip"] for asked in page.data["sets"] for question in asked["questions"]]
+    assert len(clips) == 2 and all(clip.startswith("data:") for clip in clips)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")  # results may name any file: only those below the current folder are used
+    page = Page(build_report(tmp_path / "exp", None, 2, tmp_path / "exp"))
+    assert all(question["clip"] == "" for asked in page.data["sets"] for question in asked["questions"])
+
+
 CONTRAST = """
 const canvas = (color) => color.match(/\\d+/g).slice(0, 3).map((part) => part / 255)
   .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));

@@ -270,8 +270,15 @@ def test_two_rows_are_compared_on_the_same_questions(folder):
     assert changed[1].startswith("+ 150: ")
     table = to_table(build_tables(read_results(folder)[0])[0][1]).set_index("step")
     assert table["to the best"]["1000"] == "-" and table["to the best"]["100"].startswith("-19.67 (p 5.4e-17)")
-    run = show(folder, "--compare", "100", "7")
-    assert run.returncode == 1 and "'7'" in run.stderr and "100, 200, 1000, base" in run.stderr
+    gone = show(folder, "--compare", "100", "7")
+    assert gone.returncode == 1 and "'7'" in gone.stderr and "100, 200, 1000, base" in gone.stderr
+    for label, right in (("100", 5), ("1000", 8)):  # on a second file of questions
+        path = write_result(folder / "other", label, right, rows(20, "!"))
+        for kind in ("res", "run"):
+            name = f"{kind}_mmau_mini.json"
+            (path.parent / name).rename(folder / f"test_{label}" / name.replace("mini", "shifted"))
+    both = show(folder, "--compare", "100", "1000").stdout
+    assert run.stdout in both and "1000 - 100: +15.00 points" in both and both.count(" questions (") == 2
 
 
 def test_the_interval_of_an_accuracy_is_wilsons():

@@ -1,12 +1,14 @@
 """run/startup.py: what ends a run before its model is loaded, and what a run without a step writes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from conftest import ROOT
@@ -78,6 +80,50 @@ def test_fewer_questions_than_a_step_takes_are_refused(start, flags, needed):
 def test_a_path_that_does_not_exist_is_named(start, tmp_path, flag):
     status, said = start(flag, tmp_path / "gone")
     assert status == 2 and str(tmp_path / "gone") in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "processor_config.json"])
+def test_a_damaged_model_is_refused(start, small_model, tmp_path, file):
+    """The kinds of damage are those of `test_checkpoints.py` and `test_evaluate.py`."""
+    model = shutil.copytree(small_model, tmp_path / "model")
+    if file == "model.safetensors":
+        tensors = load_file(model / file)
+        del tensors[min(tensors)]
+        save_file(tensors, model / file, metadata={"format": "pt"})
+    else:
+        (model / file).unlink()
+    status, said = start("--model_name_or_path", model)
+    assert status == 2 and str(model) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("eval_strategy", "steps"), ("fsdp", "full_shard"), ("cast_lm_head_to_fp32", "true"),
+        ("label_smoothing_factor", "0.1"), ("lr_scheduler_type", "cosine_with_min_lr"), ("output_dir", "not-\udcff-UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_cannot_work_is_named_before_the_model_is_loaded(start, flag, value):
+    status, said = start(f"--{flag}", value)
+    named = {"output_dir": "OUT_DIR"}.get(flag, f"--{flag}")
+    assert status == 2 and named in said and said.count("\n") == 1
+
+
+def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(start, questions):
+    flags = ["--eval_file", questions, "--load_best_model_at_end", "true", "--metric_for_best_model"]
+    status, said = start(*flags, "accuracy_Sound")
+    assert status == 2 and "accuracy_Sound" in said and "accuracy_all" in said
+    with pytest.raises(Loaded):
+        start(*flags, "eval_accuracy_all")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("generation_kwargs", '{"temperature": 0}'), ("learning_rate", "1e30")], ids=lambda part: part
+)
+def test_what_cannot_be_sampled_ends_a_run_in_one_line(start, tmp_path, flag, value):
+    (tmp_path / "mine.py").write_text("def some(completions, **_):\n    return [len(set(c)) for c in completions]\n")
+    status, said = start("--reward_funcs", f"{tmp_path}/mine.py:some", f"--{flag}", value, loads=True)
+    assert status == 2 and flag.removeprefix("generation_kwargs") in said and said.count("\n") == 1
 
 
 def test_a_reward_that_cannot_be_used_is_named(start, tmp_path):

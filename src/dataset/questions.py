@@ -39,6 +39,7 @@ class Benchmark:
     digest: str  # of the questions in any order; only results with equal digests are comparable
     has_answers: bool
     questions: list[Question]
+    audio_dir: Path  # where relative paths start
     faults: list[str]  # rows that `check_question` refuses; they are asked and scored nevertheless
 
     @property
@@ -97,7 +98,7 @@ def to_benchmark(records: list[dict], source: Path, audio_dir: Path, numbers: Se
         raise ValueError(f"{source}: fill in the blank answers, or blank all:\n  {first_problems(blank)}")
     records = [question.record for question in questions]
     digest = _digest(question.id + _content_hash(question.record) for question in questions)[:8]
-    return Benchmark(_name(records), recognise_release(records), digest, not blank, questions, faults)
+    return Benchmark(_name(records), recognise_release(records), digest, not blank, questions, audio_dir, faults)
 
 
 def _name(records: list[dict]) -> str:

@@ -7,9 +7,10 @@ import uuid
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Qwen2AudioForConditionalGeneration
+from transformers.integrations import deepspeed
 
 from dataset.prompt import load_style, save_style
 from model.checkpoints import complete_checkpoint, keep_base_names
@@ -42,43 +43,72 @@ def check_whole(folder: Path) -> None:
             raise IncompleteCheckpoint(f"{folder}: incomplete, the processor's {' or '.join(names)} is missing")
 
 
-def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Qwen2AudioForConditionalGeneration:
-    """A checkpoint in evaluation mode; an adapter is merged into its base model. Raises an `IncompleteCheckpoint` if it
-    lacks tensors, has NaN or infinite ones, or cannot be loaded."""
+def check_model(folder: Path, base: str = "") -> None:
+    """As `check_whole`, and for tensors that are missing, of another shape, NaN or infinite. Reads all weights, with
+    those of an adapter's base (see `load_merged`): once in a run, before they are loaded."""
+    check_whole(folder)
+    load_model(folder, torch.float32, torch.device("meta"), base)
+    for path in {*weight_files(_start(folder, base)), *weight_files(folder)}:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                    raise IncompleteCheckpoint(f"{path}: {name} has NaN or infinite weights; use another checkpoint")
+
+
+def _start(folder: str | Path, base: str = "") -> Path:
+    """The folder of the full model: an adapter's base, or the folder itself."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return Path(folder)
+    return locate(base) if base else find_base(folder)
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device, base: str = "") -> PreTrainedModel:
+    """A checkpoint in evaluation mode; an adapter is merged into its base model. On the device `meta`, tensors have no
+    content. Raises an `IncompleteCheckpoint` if it lacks tensors, or cannot be loaded."""
     if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that do not depend on the batch
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    load = load_merged if (Path(folder) / "adapter_config.json").is_file() else _load
     try:
-        model = load(folder, dtype=dtype).to(device).eval()
+        place = "meta" if device.type == "meta" else None
+        return load_merged(folder, base, dtype=dtype, device_map=place).to(device).eval()
     except IncompleteCheckpoint:
         raise
     except Exception as error:  # libraries raise many types on damaged files
-        raise IncompleteCheckpoint(f"{folder}: cannot be loaded ({type(error).__name__}: {error})") from error
-    if bad := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
-        raise IncompleteCheckpoint(f"{folder}: {bad[0]} has NaN or infinite weights; use an earlier checkpoint")
-    return model
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise IncompleteCheckpoint(f"{folder}: cannot be loaded ({message})") from error
 
 
-def _load(folder: str | Path, dtype: str | torch.dtype) -> PreTrainedModel:
-    load = Qwen2AudioForConditionalGeneration.from_pretrained
-    model, info = load(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
-    if missing := sorted(info["missing_keys"]):  # transformers initialises them at random
-        raise IncompleteCheckpoint(f"{folder}: lacks {len(missing)} tensors, e.g. {missing[0]}; save it again")
-    return model
-
-
-def load_merged(adapter: str | Path, base: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """The base model, by default the recorded one in its own dtype, with an adapter checkpoint merged into its weights.
-    Raises a `ValueError` or `OSError` if one of the two cannot be loaded or lacks tensors."""
-    folder = find_base(adapter) if base is None else locate(str(base))
-    for part in (folder, Path(adapter)):
+def load_merged(folder: str | Path, base: str = "", **kwargs) -> PreTrainedModel:
+    """A model; that of an adapter checkpoint is merged into its base, by default the recorded one. `kwargs` are those
+    of `from_pretrained`. Raises a `ValueError` or `OSError` if one of the two cannot be loaded or lacks tensors."""
+    start, on_meta = _start(folder, base), kwargs.get("device_map") == "meta"
+    is_adapter = start != Path(folder)
+    for part in (start, Path(folder)):
         weight_files(part)  # refuses pickles, which PEFT would load
-    return PeftModel.from_pretrained(_load(folder, dtype), str(adapter)).merge_and_unload()
+    zero3, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:  # without ZeRO-3, which would split the model over processes that do not load it
+        model, info = Qwen2AudioForConditionalGeneration.from_pretrained(
+            start, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero3
+    bad = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}  # initialised at random
+    if is_adapter and not bad:
+        start, model = Path(folder), PeftModel(model, PeftConfig.from_pretrained(folder))
+        options = {"torch_device": "cpu", "ignore_mismatched_sizes": True, "low_cpu_mem_usage": on_meta}
+        missing = model.load_adapter(folder, "default", **options).missing_keys
+        with safe_open(weight_files(start)[0], "pt") as file:
+            kept = {name.partition(".lora_")[0] for name in file.keys()}
+        # A layer without any of them had a frozen adapter, which is 0 and which ZeRO-3 does not save.
+        bad = {name for name in missing if ".lora_" not in name or name.partition(".lora_")[0] in kept}
+    if bad:
+        raise IncompleteCheckpoint(f"{start}: {min(bad)} is missing or has another shape ({len(bad)} tensors in all)")
+    return model.merge_and_unload() if is_adapter and not on_meta else model
 
 
-def write_merged(adapter: str | Path, out: Path, base: str | None = None, dtype: str = "auto") -> None:
+def write_merged(adapter: str | Path, out: Path, base: str = "", dtype: str = "auto") -> None:
     """Write an adapter's full model, processor and prompt style to a folder; arguments and errors as `load_merged`."""
-    model = load_merged(adapter, base, dtype)
+    model = load_merged(adapter, base, dtype=dtype)
     keep_base_names(model)
     model.save_pretrained(out)
     if style := load_style(adapter):

@@ -19,7 +19,7 @@ from .statistics import confidence_interval
 
 # Keys of a run file that are used here, and their types; all of them may be missing or null.
 RUN_FILE = {"label": str, "weights": str, "records": str, "clips": str, "audio": str, "sample_seed": int,
-            "allow_missing": bool, "missing": list, "files": dict}  # fmt: skip
+            "allow_missing": bool, "audio_dir": str, "missing": list, "files": dict}  # fmt: skip
 # Settings of a result: column of the table -> keys of the run file.
 SETTINGS = {"audio": ("audio",), "prompt": ("style", "prompt_digest"), "decoding": ("decoding",), "dtype": ("dtype",),
             "tokens": ("max_new_tokens",), "channels": ("channels",), "match": ("match",)}  # fmt: skip

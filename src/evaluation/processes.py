@@ -10,7 +10,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 T = TypeVar("T")
-SETTLED = 0.5  # s
 
 
 def processes() -> PartialState:
@@ -49,7 +48,7 @@ def leave(close: Callable[[], None] | None = None) -> None:
         state.wait_for_everyone()
         # Destroying the group holds Python's lock and joins Gloo's threads, which need that lock to release the last
         # collective's tensors: a deadlock in torch 2.13 unless they have done so.
-        time.sleep(SETTLED)
+        time.sleep(0.5)
     if close:
         close()
     state.destroy_process_group()

@@ -14,7 +14,7 @@ from dataset.rows import DataError, first_problems
 from model.qwen2_audio import load_processor
 
 from .answers import EncodedQuestions, answer_batches
-from .checkpoints import check_whole, label_of, load_model
+from .checkpoints import check_model, check_whole, label_of, load_model
 from .clips import hash_clips, measure_clips
 from .files import lock_file
 from .identity import fingerprint, locate
@@ -121,6 +121,7 @@ def _evaluate(sweep: Sweep, job: Job, hashes: dict[str, str]) -> None:
         # A batch is repeated as a whole, so that its shape is the same.
         if batches := [batch for batch in questions.batches() if not done.keys() >= set(questions.names(batch))]:
             device = torch.device(f"cuda:{processes().local_process_index}" if sweep.device == "cuda" else "cpu")
+            run_on_all(lambda: check_model(folder), main=True)
             model = run_on_all(lambda: load_model(folder, getattr(torch, settings.dtype), device))
             append = partial(files.append, processes().process_index)
             run_on_all(lambda: answer_batches(model, questions, batches, append, job.label))

@@ -63,6 +63,8 @@ def roll_out(
             # One tensor, so that the device is waited for once.
             sampled = torch.stack([tokens, stopping_criteria(ids, scores).long()], dim=1).tolist()
             for row, (token, _) in zip(rows, sampled, strict=True):
+                if token < 0:
+                    raise FloatingPointError("the weights are ruined (NaN in sampling); lower --learning_rate")
                 completions[row].append(token)
             alive = [place for place, (_, ended) in enumerate(sampled) if not ended]
             if len(alive) < len(rows):
@@ -131,14 +133,14 @@ class Branches:
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
-    """Draw a token (R,) from each row's distribution, given as logits (R, V). Raises a `RuntimeError` for NaN."""
+    """Draw a token (R,) from each row's distribution, given as logits (R, V); -1 for NaN."""
     shares = scores.softmax(dim=1)
-    if scores.device.type != "cpu" or not bool(shares.sum().isfinite()):
-        return shares.multinomial(1)[:, 0]
-    # On a CPU, `multinomial` draws a number per token of the vocabulary, in a third of the time of the model's layers.
-    # Cumulative sums are cheaper. On a CPU they never fall, so no token of share 0 is drawn.
-    sums = shares.cumsum(dim=1, dtype=torch.float64)
-    return torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)[:, 0]
+    if scores.device.type != "cpu":  # as `multinomial`, which for NaN would end the use of the GPU
+        tokens = (shares / torch.empty_like(shares).exponential_()).argmax(dim=1)
+    else:  # a number per token of the vocabulary would take a third of the time of the model's layers
+        sums = shares.cumsum(dim=1, dtype=torch.float64)  # on a CPU they never fall: no token of share 0 is drawn
+        tokens = torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)[:, 0]
+    return tokens.where(shares[:, 0].isfinite(), -1)
 
 
 def check_generation(config: GenerationConfig) -> None:

@@ -29,6 +29,8 @@ def attach(trainer: Trainer, settings: dict, eval_questions: Benchmark | None = 
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:  # TRL has rounded the adapters to bfloat16, in which steps of 1e-6 are lost
                 parameter.data = parameter.data.float()
+    if hasattr(trainer, "generation_config"):  # raises a `ValueError` for impossible values, such as a temperature of 0
+        base_model(trainer.model)._get_logits_processor(trainer.generation_config, 1)
     replace_broken_clips(trainer)
     if getattr(trainer.args, "use_vllm", False):
         from .vllm import sample_by_vllm

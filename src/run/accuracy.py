@@ -22,6 +22,13 @@ from evaluation.results import MAX_NEW_TOKENS, Completion, Settings, to_records
 from model.qwen2_audio import base_model
 
 
+def to_metrics(scores: Scores) -> dict[str, float]:
+    """Accuracies in percent: `accuracy`, `accuracy_TASK`."""
+    tasks = next(iter(scores.groups.values())).items()
+    by_task = {"accuracy_" + re.sub(r"\W+", "_", task): 100 * right / asked for task, (right, asked) in tasks if asked}
+    return {"accuracy": scores.accuracy} | by_task
+
+
 class GreedyAccuracy:
     """Takes the place of `Trainer.evaluate`: answers these questions at every evaluation."""
 
@@ -33,10 +40,7 @@ class GreedyAccuracy:
         asked = replace(self.benchmark, questions=questions.questions)
         completions = gather_object(list(self._answer(questions).items()))
         scores = evaluate(to_records(asked, dict(completions)))
-        metrics = {f"{metric_key_prefix}_accuracy": scores.accuracy}
-        for task, (right, count) in next(iter(scores.groups.values())).items():
-            if count:
-                metrics[f"{metric_key_prefix}_accuracy_" + re.sub(r"\W+", "_", task)] = 100 * right / count
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in to_metrics(scores).items()}
         if self.left_out:
             metrics[f"{metric_key_prefix}_left_out"] = self.left_out
         trainer.log(metrics)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import yaml
 from peft import PeftConfig
-from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -21,6 +21,15 @@ from model.qwen2_audio import HEAD, NOT_QUANTISED, PARTS
 from trainer.shared_prompt import ATTENTION
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# TRL's and transformers' flags that these trainers do not take -> why, or what to use.
+REFUSED = {
+    "trust_remote_code": "code that comes with a model is never executed",
+    "fsdp": "not supported; CONFIG=conf/ds_zero3.json splits a model",
+    "cast_lm_head_to_fp32": "not implemented for Qwen2-Audio",
+    "label_smoothing_factor": "not implemented for these losses",
+}
 
 
 @dataclass
@@ -131,8 +140,9 @@ class RunArguments:
 
     def __post_init__(self):
         """Fill in what follows from other settings, before transformers' own checks."""
-        if getattr(self, "trust_remote_code", False):  # TRL's
-            raise ValueError("--trust_remote_code true: code that comes with a model is never executed; omit it")
+        for name, why in REFUSED.items():
+            if value := getattr(self, name, None):
+                raise ValueError(f"--{name} {value}: {why}; omit the flag")
         self.report_to = "wandb" if self.use_wandb else self.report_to
         self.save_only_model = self.save_only_model or self.keep_optimizer == "none"
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
@@ -148,10 +158,22 @@ class RunArguments:
                 self.eval_strategy = "steps"
             self.eval_steps = self.eval_steps or self.save_steps
             self.metric_for_best_model = self.metric_for_best_model or "accuracy"
+        elif self.eval_strategy != "no":
+            raise ValueError(f"--eval_strategy {self.eval_strategy} requires --eval_file")
         if self.use_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
             # transformers would start the group, too, but on a CPU without the timeout.
             torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Raise a `ValueError` or `ImportError` for an optimizer or schedule that transformers cannot make."""
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options | {"lr": 1.0})
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--optim or --lr_scheduler_type: {error}") from error
 
 
 class Parser(TrlParser):

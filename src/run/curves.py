@@ -54,6 +54,7 @@ def plot_curves(runs: dict[str, tuple[Path, list[dict]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a folder's name may hold `$`
     from matplotlib import pyplot
 
     pyplot.style.use("tableau-colorblind10")

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 from dataset.dataset import check_is_there, load_train_dataset
 from dataset.questions import Benchmark, load_questions
 from dataset.rows import DataError
-from evaluation.checkpoints import check_whole, full_model
+from evaluation.checkpoints import check_model, full_model
 from evaluation.files import hash_file, lock_file
 from evaluation.identity import fingerprint, locate
 from evaluation.mmau import evaluate
@@ -26,7 +26,8 @@ from evaluation.processes import leave, run_on_all
 from evaluation.results import Completion, to_records
 from model.qwen2_audio import load_processor
 
-from .arguments import DataArguments
+from .accuracy import to_metrics
+from .arguments import DataArguments, check_optimizer
 from .check import Rules, examine_evaluation_file, examine_training_file
 from .checkpoints import (
     KeepCheckpoints,
@@ -92,8 +93,8 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
         raise ValueError("PyTorch finds no GPU; --use_cpu true trains without one, for small models")
     for file in (data.data_file, *([args.eval_file] if args.eval_file else [])):
         check_is_there(file)
-    check_whole(folder)
     model.quantisation(args)
+    check_optimizer(args)
     run_on_all(lambda: hold(out, held), main=True)
     settings = describe_run(parsed, reward_files, folder)
     restarted = int(os.environ.get("RUN_RESTART", 0)) > 0
@@ -113,6 +114,8 @@ def prepare(parsed: Sequence, reward_files: Sequence[str], held: ExitStack) -> P
 
 def hold(out: Path, held: ExitStack) -> None:
     """Make and lock the output folder. A `ValueError` where another run holds it or it cannot be written."""
+    if os.fsencode(out.resolve()).decode(errors="ignore") != str(out.resolve()):
+        raise ValueError(f"{str(out)!r}: its path is not UTF-8, as model cards require; choose another OUT_DIR")
     try:
         held.callback(lock_file(out / LOCK, "wait for its end, or choose another OUT_DIR").release)
     except OSError as error:
@@ -121,7 +124,7 @@ def hold(out: Path, held: ExitStack) -> None:
 
 def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> dict:
     """All that decides a run's result: flags, the content of data, model and rewards, and how its state is split.
-    Raises a `ValueError` if nodes do not share the output folder, or differ in what decides the result."""
+    Raises a `ValueError` if the model is damaged, or nodes do not share the output folder or the settings."""
     data, *_, args, _ = parsed
     engine = "none"
     if args.deepspeed:
@@ -133,6 +136,7 @@ def describe_run(parsed: Sequence, reward_files: Sequence[str], model: Path) -> 
     def describe() -> dict:
         out.mkdir(parents=True, exist_ok=True)  # a node without a shared disk does not have it yet
         marker.touch()
+        check_model(model)
         contents = {"data_file (content)": hash_file(data.data_file)[:16], "model (weights)": fingerprint(model)}
         return result_settings(parsed, reward_files) | contents | {"engine": engine}
 
@@ -174,7 +178,9 @@ def load_eval_questions(data: DataArguments, args: TrainingArguments, processor:
     benchmark = load_questions(args.eval_file, skip=dropped)
     if not benchmark.has_answers:
         raise ValueError(f"{args.eval_file}: holds no answers, so there is no accuracy; add them")
-    evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
+    scores = evaluate(to_records(benchmark, {question.id: Completion("", False) for question in benchmark.questions}))
+    if args.metric_for_best_model.removeprefix("eval_") not in (measured := to_metrics(scores)):
+        raise ValueError(f"--metric_for_best_model {args.metric_for_best_model}: use one of {', '.join(measured)}")
     return benchmark
 
 
@@ -208,14 +214,12 @@ def train(trainer: Trainer, start: Path | None) -> None:
         else:
             keep.writing = Path(out)
             trainer.save_model()
-    except RunEnded as error:
-        if error.everywhere:  # so that the launcher stops none before it has come here
+    except (RunEnded, DataError, FloatingPointError) as error:  # also no usable clip, a reward's value, NaN in sampling
+        if getattr(error, "everywhere", False):  # so that the launcher stops none before it has come here
             trainer.accelerator.wait_for_everyone()
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except DataError as error:  # no usable clip, or a reward's value
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except (RuntimeError, OSError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError):
             sys.exit(explain_out_of_memory(trainer, error))
         if ended := keep.explain_failed_write(error):
             sys.exit(f"{Path(sys.argv[0]).name}: {ended}")
@@ -224,10 +228,7 @@ def train(trainer: Trainer, start: Path | None) -> None:
 
 def explain_out_of_memory(trainer: Trainer, error: Exception) -> str:
     """The step, the size of its passes, and the flags that need less memory."""
-    args, size = trainer.args, f"{trainer.args.per_device_train_batch_size} per pass"
-    if hasattr(args, "num_generations"):
-        questions = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
-        size += f"; rollouts of {questions} questions x {args.num_generations} completions"
+    size = f"{trainer.args.per_device_train_batch_size} per pass"
     return (
         f"out of memory in step {trainer.state.global_step + 1} ({size}): {str(error).strip().splitlines()[0]}\n"
         "These need less: --activation_checkpointing true, --steps_per_generation 1, --use_peft true, "

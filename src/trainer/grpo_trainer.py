@@ -169,7 +169,8 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
                 clips = encode_clips(model.model, questions.input_features, questions.frames)
                 questions = questions.encoded_as(pad_clips(clips))
             in_step = is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation
-            going = any_process if in_step else bool
+            # Each forward pass then gathers weights from all processes: none stops before the others.
+            going = (lambda goes_on: any(gather_object([goes_on]))) if in_step else bool
             completions = roll_out(model, questions, self.group_size, self.generation_config, clips, going)
         return questions, *pad_completions(completions, self.group_size, self._tokenizer.pad_token_id, device)
 
@@ -234,11 +235,6 @@ class AudioGRPOTrainer(SelfContainedCheckpoints, GRPOTrainer):
             self._metrics[mode][name].append(value)
         self._metrics[mode]["num_tokens"] = [self.state.num_input_tokens_seen]
         return rollout.shuffled(parts) if mode == "train" else [rollout]
-
-
-def any_process(goes_on: bool) -> bool:
-    """Whether any process has a completion to continue: under ZeRO-3 every forward pass gathers weights from all."""
-    return any(gather_object([goes_on]))
 
 
 def check_settings(args: GRPOConfig) -> None:

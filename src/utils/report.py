@@ -44,12 +44,13 @@ STEPS, COMPLETIONS = 20, 8  # steps of training that are shown, and completions 
 VERSION = re.compile(r"(?m)^- ([A-Z]\w+): (\S+)$")  # of a library, in the model card
 
 
-def build_report(run: Path, audio_dir: Path, clips: int, place: Path, allow_outside: bool = False) -> str:
+def build_report(run: Path, audio_dir: Path | None, clips: int, place: Path, allow_outside: bool = False) -> str:
     """The report's HTML. Raises a `FileNotFoundError` if the folder does not exist, and a `ValueError` if it is empty.
 
     Args:
         run: output folder of a training, of evaluations, or of both.
-        audio_dir: folder that the clips' paths are relative to.
+        audio_dir: folder that the clips' paths are relative to; None: what each result recorded, below the current
+            folder, since results from elsewhere may name any file.
         clips: number of questions whose clip is embedded.
         place: folder of the report; clips are linked from there.
         allow_outside: also embed and link clips outside `audio_dir`.
@@ -63,7 +64,7 @@ def build_report(run: Path, audio_dir: Path, clips: int, place: Path, allow_outs
     tables = [(title, sorted(rows, key=lambda result: result.step is not None))
               for title, rows in build_tables(results, sort="step")]  # fmt: skip
     sets = [_to_set(title, rows, audio_dir) for title, rows in tables]
-    inside = None if allow_outside else audio_dir
+    inside = None if allow_outside else audio_dir or Path.cwd()
     add_clips([question for asked in sets for question in asked["questions"]], clips, place, inside)
     page = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     page.filters["clean"] = clean
@@ -161,9 +162,10 @@ def _share(result: Result, kind: str, name: str) -> str:
     return f"{100 * sum(right) / sum(asked):.2f} ({asked[0]})" if sum(asked) else "-"
 
 
-def _to_set(title: str, results: list[Result], audio_dir: Path) -> dict:
+def _to_set(title: str, results: list[Result], audio_dir: Path | None) -> dict:
     """The script's data for one table's questions; an answer is [text, right, whole completion or "", cut off]."""
     questions, ids = [], dict[str, int]()
+    clips = audio_dir or Path(results[0].folder, results[0].run.get("audio_dir") or os.path.abspath("data/MMAU"))
     task, *more = (kind.lower() for kind in results[0].scores.groups)
     for number, (id_, record) in enumerate(results[0].records.items(), start=1):
         answers = []
@@ -176,7 +178,7 @@ def _to_set(title: str, results: list[Result], audio_dir: Path) -> dict:
             "kind": clean(", ".join(str(record[key]) for key in more if record.get(key))),
             "question": clean(record["question"]), "choices": [clean(choice) for choice in record["choices"]],
             "answer": clean(record["answer"]), "answers": answers,
-            "clip": to_question(record, number, audio_dir, ids).audio_path, "note": "",
+            "clip": to_question(record, number, clips, ids).audio_path, "note": "",
         })  # fmt: skip
     return {"title": title, "names": [clean(result.name) for result in results], "questions": questions}
 

@@ -72,9 +72,14 @@ def _to_text(table: pd.DataFrame) -> str:
 
 
 def format_comparison(results: list[Result], first: str, second: str) -> str:
-    """The paired difference of two rows, given by their names, and the questions whose answer became right or wrong.
-    Raises a `ValueError` if a name is not that of exactly one row, or if the rows do not compare."""
-    results, pair = [result for _, rows in build_tables(results, "step") for result in rows], []
+    """The paired difference of two rows, given by their names, and the questions whose answer became right or wrong,
+    for each table that has both. Raises a `ValueError` if a name is not that of one row, or the rows do not compare."""
+    tables = build_tables(results, "step")
+    both = [(title, rows) for title, rows in tables
+            if all(any(name in (row.name, row.row) for row in rows) for name in (first, second))]  # fmt: skip
+    if len(both) > 1:
+        return "\n".join(f"{title}\n{format_comparison(rows, first, second)}" for title, rows in both)
+    results, pair = both[0][1] if both else [result for _, rows in tables for result in rows], []
     for name in (first, second):
         rows = [result for result in results if name == result.name or name == result.row and result.is_real]
         if len(rows) != 1:
