@@ -17,7 +17,7 @@ from dataset.questions import Benchmark
 from dataset.rows import first_problems
 from evaluation.answers import EncodedQuestions, answer_batches
 from evaluation.clips import measure_clips
-from evaluation.mmau import evaluate
+from evaluation.mmau import Scores, evaluate
 from evaluation.results import MAX_NEW_TOKENS, Completion, Settings, to_records
 from model.qwen2_audio import base_model
 
