@@ -12,7 +12,7 @@ from run.curves import plot_curves, read_history
 
 def main() -> None:
     parser = ArgumentParser(description="Draw the curves of training runs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold checkpoint-*")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold checkpoint-* or test_*")
     parser.add_argument("--out", type=Path, help="picture to write; default: training.png in the (first) folder")
     args = parser.parse_args()
     path = args.out or args.runs[0] / "training.png"
