@@ -12,10 +12,8 @@ from run.curves import plot_curves, read_history
 
 def main() -> None:
     parser = ArgumentParser(description="Draw the curves of training runs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold checkpoint-*")
-    parser.add_argument(
-        "--out", type=Path, help="picture; default: training.png in a single run's folder, else curves.png"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold checkpoint-* or test_*")
+    parser.add_argument("--out", type=Path, help="picture; default: training.png of a single run, else ./curves.png")
     args = parser.parse_args()
     path = args.out or (args.runs[0] / "training.png" if len(args.runs) == 1 else Path("curves.png"))
     try:

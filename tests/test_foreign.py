@@ -157,8 +157,7 @@ def test_json_that_is_nested_too_deep_breaks_no_reader(folder, questions, tmp_pa
     for read, name in ((load_style, "prompt_style.json"), (read_settings, RECORD), (read_state, STATE)):
         with pytest.raises(ValueError, match=name):
             read(checkpoint)
-    with pytest.raises((ValueError, OSError), match=STATE):
-        read_history(tmp_path / "run")
+    assert read_history(tmp_path / "run") == []
     for name in ("config.json", "adapter_config.json"):
         (checkpoint / name).write_text(DEEP)
         with pytest.raises(IncompleteCheckpoint, match=name):
