@@ -23,8 +23,8 @@ demo() {
         FLAG=$WORD
     done
     . ./setup_env.sh
-    "$PYTHON" data/make_demo.py --out "$DATA" --seed "$SEED"
-    "$PYTHON" src/demo.py --data "$DATA" --out "$OUT_DIR" --seed "$SEED"
+    "$PYTHON" demo/make_demo.py --out "$DATA" --seed "$SEED"
+    "$PYTHON" demo/warm_start.py --data "$DATA" --out "$OUT_DIR" --seed "$SEED"
     # In parallel, since neither uses more than a core. The output of supervised fine-tuning follows at the end.
     "$PYTHON" src/train_sft.py --use_cpu true --seed "$SEED" --prompt_style answer \
         --model_name_or_path "$OUT_DIR/warm_start" --data_file "$DATA/train.jsonl" --output_dir "$OUT_DIR/sft" \

@@ -36,7 +36,7 @@ else
     if ! { "$PYTHON" --version && cat requirements.txt "$REQUIREMENTS"; } | cmp -s - "$STAMP"; then
         echo "Installing $REQUIREMENTS into .venv (once; it takes minutes)" >&2
         "$PYTHON" -c 'import pip' 2> /dev/null || "$PYTHON" -m ensurepip >&2
-        "$PYTHON" -m pip install -r "$REQUIREMENTS" >&2
+        "$PYTHON" -m pip install -q -r "$REQUIREMENTS" >&2
         { "$PYTHON" --version && cat requirements.txt "$REQUIREMENTS"; } > "$STAMP"
     fi
 fi

@@ -39,8 +39,8 @@ import row_by_row
 from dataset.audio import load_audio
 from dataset.encode import Batch, encode
 from model.qwen2_audio import as_attention_mask, needed_frames_only
-from model.tiny import build_demo_model, build_processor
 from step_time import describe_machine, describe_settings
+from tiny import build_demo_model, build_processor
 from trainer.grpo_trainer import AudioGRPOTrainer
 from trainer.shared_prompt import pack, score, unpack
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "demo")]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as test_mmau.py has it, for both loops
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -41,9 +41,9 @@ from evaluation.answers import EncodedQuestions, answer_batches
 from evaluation.checkpoints import load_model
 from evaluation.clips import measure_clips
 from model.qwen2_audio import end_ids
-from model.tiny import build_demo_model, build_processor
 from step_time import describe_machine
 from steps import SIZES, Settings, build, write_record
+from tiny import build_demo_model, build_processor
 
 CHOICES = ["a dog", "a church bell", "a passing car", "rain on a roof"]
 

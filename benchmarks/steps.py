@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("src", "tests", "demo")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,8 +47,8 @@ from evaluation.lengths import count_text_tokens
 from floor import ROW_BY_ROW, SHARED, SUPERVISED, Shape, now
 from model import branches, generation
 from model.qwen2_audio import base_model, freeze_parts
-from model.tiny import build_model, build_processor
 from run.arguments import AudioModelConfig
+from tiny import build_model, build_processor
 from train import RecipeConfig
 from train_sft import SFTRecipeConfig
 from trainer import grpo_trainer

@@ -67,7 +67,7 @@ QUESTION = {"question_text": "What is in the video?", "multi_choice": ["dog", "c
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     """A folder with a Qwen2-Audio of random weights and a small vocabulary of its own: needs no reference material."""
-    from model.tiny import build_demo_model, build_processor
+    from tiny import build_demo_model, build_processor
 
     folder = tmp_path_factory.mktemp("models") / "small"
     text = "What is in the audio? ['dog', 'cat', 'bell'] <answer>dog</answer> <think> </think>"

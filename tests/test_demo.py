@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import AutoProcessor, GenerationConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids
 
-import demo
 import row_by_row
+import warm_start as demo
 from conftest import ROOT
 from dataset.audio import SAMPLE_RATE, count_samples, load_audio
 from dataset.dataset import load_train_dataset
@@ -23,7 +23,6 @@ from dataset.encode import build_chat, count_audio_tokens
 from dataset.prompt import build_question, extract_answer, load_style
 from dataset.questions import load_questions
 from dataset.rows import read_records
-from demo import SFT, UNTRAINED, WARM_START, prepare
 from evaluation.collect import read_results
 from make_demo import (
     MMAU_FILE,
@@ -35,9 +34,10 @@ from make_demo import (
     make_demo,
     synthesise,
 )
-from model.tiny import IM_END, SPECIAL_TOKENS, build_demo_model, build_processor, build_tokenizer
 from run.check import Rules, examine_training_file
 from running import run
+from tiny import IM_END, SPECIAL_TOKENS, build_demo_model, build_processor, build_tokenizer
+from warm_start import SFT, UNTRAINED, WARM_START, prepare
 
 COUNTS = dict(warm_start=33, train=22, test=22, shifted=26)
 

@@ -30,8 +30,8 @@ from evaluation.identity import fingerprint
 from evaluation.mmau import evaluate
 from evaluation.results import Settings
 from model.qwen2_audio import load_processor
-from model.tiny import build_demo_model, build_processor
 from running import environment
+from tiny import build_demo_model, build_processor
 from utils.show_acc import format_tables
 
 SCRIPT = [sys.executable, "src/test_mmau.py"]

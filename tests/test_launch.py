@@ -352,7 +352,7 @@ def test_launch_sh_puts_the_users_flags_last(tmp_path):
 )
 def test_seed_of_the_demo_decides_its_data(tmp_path, flags, seed):
     stub = tmp_path / "python"
-    stub.write_text(f'#!/bin/sh\ncase $1 in data/make_demo.py) echo "$@" > {tmp_path}/called; exit 7 ;; esac\n')
+    stub.write_text(f'#!/bin/sh\ncase $1 in demo/make_demo.py) echo "$@" > {tmp_path}/called; exit 7 ;; esac\n')
     stub.chmod(0o755)
     variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path)}
     shell = subprocess.run(["sh", ROOT / "run_grpo.sh", "demo", *flags], env=variables, capture_output=True, text=True)

@@ -113,7 +113,9 @@ def test_a_wrong_command_is_found(command):
 def test_flags_exist(page):
     """Also outside commands."""
     known = {flag for parts in PARTS.values() for flag in Parser(parts)._option_string_actions} | OTHERS
-    for path in (path for folder in ("src", "data", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")):
+    for path in (
+        path for folder in ("src", "data", "demo", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+    ):
         known |= set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", path.read_text(encoding="utf-8")))
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXTS[page])) - known
 
@@ -121,7 +123,7 @@ def test_flags_exist(page):
 @each_page
 def test_paths_and_links_exist(page):
     text = TEXTS[page]
-    for path in set(re.findall(r"(?<![\w/.-])(?:src|data|conf|docs|tests|benchmarks)/[\w./-]*\w", text)):
+    for path in set(re.findall(r"(?<![\w/.-])(?:src|data|demo|conf|docs|tests|benchmarks)/[\w./-]*\w", text)):
         assert path.startswith(MADE) or (ROOT / path).exists(), path
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith("https://"):

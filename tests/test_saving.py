@@ -21,10 +21,10 @@ from dataset.prompt import load_style
 from evaluation.checkpoints import check_whole, write_merged
 from evaluation.identity import IncompleteCheckpoint
 from model.checkpoints import PROCESSOR_FILES, complete_checkpoint
-from model.tiny import build_processor
 from run.arguments import LINEAR_LAYERS
 from running import run, skip_without_compiler
 from runs import length_reward, make_run
+from tiny import build_processor
 from train import RecipeConfig
 from trainer.grpo_trainer import AudioGRPOTrainer
 

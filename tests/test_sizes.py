@@ -9,10 +9,9 @@ CORE = [
     "train.py", "test_mmau.py", "dataset/*.py", "model/*.py", "trainer/*.py", "evaluation/answers.py",
     "evaluation/mmau.py", "utils/rewards.py",
 ]  # fmt: skip
-NOT_CORE = {SRC / "model" / "tiny.py"}
 LIMITS = {
     "lines of the core": 2500,
-    "lines of src": 7100,
+    "lines of src": 6600,
     "lines of grpo_trainer.py": 260,
     "overridden methods of TRL and transformers": 8,
 }
@@ -36,7 +35,7 @@ def overridden_methods() -> list[str]:
 
 def measure() -> dict[str, int]:
     return {
-        "lines of the core": count_lines({path for pattern in CORE for path in SRC.glob(pattern)} - NOT_CORE),
+        "lines of the core": count_lines({path for pattern in CORE for path in SRC.glob(pattern)}),
         "lines of src": count_lines(SRC.rglob("*.py")),
         "lines of grpo_trainer.py": count_lines([SRC / "trainer" / "grpo_trainer.py"]),
         "overridden methods of TRL and transformers": len(overridden_methods()),

@@ -60,7 +60,7 @@ def engine_of(trainer) -> Engine:
 @pytest.fixture(scope="module")
 def model_30s(tmp_path_factory):
     """A model with Qwen2-Audio's own window, as vLLM checks it, and heads as large as its kernels take."""
-    from model.tiny import build_demo_model, build_processor
+    from tiny import build_demo_model, build_processor
 
     folder = tmp_path_factory.mktemp("models") / "30s"
     processor = build_processor(["What is in the audio? ['dog', 'cat', 'bell'] <answer>dog</answer>"], seconds=30)

@@ -20,6 +20,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 
 if not __package__:  # run as a script
@@ -34,6 +35,8 @@ from dataset.rows import DataError, Row, read_lines, read_rows, starts_a_list
 from evaluation.files import open_whole
 from evaluation.lengths import check_prompt, count_text_tokens
 from utils.flags import at_least
+
+MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("file", help="training JSONL, MMAU's JSON or MMAR's JSONL")
-    add("--model_path", default="Qwen/Qwen2-Audio-7B-Instruct", help="its processor counts tokens; none: no count")
+    add("--model_path", help=f"its processor counts tokens; none: no count; default: {MODEL} if the cache has it")
     add("--prompt_style", dest="style", choices=STYLES, default=DEFAULT_STYLE, help="of the prompts that are counted")
     add("--max_prompt_length", type=at_least(1), default=MAX_PROMPT_LENGTH, help="tokens, audio included, in training")
     add("--audio_dir", help="folder of an evaluation file's clips; default: the file's own")
@@ -222,10 +225,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = vars(parse_args(argv))
-    file, model = args.pop("file"), args.pop("model_path")
+    file, cached = args.pop("file"), try_to_load_from_cache(MODEL, "preprocessor_config.json")  # asks no hub
+    model = args.pop("model_path") or (Path(str(cached)).parent if cached else "none")
     try:
         examine = examine_training_file if is_training_file(check_is_there(file)) else examine_evaluation_file
-        if model != "none":
+        if model == "none":
+            print("prompt lengths are not checked; --model_path names a model that counts tokens", file=sys.stderr)
+        else:
             from model.qwen2_audio import load_processor  # takes seconds
 
             args["processor"] = load_processor(model)

@@ -44,8 +44,9 @@ def run(command: list[str], places: list[dict]) -> int:
     """Run a process per place, forward a signal, stop all when one fails; a second signal kills them. Prints what they
     could not print, and returns the status of the first one that failed (-n for signal n)."""
     running, failed, stopped, deadline = {}, [], False, float("inf")
-    # Linux sends SIGTERM to a process when its launcher dies, if it has asked for it (PR_SET_PDEATHSIG).
-    prepare = (lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)) if sys.platform == "linux" else None
+    # Linux sends SIGTERM (15) when the launcher dies to processes that ask for it (PR_SET_PDEATHSIG) before.
+    launcher, linux = os.getpid(), sys.platform == "linux"
+    prepare = (lambda: ctypes.CDLL(None).prctl(1, 15) or os.getppid() == launcher or os._exit(1)) if linux else None
     with tempfile.NamedTemporaryFile() as file:
         hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of the processes: they leave it to the launcher
         for place in places:
@@ -81,9 +82,8 @@ def run(command: list[str], places: list[dict]) -> int:
 def main() -> int:
     def number(name: str, default: int, least: int = 0, most: int = 65535) -> int:
         word = os.environ.get(name) or str(default)
-        if word.isdecimal() and least <= int(word) <= most:
-            return int(word)
-        sys.exit(f"{name} is {word!r}; set it to a whole number from {least} to {most}")
+        valid = word.isdecimal() and least <= int(word) <= most
+        return int(word) if valid else sys.exit(f"{name} is {word!r}; set it to a whole number from {least} to {most}")
 
     script, *flags = sys.argv[1:] or sys.exit(__doc__)
     words = " ".join(["--use_cpu false", *flags, "--"]).lower().replace("=", " ").replace("--use-cpu", "--use_cpu")

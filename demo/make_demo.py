@@ -1,6 +1,6 @@
 """Synthesise the demo's data: short clips (hums, sirens, melodies, voices ...), and question files in the real formats.
 
-    python data/make_demo.py --out data/demo --seed 1
+    python demo/make_demo.py --out data/demo --seed 1
 
     data/demo/train.jsonl               questions for GRPO, in AVQA's training format
     data/demo/warm_start.jsonl          the same for the supervised warm start; no clip in common with train.jsonl

@@ -1,6 +1,6 @@
 """The demo's models: a small Qwen2-Audio of random weights, and its supervised warm start.
 
-`sh run_grpo.sh demo` runs this after `data/make_demo.py`, and then trains and evaluates as for any model.
+`sh run_grpo.sh demo` runs this after `demo/make_demo.py`, and then trains and evaluates as for any model.
 """
 
 import shutil
@@ -9,11 +9,13 @@ from argparse import ArgumentParser
 from pathlib import Path
 from statistics import fmean
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from baselines.sft_trainer import AudioSFTTrainer
 from dataset.dataset import load_train_dataset
-from model.tiny import build_demo_model, build_processor
+from tiny import build_demo_model, build_processor
 from utils.flags import at_least
 
 UNTRAINED, WARM_START, SFT = "untrained", "warm_start", "sft"  # folders below the demo's output
@@ -72,7 +74,7 @@ def prepare(data: Path, out: Path, seed: int, max_steps: int, target_loss: float
 
 def main() -> None:
     parser = ArgumentParser(description="The demo's model and its warm start.", allow_abbrev=False)
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="what data/make_demo.py wrote")
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="what demo/make_demo.py wrote")
     parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="for the models")
     parser.add_argument("--seed", type=at_least(0), default=1, help="decides weights and order")
     parser.add_argument("--max_steps", type=at_least(1), default=80, help="of the warm start, at most")

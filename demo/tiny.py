@@ -19,8 +19,7 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from dataset.encode import build_chat
 from dataset.prompt import DEFAULT_STYLE, STYLES, save_style
-
-from .qwen2_audio import END_TOKENS
+from model.qwen2_audio import END_TOKENS
 
 IM_END, PAD = END_TOKENS
 SPECIAL_TOKENS = (PAD, "<|im_start|>", IM_END, "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
