@@ -204,6 +204,8 @@ def train(trainer: Trainer, start: Path | None) -> None:
     try:
         if start and args.deepspeed:
             forbid_pickles()
+        if start:
+            trainer.accelerator.print(f"resuming after step {step_of(start)}, from {start}", flush=True)
         trainer.train(resume_from_checkpoint=start and str(start))
         state, out = trainer.state, args.output_dir
         if state.global_step <= (step_of(start) if start else 0):
