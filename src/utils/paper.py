@@ -21,9 +21,7 @@ def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
         if result.benchmark.is_original and result.is_real:
             best.setdefault(Path(result.folder).name, result)
         else:
-            skipped.append(
-                f"{result.folder}, {result.label}: not the paper's: MMAU's test-mini of the original release, with its clips"
-            )
+            skipped.append(f"{result.folder}, {result.label}: not MMAU's test-mini of the paper's release with its clips")
 
     def fill(row: re.Match) -> str:
         if not (found := best.get(Path(row["folder"]).name)):
