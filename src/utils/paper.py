@@ -21,7 +21,7 @@ def fill_paper(text: str, folders: list[str | Path]) -> tuple[str, list[str]]:
         if result.benchmark.is_original and result.is_real:
             best.setdefault(Path(result.folder).name, result)
         else:
-            skipped.append(f"{result.folder}, {result.label}: not MMAU's test-mini of the paper's release with its clips")
+            skipped.append(f"{result.folder}, {result.label}: not the paper's questions with their clips")
 
     def fill(row: re.Match) -> str:
         if not (found := best.get(Path(row["folder"]).name)):
