@@ -663,13 +663,19 @@ def test_mmar_is_read_written_and_scored_by_modality(tmp_path, checkpoint):
     assert "mix-sound-music : " in (folder / "eval_mmar_tokens-12.txt").read_text()
 
 
-def test_labels_and_output_files(few, trained, tmp_path):
+def test_labels_and_output_files(few, trained, tmp_path, monkeypatch):
     models = [f"warm start={trained / 'checkpoint-200'}", trained / "checkpoint-100"]
     assert sweep("--model_path", *models, "--data_file", few, "--out_dir", tmp_path) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test_100", "test_warm start"]
     sweep("--model_path", trained / "checkpoint-100", "--data_file", few, "--out_file", tmp_path / "x" / "my.json")
     assert (tmp_path / "x" / "my.json").read_bytes() == (tmp_path / "test_100" / f"res_{MINI}.json").read_bytes()
     assert (tmp_path / "x" / "eval_my.txt").exists()
+    with monkeypatch.context() as here:  # a name without a folder
+        here.chdir(tmp_path)
+        assert sweep("--model_path", models[1], "--data_file", few, "--out_file", "my.json") == 0
+    assert (tmp_path / "my.json").read_bytes() == (tmp_path / "x" / "my.json").read_bytes()
+    for path in tmp_path.glob("*my.*"):
+        path.unlink()
     with pytest.raises(ValueError, match="--out_dir"):
         sweep("--model_path", f"{trained}/../run/checkpoint-100", models[1], "--data_file", few, "--out_dir", tmp_path)
     flags = ["--model_path", models[1], models[1], "--data_file", few, "--out_dir", tmp_path]  # STEPS="200 200"

@@ -141,7 +141,7 @@ class ResultFiles:
         clips that were too long."""
         records = to_records(benchmark, self._read_partials() | dict.fromkeys(missing, Completion("", False)))
         self.run.unlink(missing_ok=True)  # of an earlier run
-        audio_dir = os.path.relpath(benchmark.audio_dir, self.results.parents[1])  # from the folder that holds test_*
+        audio_dir = os.path.relpath(benchmark.audio_dir, self.results.absolute().parent.parent)  # where test_* lie
         described = self.described | {"missing": missing, "cut": cut, "audio_dir": audio_dir}
         outcome = f"{self.results}: ready to submit (the answers are blank, so there is no score)"
         if benchmark.has_answers:
