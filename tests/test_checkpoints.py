@@ -273,6 +273,12 @@ def damage(folder: Path, how: str) -> Path:
     return folder
 
 
+def test_a_check_leaves_the_precision_as_the_user_set_it(small_model, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # --tf32 true
+    check_model(small_model)
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("how", ["missing", "shape", "nan", "-inf"])
 @pytest.mark.parametrize("part", ["model", "adapter", "its base"])
 def test_weights_that_are_not_all_there_are_refused_in_one_line(adapter, small_model, tmp_path, part, how):

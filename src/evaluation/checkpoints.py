@@ -66,7 +66,8 @@ def _start(folder: str | Path, base: str = "") -> Path:
 def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device, base: str = "") -> PreTrainedModel:
     """A checkpoint in evaluation mode; an adapter is merged into its base model. On the device `meta`, tensors have no
     content. Raises an `IncompleteCheckpoint` if it lacks tensors, or cannot be loaded."""
-    if dtype == torch.float32:  # TF32 rounds to 10 bits, too coarse for answers that do not depend on the batch
+    # TF32 rounds to 10 bits, too coarse for answers that do not depend on the batch. A check changes no setting.
+    if dtype == torch.float32 and device.type != "meta":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
         place = "meta" if device.type == "meta" else None
