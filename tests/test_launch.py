@@ -275,6 +275,12 @@ def test_engine_is_chosen_by_flags_and_config(launch, tmp_path, flags, given, en
     assert ended(launcher) == (0, f"{(['--deepspeed', engine] if engine else []) + flags}\n")
 
 
+@pytest.mark.parametrize("flags", [["--deepspeed", "x.json"], ["--deepspeed=x.json"]], ids=" ".join)
+def test_deepspeed_on_one_process_gets_its_place(launch, flags):
+    status, output = ended(launch("print(os.environ.get('RANK'))", *flags, GPU_NUM=1, CONFIG=""))
+    assert status == 0 and output == "0\n"
+
+
 @pytest.mark.parametrize(
     ("name", "given"),
     [

@@ -4,6 +4,7 @@ The environment has GPU_NUM, NODE_NUM, NODE_RANK, MASTER_ADDR, MASTER_PORT, REST
 Processes get torchrun's variables and RUN_RESTART. Standard library only: importing PyTorch takes seconds.
 """
 
+import argparse
 import ctypes
 import json
 import os
@@ -35,17 +36,14 @@ def recorded():
             os.write(os.open(path, os.O_WRONLY | os.O_APPEND), line.encode())  # at once: others are writing, too
         elif mistake:
             print(error, file=sys.stderr)
-        if mistake:
-            sys.exit(MISTAKE)
-        raise
+        raise SystemExit(MISTAKE) if mistake else error
 
 
 def run(command: list[str], places: list[dict]) -> int:
     """Run a process per place, forward a signal, stop all when one fails; a second signal kills them. Prints what they
     could not print, and returns the status of the first one that failed (-n for signal n)."""
     running, failed, stopped, deadline = {}, [], False, float("inf")
-    # Linux sends SIGTERM (15) when the launcher dies to processes that ask for it (PR_SET_PDEATHSIG) before.
-    launcher, linux = os.getpid(), sys.platform == "linux"
+    launcher, linux = os.getpid(), sys.platform == "linux"  # prctl asks for SIGTERM (15) when the launcher dies
     prepare = (lambda: ctypes.CDLL(None).prctl(1, 15) or os.getppid() == launcher or os._exit(1)) if linux else None
     with tempfile.NamedTemporaryFile() as file:
         hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of the processes: they leave it to the launcher
@@ -86,20 +84,22 @@ def main() -> int:
         return int(word) if valid else sys.exit(f"{name} is {word!r}; set it to a whole number from {least} to {most}")
 
     script, *flags = sys.argv[1:] or sys.exit(__doc__)
-    words = " ".join(["--use_cpu false", *flags, "--"]).lower().replace("=", " ").replace("--use-cpu", "--use_cpu")
-    on_cpu = words.rpartition("--use_cpu ")[2].startswith(("t", "y", "1", "--"))  # the last one counts
-    asks_for_help = not {"--help", "-h"}.isdisjoint(flags)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("--use_cpu", "--use-cpu"), ("--deepspeed",), ("--help", "-h")):
+        parser.add_argument(*names, nargs="?", const="true", default="")
+    given, _ = parser.parse_known_args(flags)
+    on_cpu = given.use_cpu.lower() in ("true", "t", "yes", "y", "1")
     config = os.environ.get("CONFIG", "" if on_cpu else "conf/ds_zero2.json")
     if config and not os.path.isfile(config):
         sys.exit(f"CONFIG is {config!r}, which is no file; name one of conf/*.json")
     restarts, nodes, count = number("RESTARTS", 0), number("NODE_NUM", 1, least=1), number("GPU_NUM", 1, least=1)
     node, port = number("NODE_RANK", 0, most=nodes - 1), number("MASTER_PORT", 32777 if nodes > 1 else 0)
     host = "127.0.0.1" if nodes == 1 else os.environ.get("MASTER_ADDR") or sys.exit("NODE_NUM > 1 requires MASTER_ADDR")
-    if not (os.environ.get("GPU_NUM") or on_cpu or asks_for_help):
+    if not (os.environ.get("GPU_NUM") or on_cpu or given.help):
         count = int(subprocess.check_output([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]))
         count = count or sys.exit("PyTorch sees no GPU; pass --use_cpu true to train a small model on the CPU")
     command = [sys.executable, script, *(["--deepspeed", config] if config else []), *flags]
-    if asks_for_help or (nodes * count == 1 and not ("--deepspeed" in command or restarts)):
+    if given.help or (nodes * count == 1 and not (config or given.deepspeed or restarts)):
         os.execv(sys.executable, command)
     for number_ in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number_, lambda sent, _: received.append(sent))
