@@ -17,8 +17,7 @@ import time
 import traceback
 from contextlib import contextmanager
 
-GRACE = 30  # seconds from SIGTERM to SIGKILL after a failure
-MISTAKE = 2  # exit status after a user's mistake, as argparse's: another try would end the same way
+GRACE, MISTAKE = 30, 2  # seconds from SIGTERM to SIGKILL; exit status after a user's mistake, as argparse's
 received: list[int] = []  # signals, as the processes are to get them
 
 
@@ -36,12 +35,13 @@ def recorded():
             os.write(os.open(path, os.O_WRONLY | os.O_APPEND), line.encode())  # at once: others are writing, too
         elif mistake:
             print(error, file=sys.stderr)
-        raise SystemExit(MISTAKE) if mistake else error
+        if mistake:
+            raise SystemExit(MISTAKE) from None
+        raise
 
 
 def run(command: list[str], places: list[dict]) -> int:
-    """Run a process per place, forward a signal, stop all when one fails; a second signal kills them. Prints what they
-    could not print, and returns the status of the first one that failed (-n for signal n)."""
+    """Run a process per place; the first one that fails stops the others. Returns its status (-n for signal n)."""
     running, failed, stopped, deadline = {}, [], False, float("inf")
     launcher, linux = os.getpid(), sys.platform == "linux"  # prctl asks for SIGTERM (15) when the launcher dies
     prepare = (lambda: ctypes.CDLL(None).prctl(1, 15) or os.getppid() == launcher or os._exit(1)) if linux else None
