@@ -31,6 +31,11 @@ class Question:
     record: dict  # the row with MMAU's keys
     audio_path: str
 
+    @property
+    def clip(self) -> str:
+        """The clip's path as the row has it."""
+        return self.record.get("audio_id") or self.record["audio_path"]
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -65,7 +70,7 @@ def load_questions(
     folder = Path(audio_dir or path.parent)
     benchmark = to_benchmark(list(records.values()), path, folder, list(records))
     for question in benchmark.questions if not allow_outside else ():
-        check_inside(folder / (question.record.get("audio_id") or question.record["audio_path"]), folder)
+        check_inside(folder / question.clip, folder)
     return benchmark
 
 

@@ -21,8 +21,6 @@ from model.qwen2_audio import HEAD, NOT_QUANTISED, PARTS
 from trainer.shared_prompt import ATTENTION
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 # TRL's and transformers' flags that these trainers do not take -> why, or what to use.
 REFUSED = {
     "trust_remote_code": "code that comes with a model is never executed",

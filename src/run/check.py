@@ -136,7 +136,7 @@ def examine_evaluation_file(data_file: str | Path, rules: Rules = Rules()) -> Ex
         question = to_question(record, number, audio_dir, ids)
         try:
             notes = check_question(question)
-            check_inside(audio_dir / (question.record.get("audio_id") or question.record["audio_path"]), audio_dir)
+            check_inside(audio_dir / question.clip, audio_dir)
         except DataError as error:
             if not rules.lenient:
                 raise

@@ -110,9 +110,7 @@ def read_settings(run: Path) -> dict[str, object]:
     """The training's settings from the newest checkpoint that records them, without access tokens and dictionaries,
     which may hold some."""
     for path in sorted(run.glob(f"checkpoint-*/{RECORD}"), key=os.path.getmtime, reverse=True):
-        with suppress(
-            OSError, ValueError, LookupError, TypeError, AttributeError
-        ):  # damaged; an older one may be whole
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged: an older one is read
             settings = sorted(read_json(path, "an older one is read")["settings"].items())
             return {key: value for key, value in settings
                     if isinstance(value, (str, int, float, list)) and not key.endswith("token")}  # fmt: skip
