@@ -214,6 +214,18 @@ def assert_ends_resumable(trainer, out: Path) -> None:
     assert not (out / WEIGHTS).exists()
 
 
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_not_begun(small_model, questions, tmp_path, monkeypatch):
+    trainer = make_run("sft", small_model, questions, tmp_path)
+
+    def fill():
+        size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").rglob("*"))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size // 2))
+
+    trainer.add_callback(InStep(2, fill))
+    assert_ends_resumable(trainer, tmp_path)
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
 @pytest.mark.parametrize("where", ["model.safetensors", "optimizer.pt", RECORD])
 def test_a_failed_write_leaves_nothing_torn(small_model, questions, tmp_path, monkeypatch, where):
     trainer = make_run("sft", small_model, questions, tmp_path)

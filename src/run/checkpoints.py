@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType, rotate_checkpoints
 
@@ -32,6 +33,7 @@ RECORD = "resume.json"
 STATE = "trainer_state.json"  # stays in every checkpoint: it holds the log
 # What transformers and DeepSpeed write to resume: all but weights and processor.
 BULK = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*", "latest", "zero_to_fp32.py")
+FREE_SPACE = "Free space, or keep less (--save_total_limit, --keep_optimizer, --save_steps)"
 BY_RESULT = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that depend on an evaluation
 # Flags that cannot change what is learned, by their beginnings: everything else is compared when a run resumes.
 IGNORED = (
@@ -65,6 +67,11 @@ def step_of(checkpoint: Path) -> int:
     """300 of `.../checkpoint-300`; for a folder of another name the step in its trainer state."""
     label = label_of(str(checkpoint))
     return int(label) if label.isdecimal() else read_json(checkpoint / STATE, "use another checkpoint")["global_step"]
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if there is no folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def record_state(checkpoint: Path, settings: dict) -> None:
@@ -263,6 +270,7 @@ class KeepCheckpoints(TrainerCallback):
         used_up = state.global_step % self.span == 0
         control.should_save, control.should_training_stop = self.waiting and used_up, self.stopping and used_up
         if control.should_save:
+            self._check_space(state)
             self.writing = self.out / f"checkpoint-{state.global_step}"
         return control
 
@@ -310,18 +318,27 @@ class KeepCheckpoints(TrainerCallback):
             best = self.out / f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(best) if best.is_dir() else None
 
+    def _check_space(self, state) -> None:
+        """Raise a `RunEnded` where the disk has no room for a checkpoint of the last one's size."""
+        earlier = [path for path in checkpoints_in(self.out) if (path / RECORD).is_file()]
+        if not earlier:
+            return
+        needed, free = 1.05 * size_of(earlier[-1]), shutil.disk_usage(self.out).free
+        if any(gather_object([needed > free])):
+            sizes = f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+            checkpoint = f"{self.out}/checkpoint-{state.global_step}"
+            raise RunEnded(f"{checkpoint}: {sizes}. {describe_newest(self.out)}. {FREE_SPACE}", everywhere=True)
+
     def explain_failed_write(self, error: Exception) -> RunEnded | None:
         """What ends the run where a checkpoint could not be written; its torn files are removed. None for an error of
         another kind."""
         if self.writing is None:
             return None
-        written = sum(path.stat().st_size for path in self.writing.rglob("*") if path.is_file())
         # torch.save raises a RuntimeError that names no cause: the disk tells.
-        if isinstance(error, RuntimeError) and shutil.disk_usage(self.out).free > max(written, 2**24):
+        if isinstance(error, RuntimeError) and shutil.disk_usage(self.out).free > max(size_of(self.writing), 2**24):
             return None
         shutil.rmtree(self.writing, ignore_errors=True)
-        remedy = "Free space, or keep less (--save_total_limit, --keep_optimizer, --save_steps)"
-        return RunEnded(f"{self.writing}: not written ({error}). {describe_newest(self.out)}. {remedy}")
+        return RunEnded(f"{self.writing}: not written ({error}). {describe_newest(self.out)}. {FREE_SPACE}")
 
 
 def forbid_pickles() -> None:
